@@ -1,0 +1,23 @@
+"""PyTorch optimizers that listen to the loss."""
+
+from emonavi.emotion import Emotion
+from emonavi.fact import EmoFact
+from emonavi.intake import observe
+from emonavi.lynx import EmoLynx
+from emonavi.monitor import Snapshot
+from emonavi.navi import EmoNavi
+from emonavi.optimizer import EmoOptimizer
+from emonavi.registry import available, create
+
+__all__ = [
+    "EmoFact",
+    "EmoLynx",
+    "EmoNavi",
+    "EmoOptimizer",
+    "Emotion",
+    "Snapshot",
+    "available",
+    "create",
+    "observe",
+]
+__version__ = "0.1.0"

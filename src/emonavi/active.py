@@ -1,0 +1,106 @@
+"""The tensors that one step moves, with a vector for each number that differs from tensor to tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emonavi.emotion import Mood, Options
+from emonavi.sweep import to_home
+
+__all__ = ["Active", "per_tensor"]
+
+
+class Active(NamedTuple):
+    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Any]]
+    groups: list[int]
+    lr: Tensor
+    floor: Tensor  # the effective lr does not fall below this,
+    wall: Tensor  # nor rise above this
+    decay: Tensor  # weight decay for each unit of effective lr
+    steps: Tensor  # of each tensor, this one included
+    drive: Tensor
+    trust: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        found: Sequence[tuple[Tensor, int]],
+        states: list[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
+        decay_rates: Sequence[float],
+        home: Tensor,
+    ) -> Active:
+        """From parameters with their group's place, their states, and the weight decay of each group."""
+        owners = [i for _, i in found]
+        lr = per_tensor([g["lr"] for g in groups], owners, home)
+        kept = {k: to_home(torch.stack([s[k] for s in states]), home) for k in ("step", "drive", "trust")}
+        return cls(
+            params=[p for p, _ in found],
+            grads=[-p.grad if groups[i]["maximize"] else p.grad for p, i in found if p.grad is not None],
+            states=states,
+            groups=owners,
+            lr=lr,
+            floor=torch.minimum(lr, per_tensor([g["min_lr"] for g in groups], owners, home)),
+            wall=per_tensor([torch.inf if g["max_lr"] is None else g["max_lr"] for g in groups], owners, home),
+            decay=per_tensor(decay_rates, owners, home),
+            steps=kept["step"] + 1,
+            drive=kept["drive"],
+            trust=kept["trust"],
+        )
+
+    def options(self, groups: Sequence[dict[str, Any]]) -> Options:
+        """What the emotion has to know of the options. Notes each group's peak lr on the way."""
+        decayed = []
+        for group in groups:
+            lr, peak = group["lr"], group["lr_peak"]
+            highest = (
+                torch.maximum(lr, torch.as_tensor(peak).to(lr)) if isinstance(lr, Tensor) else max(lr, float(peak))
+            )
+            group["lr_peak"] = highest
+            decayed.append(torch.as_tensor(lr < 0.5 * highest, device=self.lr.device))
+        moving = self.lr > 0
+        return Options(
+            use_trust=bool(groups[0]["use_trust"]),
+            use_shadow=bool(groups[0]["use_shadow"]),
+            max_norm=groups[0]["max_norm"],
+            lowest_drive=torch.where(moving, self.floor / self.lr, 1.0).min(),
+            highest_drive=torch.where(moving, self.wall / self.lr, 0.0).max(),
+            decayed=torch.stack(decayed).all(),
+        )
+
+    def rates(self, mood: Mood) -> tuple[Tensor, Tensor, Tensor]:
+        """For each tensor: its own effective lr, its step size, and its factor of weight decay."""
+        effective = torch.clamp(self.lr * mood.drive, self.floor, self.wall)
+        own = torch.minimum(effective * self.drive, self.wall)
+        return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
+
+    def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
+        """Places of the tensors that share a group, a device, a dtype and a state layout."""
+        buckets: dict[tuple[Any, ...], list[int]] = {}
+        for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
+            buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+        return buckets
+
+    def keep(self, acts: Tensor, drive: Tensor, trust: Tensor) -> None:
+        """Write the scalars that each tensor keeps."""
+        new = {"step": torch.where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
+        for name, values in new.items():
+            torch._foreach_copy_([s[name] for s in self.states], list(values.to(torch.float32).unbind()))
+
+
+def per_tensor(values: Sequence[float | Tensor], owners: Sequence[int], home: Tensor) -> Tensor:
+    """One entry for each tensor from one value for each group, without a copy from the host that would wait."""
+    counts = [owners.count(i) for i in range(len(values))]
+    spread = [
+        to_home(v, home).expand(n) if isinstance(v, Tensor) else home.new_full((n,), v)
+        for v, n in zip(values, counts, strict=True)
+    ]
+    return torch.cat(spread)

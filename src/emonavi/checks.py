@@ -1,0 +1,153 @@
+"""What the constructor, a group, a gradient and a checkpoint must be. Each error names the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emonavi.emotion import Emotion, Machine
+from emonavi.presets import PRESETS, Preset
+
+__all__ = [
+    "capture",
+    "checkpoint",
+    "emotion",
+    "gradient",
+    "group",
+    "on_missing_loss",
+    "options",
+    "parameters",
+    "writer",
+]
+
+# What an option is where the emotion does not have it.
+NEUTRAL: dict[str, Any] = {"use_shadow": False, "use_trust": False, "max_norm": 0.0, "min_lr": 0.0, "max_lr": None}
+DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def emotion(given: str | Emotion | Preset) -> Machine:
+    """The emotion of a name, or the one given."""
+    if isinstance(given, (Emotion, Preset)):
+        return given
+    known: dict[str, Machine] = {"adaptive": Emotion(), **PRESETS}
+    if given not in known:
+        raise ValueError(
+            f"unknown emotion {given!r}: choose from {', '.join(map(repr, known))}, or pass an emonavi.Emotion"
+        )
+    return known[given]
+
+
+def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
+    """The emotion's options, each as given or else as the emotion has it by itself."""
+    unknown = [f"{k}={v!r}" for k, v in felt.items() if v is not None and k not in machine.defaults]
+    if unknown:
+        has = ", ".join(machine.defaults) or "none of these options"
+        raise ValueError(f"emotion {machine.name!r} does not have {', '.join(unknown)}: it has {has}; leave it out")
+    own = NEUTRAL | machine.fixed | machine.defaults
+    return {k: own[k] if v is None else v for k, v in felt.items()}
+
+
+def capture(given: str | bool) -> bool:
+    """Whether to hear the loss at backward."""
+    if given not in ("auto", True, False):
+        raise ValueError(f"capture={given!r}: choose 'auto' (hear the loss at backward) or False")
+    return bool(given)
+
+
+def on_missing_loss(given: str) -> str:
+    """What a step without a loss does."""
+    if given not in ("warn", "ignore", "error"):
+        raise ValueError(f"on_missing_loss={given!r}: choose 'warn', 'ignore' or 'error'")
+    return given
+
+
+def group(merged: dict[str, Any]) -> None:
+    """The options of one group, its own and the defaults together."""
+    lr = merged["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must have one element")
+    # A device's lr is the user's own schedule: reading it here would wait for it.
+    _at_least_zero("lr", 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr)
+    betas = merged["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+        raise ValueError(f"betas={betas!r}: give two numbers from 0 up to, but not including, 1")
+    for name in ("eps", "weight_decay", "max_norm", "min_lr"):
+        _at_least_zero(name, merged[name])
+    if merged["max_lr"] is not None:
+        _at_least_zero("max_lr", merged["max_lr"], "None for no upper bound")
+        if merged["max_lr"] < merged["min_lr"]:
+            raise ValueError(
+                f"max_lr={merged['max_lr']!r} is below min_lr={merged['min_lr']!r}: raise one or lower the other"
+            )
+    if merged["fused"]:
+        raise ValueError("fused=True: this version has no fused kernels; leave it at None, and foreach is used")
+
+
+def _at_least_zero(name: str, value: Any, otherwise: str = "") -> None:
+    number = math.nan
+    if isinstance(value, (int, float, Tensor)):
+        number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"{name}={value!r}: give a finite number of at least 0{', or ' + otherwise if otherwise else ''}"
+        )
+
+
+def parameters(params: Sequence[Tensor]) -> None:
+    """Parameters that the rules can move."""
+    for p in params:
+        if p.dtype not in DENSE_FLOATS:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating-point ones can be optimized; view a complex one as real with torch.view_as_real"
+            )
+        if p.layout != torch.strided:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.layout}: only dense ones can be optimized")
+        if hasattr(p, "device_mesh"):
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a DTensor: this version does not shard; use DDP, or a plain module"
+            )
+
+
+def gradient(param: Tensor) -> None:
+    """A gradient that the rules can take in."""
+    if param.grad is not None and param.grad.layout != torch.strided:
+        raise RuntimeError(
+            f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}: only dense ones can be used; build the embedding with sparse=False"
+        )
+
+
+def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
+    """A checkpoint that was made with this emotion."""
+    groups = state_dict.get("param_groups") or [{}]
+    vector = groups[0].get("emotion")
+    if not isinstance(vector, Tensor):
+        raise ValueError(
+            "the checkpoint holds no emotion: it was not saved by an emonavi optimizer; start with a fresh one, or load it into the optimizer that saved it"
+        )
+    machines: list[Machine] = [Emotion(), *PRESETS.values()]
+    names = {e.code: e.name for e in machines}
+    code = int(vector[0])
+    if code != machine.code or len(vector) != len(machine.initial()):
+        found = names.get(code, f"an unknown emotion (code {code})")
+        raise ValueError(
+            f"the checkpoint was saved with emotion {found!r} (version {int(vector[1])}), this optimizer has {machine.name!r}: construct it with emotion={found!r}"
+        )
+
+
+def writer(given: Any) -> Any:
+    """An object with ``add_scalar``; a string becomes a TensorBoard writer on that directory."""
+    if isinstance(given, str):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"writer={given!r} needs TensorBoard: pip install tensorboard") from error
+        return SummaryWriter(log_dir=given)
+    if not callable(getattr(given, "add_scalar", None)):
+        raise TypeError(
+            f"writer={given!r} has no add_scalar(tag, value, step): pass a SummaryWriter or a log directory"
+        )
+    return given

@@ -1,0 +1,102 @@
+"""The command line: ``emonavi demo``.
+
+Only typer is imported here. What a command needs beyond it is looked for before it begins, so that a missing package
+is one line with its remedy and no traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import sys
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:  # the command is installed without the extra, too
+    typer = None  # type: ignore[assignment]
+
+__all__ = ["app", "build"]
+
+# Module -> the package that brings it.
+_DEMO_NEEDS = {
+    "typer": "typer",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "plotly": "plotly",
+    "tensorboard": "tensorboard",
+    "sklearn": "scikit-learn",
+}
+
+
+def app() -> None:
+    """Run the command ``emonavi``."""
+    if typer is None:
+        sys.exit(_refuse("emonavi", ["typer"]))
+    build()()
+
+
+def build() -> typer.Typer:
+    """Return the commands as a typer application."""
+    commands = typer.Typer(
+        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    commands.callback()(_root)
+    commands.command()(demo)
+    return commands
+
+
+def _refuse(command: str, missing: list[str]) -> int:
+    print(f'{command} needs {", ".join(missing)}: pip install "emonavi[demo]"', file=sys.stderr)
+    return 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import torch
+
+        import emonavi
+
+        print(f"emonavi {emonavi.__version__} (torch {torch.__version__}, Python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions.")] = False,
+) -> None:
+    """PyTorch optimizers that listen to the loss."""
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A fifth of the steps: under a minute.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/demo-YYYYmmdd-HHMMSS")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and batches.")] = 0,
+) -> None:
+    """Train four small tasks with EmoNavi, EmoFact, EmoLynx and AdamW at three learning rates, and compare."""
+    missing = [package for module, package in _DEMO_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        raise typer.Exit(_refuse("emonavi demo", missing))
+    folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+    if any(folder.iterdir()):
+        raise typer.BadParameter(f"{folder} is not empty: name a new folder", param_hint="--out")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a bar drawn as ??? rather than a crash where there is no UTF-8
+
+    from emonavi.bench.demo import run_demo
+
+    command = shlex.join(["emonavi", *sys.argv[1:]])
+    code = 130
+    with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the report is written
+        code = run_demo(folder, quick=quick, seed=seed, workers=workers, command=command)
+    raise typer.Exit(code)

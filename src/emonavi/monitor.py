@@ -1,0 +1,114 @@
+"""What an optimizer feels, as plain numbers: a snapshot to read, and a recorder that writes it step by step."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emonavi.emotion import Machine
+
+__all__ = ["Recorder", "Snapshot"]
+
+RING = 50  # steps that wait on a device before they are written
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the optimizer feels.
+
+    ``loss`` is the loss last felt (NaN before any), ``short``, ``medium`` and ``long`` are its running means,
+    ``scalar`` is the emotional scalar in [-1, 1]: positive while the loss rises, negative while it improves.
+    ``tension`` is how far the loss stands above its medium memory, in units of its own noise. ``trust`` is the smoothed
+    cosine between each gradient and the step before it: positive means that steps were too short. ``drive``
+    multiplies lr. ``grad_norm`` is the last gradient's. What an emotion does not have is NaN.
+    """
+
+    mood: str
+    loss: float
+    short: float
+    medium: float
+    long: float
+    scalar: float
+    tension: float
+    trust: float
+    drive: float
+    grad_norm: float
+    steps: int
+    skipped_steps: int
+    ignored_losses: int
+    should_stop: bool
+
+    @classmethod
+    def of(cls, emotion: Machine, vector: Tensor) -> Snapshot:
+        """Read the state vector of an emotion."""
+        state: Any = emotion.unpack(vector)
+        values = {name: float(value) for name, value in state._asdict().items() if value.dim() == 0}
+        stop = bool(emotion.should_stop(state))
+        offset = values.get("first", 0.0)  # the adaptive memories hold the loss relative to the first one
+        memories = {
+            k: values[k] + offset if values["losses"] and k in values else math.nan for k in ("short", "medium", "long")
+        }
+        return cls(
+            mood=emotion.mood_word(values, stop),
+            loss=values["loss"] if values["losses"] else math.nan,
+            **memories,
+            scalar=values["scalar"],
+            tension=values.get("tension", math.nan),
+            trust=values.get("trust", math.nan),
+            drive=math.exp(values["log_drive"]),
+            grad_norm=values["grad_norm"],
+            steps=int(values["steps"]),
+            skipped_steps=int(values["skipped_steps"]),
+            ignored_losses=int(values["ignored_losses"]),
+            should_stop=stop,
+        )
+
+
+class Recorder:
+    """Writes the emotion to anything with ``add_scalar(tag, value, step)``.
+
+    On the CPU each step is written at once. On a device, where reading waits, the steps are kept there and written
+    together every 50 steps, by ``flush()``, and when the recorder goes.
+    """
+
+    def __init__(self, writer: Any, emotion: Machine) -> None:
+        self.writer = writer
+        self._emotion = emotion
+        self._ring: list[tuple[Tensor, Tensor]] = []
+        # A function of the parts, not a method: a finalizer that held the recorder would keep it alive.
+        self._finalizer = weakref.finalize(self, _write, self._ring, writer, emotion)
+
+    def record(self, vector: Tensor, effective_lr: Tensor) -> None:
+        """Take in the state after a step."""
+        self._ring.append((vector.clone(), effective_lr))
+        if vector.device.type == "cpu" or len(self._ring) >= RING:
+            _write(self._ring, self.writer, self._emotion)
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        _write(self._ring, self.writer, self._emotion)
+        if callable(getattr(self.writer, "flush", None)):
+            self.writer.flush()
+
+
+def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:
+    waiting, ring[:] = list(ring), []
+    if not waiting:
+        return
+    vectors = torch.stack([vector for vector, _ in waiting]).cpu()
+    for vector, (_, rates) in zip(vectors, waiting, strict=True):
+        felt = Snapshot.of(emotion, vector)
+        values = {f"emo/lr/group_{i}": rate for i, rate in enumerate(rates.tolist())}
+        values |= {
+            "emo/scalar": felt.scalar, "emo/trust": felt.trust, "emo/drive": felt.drive, "emo/tension": felt.tension,
+            "emo/loss_short": felt.short, "emo/loss_long": felt.long, "emo/grad_norm": felt.grad_norm,
+            "emo/should_stop": float(felt.should_stop),
+        }  # fmt: skip
+        for tag, value in values.items():
+            if not math.isnan(value):
+                writer.add_scalar(tag, value, felt.steps)

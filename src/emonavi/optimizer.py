@@ -1,0 +1,468 @@
+"""EmoOptimizer: groups, buckets, state and the library's only ``step()``.
+
+One step is, in order: which loss counts (``intake``), what it feels like (``emotion``), may this gradient act (the
+guard), one sweep over the tensors (a rule file), what the sweep says of the last step (reflection). The emotion knows
+numbers only and a rule knows tensors and ready scalars only; this is the one place that knows both.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
+
+from emonavi import checks
+from emonavi.active import Active, per_tensor
+from emonavi.checkpoint import load_exactly
+from emonavi.distributed import agreed_loss
+from emonavi.emotion import Emotion, Machine, Mood, Options, Sums
+from emonavi.intake import Intake, Loss, listen
+from emonavi.monitor import Recorder, Snapshot
+from emonavi.presets import Preset
+from emonavi.sweep import Bucket, Reflected, gather, to_home, total_norm, wide
+
+__all__ = ["EmoOptimizer"]
+
+ParamsT: TypeAlias = Iterable[Any]
+UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
+
+
+class EmoOptimizer(torch.optim.Optimizer):
+    """Base of the siblings. A sibling adds its state, its scalars and its rule; see ``navi.py``.
+
+    Args:
+        params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define groups.
+        lr: first guess of the learning rate; the emotion multiplies it by its drive. A float or a 0-d tensor.
+        betas: decay rates of the first and the second memory.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay; it follows the drive.
+        emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``), or an :class:`~emonavi.Emotion`.
+        use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
+            :meth:`calm` evaluates with it. 4 bytes per parameter.
+        use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
+        max_norm: how tightly outlying gradients are scaled down, against the run's own history; smaller is tighter,
+            0 is off. In ``"v4"``: the norm above which the lr shrinks for good.
+        min_lr: the effective lr does not fall below this, or below the group's lr where that is lower.
+        max_lr: the effective lr does not rise above this.
+        writer: an object with ``add_scalar(tag, value, step)``, or a log directory for TensorBoard.
+        capture: ``"auto"`` hears the loss at backward; False only takes the losses it is told.
+        on_missing_loss: ``"warn"`` (once, after several steps), ``"ignore"`` or ``"error"``.
+        process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
+            ``torch.distributed`` is initialised, None is never.
+        maximize: climb instead of descend.
+        foreach: update lists of tensors in cache-sized pieces (None: yes) or tensor by tensor (False).
+        fused: not available yet; True raises.
+        capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
+
+    Raises:
+        ValueError: an option is out of range, or the emotion does not have it.
+        TypeError: an option is unknown or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        emotion: str | Emotion | Preset = "adaptive",
+        use_shadow: bool | None = None,
+        use_trust: bool | None = None,
+        max_norm: float | None = None,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        writer: Any = None,
+        capture: str | bool = "auto",
+        on_missing_loss: str = "warn",
+        process_group: Any = "auto",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+    ) -> None:
+        machine = checks.emotion(emotion)
+        felt = {
+            "use_shadow": use_shadow,
+            "use_trust": use_trust,
+            "max_norm": max_norm,
+            "min_lr": min_lr,
+            "max_lr": max_lr,
+        }
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
+            "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self._setup(machine, checks.capture(capture), checks.on_missing_loss(on_missing_loss), process_group)
+        # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
+        self.param_groups[0]["emotion"] = self._fresh()
+        self.writer = writer
+
+    def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
+        """Set what is not part of a checkpoint."""
+        self._begun = False
+        self._emotion = machine
+        self._capture = capture
+        self._on_missing_loss = on_missing_loss
+        self._process_group = process_group
+        self._unfed = 0
+        self._warned = False
+        self._is_calm = False
+        self._recorder: Recorder | None = None
+        me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
+
+        def params() -> Iterator[Tensor]:
+            alive = me()
+            return (p for g in alive.param_groups for p in g["params"]) if alive is not None else iter(())
+
+        self._intake = Intake(params)
+        if capture:
+            listen(self._intake)
+
+    @classmethod
+    def describe(cls, head: str, example: str) -> str:
+        """A sibling's docstring: its own head and example around the arguments that all share."""
+        shared = (EmoOptimizer.__doc__ or "").partition("\n\n")[2]  # None under python -OO
+        return f"{head}\n\n{shared.rstrip()}\n{example}"
+
+    # What a sibling adds ----------------------------------------------------------------------------------------
+
+    def _layout(self, param: Tensor) -> tuple[str, ...]:
+        """Names of the state tensors of a parameter, in the order that its rule takes them."""
+        raise NotImplementedError
+
+    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The state tensors of a parameter, under the names of its layout."""
+        raise NotImplementedError
+
+    def _rule(self, layout: tuple[str, ...]) -> tuple[Callable[..., list[Reflected]], bool]:
+        """The rule for a layout, and whether it is elementwise."""
+        raise NotImplementedError
+
+    def _scalars(
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_sizes: Tensor, trust: Tensor | None
+    ) -> dict[str, Any]:
+        """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
+        raise NotImplementedError
+
+    def _decay_rate(self, group: dict[str, Any]) -> float:
+        """Weight decay for each unit of effective lr."""
+        return float(group["weight_decay"])
+
+    # The step ---------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: re-evaluates the model, under ``enable_grad``, and may return the loss.
+            loss: the loss of this step, where it is at hand: a number or a tensor of one element. Without it the
+                loss is the one observed, or captured at backward. A step without any loss is legal.
+
+        Returns:
+            The loss that counted, or what the closure returned, or None.
+
+        Raises:
+            ValueError: both ``closure`` and ``loss`` are given, or the loss is not one number.
+            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
+        """
+        if closure is not None and loss is not None:
+            raise ValueError("step() got both a closure and loss=: pass the one that should count")
+        self._refuse_inside_calm("step()")
+        heard, returned = self._intake.take(loss, closure)
+        active = self._collect()
+        if active is None:
+            return returned
+        self._note_missing(heard)
+        vector = self._vector()
+        state: Any = self._emotion.unpack(vector)
+        options = active.options(self.param_groups)
+        if not self._begun:
+            state = self._emotion.begin(state, self._rms(vector), active.lr.max(), options)
+        heard = agreed_loss(heard, vector, self._process_group)
+        if heard is not None:
+            state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
+        state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
+        sums = self._sweep(active, self._emotion.mood(state, acts, grad_scale, options), acts, options)
+        state = self._emotion.reflect(state, sums, acts, options)
+        active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
+        vector.copy_(self._emotion.pack(state))
+        self._begun = True
+        self._intake.clear()
+        if self._recorder is not None:
+            self._recorder.record(vector, self._effective_lr(vector))
+        return returned
+
+    def _collect(self) -> Active | None:
+        """Everything with a gradient, its state made where it is missing; None where nothing is to move."""
+        groups = self.param_groups
+        found = [(p, i) for i, g in enumerate(groups) for p in g["params"] if p.grad is not None and p.numel()]
+        for p, _ in found:
+            checks.gradient(p)
+        states = [self._state_of(p) for p, _ in found]
+        # An lr that lives on a device is never read: it counts as not 0.
+        moves = [
+            lr.device.type != "cpu" or bool(lr != 0) if isinstance(lr := g["lr"], Tensor) else lr != 0 for g in groups
+        ]
+        if not found or not any(moves):
+            return None
+        rates = [self._decay_rate(g) for g in groups]
+        return Active.of(found, states, groups, rates, self._vector())
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
+                state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
+            state.update(self._init_state(param))
+        if "shadow" not in state and self.param_groups[0]["use_shadow"]:
+            state["shadow"] = wide(param.detach()).clone()
+        return state
+
+    def _sweep(self, active: Active, mood: Mood, acts: Tensor, options: Options) -> Sums:
+        """Move every tensor, bucket by bucket, and gather what reflection needs."""
+        own_lr, step_sizes, decays = active.rates(mood)
+        reflect = self._emotion.reflects and options.use_trust
+        # On the CPU a value can be read without waiting for anything.
+        predicated = active.lr.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        skip = not predicated and not bool(acts)
+        parts, excess = [], []
+        for (index, device, dtype, layout), places in active.buckets(self._layout).items():
+            group = self.param_groups[index]
+            rule, split = self._rule(layout)
+            bucket = Bucket.of(
+                active.params, active.grads, active.states, places, layout,
+                split=split, foreach=group["foreach"] is not False, predicated=predicated,
+            )  # fmt: skip
+            if options.use_shadow:
+                shadows = [active.states[i]["shadow"] for i in places]
+                excess += bucket.lean(shadows, mood.pull, mood.follow, reflect and not skip)
+            if skip:
+                continue
+            at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
+            scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
+            scalars |= {"decays": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            number = torch.promote_types(dtype, torch.float32)
+            scalars = {k: _spread(v, device, number) for k, v in scalars.items()}
+            parts += bucket.move(rule, scalars, mood.grad_scale, acts)
+        # The first step of a tensor has none before it to be compared with.
+        return gather(parts, excess, torch.where(active.steps > 1, own_lr, 0.0))
+
+    def _note_missing(self, heard: Loss | None) -> None:
+        """Count real steps without a loss, and say so once."""
+        if heard is not None or self._on_missing_loss == "ignore":
+            self._unfed = 0
+            return
+        remedy = "pass step(loss=loss), call optimizer.observe(loss), or leave capture='auto' on"
+        if self._on_missing_loss == "error":
+            raise RuntimeError(f"step() has no loss: {remedy}")
+        self._unfed += 1
+        if self._unfed == UNFED_STEPS and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss is "
+                f"not felt and should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
+                stacklevel=4,
+            )
+
+    def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
+        """The loss as the emotion takes it: a number to be made small."""
+        value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
+        return -value if self.param_groups[0]["maximize"] else value
+
+    # What can be read -------------------------------------------------------------------------------------------
+
+    @property
+    def emotion(self) -> Snapshot:
+        """A snapshot of what the optimizer feels, as plain numbers. Reading it waits for the device."""
+        return Snapshot.of(self._emotion, self._vector())
+
+    @property
+    def should_stop(self) -> bool:
+        """True while there is next to nothing left to learn; it can turn False again. Waits for the device."""
+        vector = self._vector()
+        return bool(self._emotion.should_stop(self._emotion.unpack(vector)))
+
+    @property
+    def effective_lr(self) -> list[float]:
+        """Lr times drive for each group, within ``min_lr`` and ``max_lr``. Waits for the device."""
+        return self._effective_lr(self._vector()).tolist()
+
+    def _effective_lr(self, vector: Tensor) -> Tensor:
+        drive = self._emotion.unpack(vector).log_drive.exp() if self._begun else vector.new_ones(())
+        groups = range(len(self.param_groups))
+        lr, low, high = (
+            per_tensor([g[k] if g[k] is not None else torch.inf for g in self.param_groups], groups, vector)
+            for k in ("lr", "min_lr", "max_lr")
+        )
+        return torch.clamp(lr * drive, torch.minimum(lr, low), high)
+
+    # What can be told -------------------------------------------------------------------------------------------
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
+        self._intake.observe(loss)
+
+    def reset_emotion(self) -> None:
+        """Begin a new stage (another task, stacked training) with weights and moments as they are, and a fresh emotion."""
+        self._vector().copy_(self._fresh(self._vector()))
+        self._begun = False
+        self._intake.clear()
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["lr_peak"] = 0.0
+                for p in group["params"]:
+                    state = self.state.get(p, {})
+                    for name, value in (("drive", 1.0), ("trust", 0.0), ("shadow", p)):
+                        if name in state:
+                            state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
+
+    @contextmanager
+    def calm(self) -> Iterator[None]:
+        """Put the shadow in the place of the weights, for evaluation; the weights return at the end, whatever happens.
+
+        While it lasts, a copy of the weights is held. BatchNorm's statistics are not averaged: where a model has
+        them, ``torch.optim.swa_utils.update_bn`` sets them from data.
+
+        Raises:
+            RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
+                called inside it.
+
+        Example:
+            >>> import torch, emonavi
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> with optimizer.calm():
+            ...     evaluated = model(torch.ones(1, 2))
+        """
+        self._refuse_inside_calm("calm()")
+        pairs = [
+            (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
+        ]
+        if not pairs:
+            raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
+        held = [p.detach().clone() for p, _ in pairs]
+        self._is_calm = True
+        try:
+            torch._foreach_copy_([p.detach() for p, _ in pairs], [shadow for _, shadow in pairs])
+            yield
+        finally:
+            torch._foreach_copy_([p.detach() for p, _ in pairs], held)
+            self._is_calm = False
+
+    def _refuse_inside_calm(self, what: str) -> None:
+        if self._is_calm:
+            raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
+
+    @property
+    def writer(self) -> Any:
+        """Where the emotion is written to; not part of a checkpoint. A string is a TensorBoard log directory."""
+        return None if self._recorder is None else self._recorder.writer
+
+    @writer.setter
+    def writer(self, writer: Any) -> None:
+        self.flush()
+        self._recorder = None if writer is None else Recorder(checks.writer(writer), self._emotion)
+
+    def flush(self) -> None:
+        """Write what is waiting to be written."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    # Groups and checkpoints -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
+        checks.group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            checks.parameters(group["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
+        group.setdefault("lr_peak", 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``; the emotion is in the first group."""
+        self._refuse_inside_calm("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``, but state keeps the dtype that it was saved in, so that resuming is exact.
+
+        Raises:
+            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+        """
+        self._refuse_inside_calm("load_state_dict()")
+        load_exactly(super().load_state_dict, self, state_dict, self._emotion)
+        self._note_begun()
+        self._intake.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        settings = (self._emotion, self._capture, self._on_missing_loss)
+        return {**super().__getstate__(), "_settings": settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = state.pop("_settings", None)
+        super().__setstate__(state)
+        if settings is not None:  # unpickled or copied: torch keeps groups and state only
+            emotion, capture, missing = settings
+            self._setup(emotion, capture, missing, "auto")
+            self._note_begun()
+
+    def _note_begun(self) -> None:
+        """Whether a real step was made, read from the state."""
+        state = self._emotion.unpack(self._vector())
+        self._begun = bool(state.steps + state.skipped_steps > 0)
+
+    def _fresh(self, like: Tensor | None = None) -> Tensor:
+        """The state vector before anything was felt."""
+        device = self._home() if like is None else like.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        vector = torch.tensor(self._emotion.initial(), dtype=dtype, device=device)
+        place = self._emotion.index("lr_ref")
+        for group in self.param_groups:
+            lr = group["lr"]
+            vector[place] = (
+                torch.maximum(vector[place], to_home(lr, vector))
+                if isinstance(lr, Tensor)
+                else max(float(vector[place]), lr)
+            )
+        return vector
+
+    def _home(self) -> torch.device:
+        return next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+
+    def _vector(self) -> Tensor:
+        """The emotion's state, on the device of the first parameter: a model may move after construction."""
+        head = self.param_groups[0]
+        if head["emotion"].device != self._home():
+            head["emotion"] = head["emotion"].to(self._home())
+        return head["emotion"]
+
+    def _rms(self, vector: Tensor) -> Tensor:
+        """Root of the mean square of all weights that train."""
+        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
+        return total_norm(trained, vector) / sum(p.numel() for p in trained) ** 0.5
+
+
+def _spread(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A 1-D tensor as a list of 0-d tensors where and as the rule computes; all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device, dtype)
+    return list(value.unbind()) if value.dim() == 1 else value

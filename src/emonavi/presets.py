@@ -1,0 +1,183 @@
+r"""The published generations v1, v3 and v4 as emotions, kept for fidelity.
+
+For a loss :math:`l`, with both memories starting at the first loss::
+
+    short = 0.3 l + 0.7 short         long = 0.01 l + 0.99 long
+    scalar s = tanh(5 (short - long))                                        v1, v3
+    scalar s = tanh(5 (short - long) / (1 + |previous s|))                   v4
+
+    ratio r:  s > 0.6: 0.7 + 0.2 s;  s < -0.6: 0.1;  |s| > 0.3: 0.3;  else 0   v1
+    ratio r:  |s| > 0.1: |s|;  else 0                                          v3, v4
+    shadow:   the first r > 0 copies p; later ones move p by r to the shadow, then the shadow by 5 % (v4: 10 % of the
+              trust) to p
+    step:     lr (v1), lr (1 - |s|) (v3, v4), not corrected for bias
+    trust:    1 - s^2 (v4 with ``use_trust``), else 1
+    norm control (v4): avg = 0.9 avg + 0.1 norm(g); avg > max_norm multiplies lr by 0.95^(avg / max_norm), for good
+    should_stop: the last 32 scalars have a mean |s| below 0.05 and a variance below 0.005
+
+What these emotions do to training is measured in the documentation; the default is
+:class:`~emonavi.emotion.Emotion`. Source: muooon/EmoNavi (Apache-2.0), whose formulas these are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emonavi.emotion import Mood, Options, Sums, keep, regular
+
+__all__ = ["PRESETS", "Preset", "PresetState"]
+
+HISTORY = 32
+
+
+class PresetState(NamedTuple):
+    """A preset's memory: 0-d tensors, and the ring of the last 32 scalars at the end of the vector."""
+
+    code: Tensor
+    version: Tensor
+    steps: Tensor
+    skipped_steps: Tensor
+    ignored_losses: Tensor
+    losses: Tensor
+    window: Tensor
+    last_window: Tensor
+    loss: Tensor
+    short: Tensor
+    long: Tensor
+    scalar: Tensor
+    cast: Tensor  # 1 once the shadow holds a copy of the parameters
+    ratio: Tensor  # of the coming update
+    log_drive: Tensor  # of the norm control
+    norm_avg: Tensor
+    grad_norm: Tensor
+    lr_ref: Tensor
+    history: Tensor  # shape (32,), a ring indexed by ``losses``
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published generation. It has the protocol of :class:`~emonavi.emotion.Emotion`."""
+
+    name: str
+    code: int
+    defaults: dict[str, Any]
+    habituates: bool = False  # v4: a scalar far from zero dampens the next one
+    shrinks: bool = True  # the step shrinks by 1 - |s|
+    staged: bool = False  # v1: the ratio's stages
+    follows: float = 0.05
+    fixed: dict[str, Any] = field(default_factory=dict)  # options that this generation does not let anyone choose
+
+    corrects_bias: ClassVar[bool] = False
+    reflects: ClassVar[bool] = False
+
+    def initial(self) -> list[float]:
+        """The state vector before anything was felt."""
+        start = dict.fromkeys(PresetState._fields[:-1], 0.0) | {"code": float(self.code), "version": 1.0}
+        return [*start.values(), *[0.0] * HISTORY]
+
+    def index(self, name: str) -> int:
+        """Place of an entry in the vector."""
+        return PresetState._fields.index(name)
+
+    def unpack(self, vector: Tensor) -> PresetState:
+        """View the vector as named tensors."""
+        return PresetState._make([*vector[:-HISTORY].unbind(), vector[-HISTORY:]])
+
+    def pack(self, state: PresetState) -> Tensor:
+        """One vector from named tensors."""
+        return torch.cat([torch.stack(state[:-1]), state.history])
+
+    def begin(self, state: PresetState, rms: Tensor, lr: Tensor, options: Options) -> PresetState:
+        """Presets start at the user's lr."""
+        return state._replace(lr_ref=torch.where(state.lr_ref > 0, state.lr_ref, lr))
+
+    def feel(self, state: PresetState, loss: Tensor, window: int) -> PresetState:
+        """Take in a loss that is the sum of ``window`` backward calls."""
+        finite, usual, state = regular(state, loss, window)
+        felt: Tensor = finite & usual
+        short = torch.where(state.losses == 0, loss, 0.3 * loss + 0.7 * state.short)
+        long = torch.where(state.losses == 0, loss, 0.01 * loss + 0.99 * state.long)
+        habit = 1 + state.scalar.abs() if self.habituates else 1.0
+        scalar = torch.tanh(5 * (short - long) / habit)
+        place = torch.arange(HISTORY, device=loss.device) == state.losses % HISTORY
+        new = state._replace(
+            losses=state.losses + 1, loss=loss, short=short, long=long, scalar=scalar,
+            ratio=self._ratio(scalar), history=torch.where(place, scalar, state.history),
+        )  # fmt: skip
+        return keep(felt, new, state)
+
+    def _ratio(self, s: Tensor) -> Tensor:
+        if not self.staged:
+            return torch.where(s.abs() > 0.1, s.abs(), 0.0)
+        mild = 0.3 * (s.abs() > 0.3).to(s.dtype)
+        return torch.where(s > 0.6, 0.7 + 0.2 * s, torch.where(s < -0.6, 0.1, mild))
+
+    def guard(self, state: PresetState, norm: Tensor, options: Options) -> tuple[PresetState, Tensor, Tensor]:
+        """Whether the update may act. The published generations have no guard; skipping a NaN is this library's."""
+        finite = torch.isfinite(norm)
+        avg = 0.9 * state.norm_avg + 0.1 * norm
+        new = keep(finite, state._replace(norm_avg=avg, grad_norm=norm), state)
+        return new._replace(skipped_steps=state.skipped_steps + ~finite), finite, torch.ones_like(norm)
+
+    def mood(self, state: PresetState, acts: Tensor, grad_scale: Tensor, options: Options) -> Mood:
+        """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
+        one = torch.ones_like(state.scalar)
+        trust = 1 - state.scalar**2 if options.use_trust else None
+        follow = self.follows * (one if trust is None else trust)
+        leans = acts & (state.ratio > 0)
+        return Mood(
+            drive=torch.exp(state.log_drive),
+            scale=1 - state.scalar.abs() if self.shrinks else one,
+            trust=trust,
+            grad_scale=grad_scale,
+            pull=torch.where(leans & (state.cast > 0), state.ratio, 0.0),
+            # The first time, the shadow is cast: it moves all the way.
+            follow=torch.where(leans, torch.where(state.cast > 0, follow, one), 0.0),
+        )
+
+    def mood_word(self, values: dict[str, float], stop: bool) -> str:
+        """One word for what it feels like now."""
+        if stop:
+            return "done"
+        return "tense" if values["scalar"] > 0.3 else "eager" if values["scalar"] < -0.3 else "steady"
+
+    def reflect(self, state: PresetState, sums: Sums, acted: Tensor, options: Options) -> PresetState:
+        """Norm control: a ratchet that acts from the next step on."""
+        ratchet = torch.zeros_like(state.log_drive)
+        if options.max_norm > 0:
+            excess = state.norm_avg / options.max_norm
+            ratchet = torch.where(acted & (excess > 1), excess * math.log(0.95), 0.0)
+        return state._replace(
+            steps=state.steps + acted,
+            cast=torch.where(acted & (state.ratio > 0), torch.ones_like(state.cast), state.cast),
+            log_drive=state.log_drive + ratchet,
+        )
+
+    def reflect_each(
+        self, state: PresetState, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
+    ) -> tuple[Tensor, Tensor]:
+        """Presets have one mood for all tensors: what each keeps stays as it is."""
+        return drive, trust
+
+    def should_stop(self, state: PresetState) -> Tensor:
+        """The published rule, over steps that felt a loss."""
+        quiet = (state.history.abs().mean() < 0.05) & (state.history.var(correction=0) < 0.005)
+        return quiet & (state.losses >= HISTORY)
+
+
+PRESETS = {
+    "v1": Preset("v1", 101, {}, shrinks=False, staged=True, fixed={"use_shadow": True}),
+    "v3": Preset("v3", 103, {"use_shadow": False}),
+    "v4": Preset(
+        "v4",
+        104,
+        {"use_shadow": False, "use_trust": True, "max_norm": 1.0, "min_lr": 1e-6},
+        habituates=True,
+        follows=0.1,
+    ),
+}

@@ -1,0 +1,56 @@
+"""The siblings, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from emonavi.fact import EmoFact
+from emonavi.lynx import EmoLynx
+from emonavi.navi import EmoNavi
+from emonavi.optimizer import EmoOptimizer
+
+__all__ = ["SIBLINGS", "Sibling", "available", "create"]
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """One optimizer of the family."""
+
+    name: str
+    cls: type[EmoOptimizer]
+    kind: str
+    state_bytes: str  # per float32 parameter
+    description: str
+
+
+SIBLINGS = {
+    s.name: s
+    for s in (
+        Sibling("emonavi", EmoNavi, "Adam", "8", "the default: from scratch and for fine-tuning"),
+        Sibling("emofact", EmoFact, "Adafactor", "under 0.2 for matrices", "when memory is short"),
+        Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory; large batches"),
+    )
+}
+
+
+def available() -> list[str]:
+    """Names that :func:`create` knows."""
+    return list(SIBLINGS)
+
+
+def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
+    """Construct a sibling by its name, in any case.
+
+    Raises:
+        ValueError: there is no sibling of that name.
+
+    Example:
+        >>> import torch, emonavi
+        >>> type(emonavi.create("emolynx", [torch.nn.Parameter(torch.ones(2))], lr=1e-4)).__name__
+        'EmoLynx'
+    """
+    sibling = SIBLINGS.get(name.lower())
+    if sibling is None:
+        raise ValueError(f"no optimizer {name!r}: choose from {', '.join(SIBLINGS)}")
+    return sibling.cls(params, **options)
