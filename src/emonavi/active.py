@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emonavi.emotion import Mood, Options
-from emonavi.sweep import to_home
+from emonavi.sweep import Bucket, to_home
 
 __all__ = ["Active", "per_tensor"]
 
@@ -88,6 +88,12 @@ class Active(NamedTuple):
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
             buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
         return buckets
+
+    def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
+        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
+        lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
+        lists |= {name: [self.states[i][name] for i in places] for name in layout}
+        return Bucket(places, lists, **how)
 
     def keep(self, acts: Tensor, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps."""

@@ -17,7 +17,10 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
 
     trust += max(0.1, 1/n) (c_t - trust)      fast += max(0.3, 1/n) (c_t - fast)
     noise += max(0.1, 1/(n+1)) ((c_t - trust)^2 - noise)
-    log drive += 0.05 clip((trust - target) / 0.1, -1, 1),  or a faster growth while trust is beyond doubt
+    T      = 2.38 fast / sqrt(noise)                                    fast's own t-statistic
+    slow   = min(0.05, 1/n) clip(trust / 0.1, -1, 1)                    within the noise: at most like n or 1/n
+    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T - 2) / 4, 0, 1))   beyond doubt, in either direction
+    log drive += sure where |sure| > |slow|, else slow
 
 Everything is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -63,7 +66,6 @@ class Sums(NamedTuple):
     grad_grad: Tensor  # <g, g> in the rule's metric
     step_step: Tensor  # <u, u> in the rule's metric
     weight: Tensor  # the tensor's effective lr; 0 where it takes no part
-    excess: Tensor  # <g, p - shadow> / 2, summed over all tensors (0-d)
 
 
 class Mood(NamedTuple):
@@ -113,10 +115,6 @@ class State(NamedTuple):
     grad_norm: Tensor
     log_norm: Tensor
     log_norm_var: Tensor
-    excess: Tensor  # how much worse the loss is at p than at the shadow
-    shadow_loss: Tensor
-    shadow_loss_min: Tensor
-    short_raw: Tensor
 
 
 class Machine(Protocol):
@@ -204,8 +202,9 @@ class Emotion:
     Args:
         start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower), because
             one Adam step then moves weights by a tenth of a percent.
-        pace: largest change of the log drive per step by steady reflection.
-        growth: largest change per step while trust is beyond doubt, which re-opens the drive after a plateau.
+        pace: largest change of the log drive per step within the noise; after 1/pace steps it falls like 1/step.
+        sure: largest change per step where trust is beyond doubt: it opens a run, re-opens it after a plateau, and
+            backs off from a step that is clearly too long.
         tensor_pace: the same for one tensor's own drive; slower than the global one, so that the two do not fight.
         tensor_range: bound on one tensor's log drive.
         brake: largest cut of the log drive per step by tension.
@@ -224,7 +223,7 @@ class Emotion:
 
     start: float = 1e-3
     pace: float = 0.05
-    growth: float = 0.10
+    sure: float = 0.10
     tensor_pace: float = 0.02
     tensor_range: float = 2.0
     brake: float = 0.05
@@ -378,9 +377,12 @@ class Emotion:
         if options.use_trust:
             # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
             t_value = 2.38 * state.fast * torch.rsqrt(torch.clamp(state.noise, min=1e-12))
-            grow = self.growth * torch.clamp((t_value - 2) / 4, 0, 1)
-            steady = self.pace * torch.clamp((state.trust - self._target(state)) / 0.1, -1, 1)
-            change = torch.where(grow > steady.abs(), grow, steady)
+            sure = self.sure * torch.sign(t_value) * torch.clamp((t_value.abs() - 2) / 4, 0, 1)
+            # Noise pulls the greedy optimum down at once. A run without a horizon has no clock but its own age: within
+            # the noise the drive moves no faster than the age to the power of 1 or -1.
+            pace = torch.clamp(1 / state.reflections.clamp(min=1), max=self.pace)
+            slow = pace * torch.clamp(state.trust / 0.1, -1, 1)
+            change = torch.where(sure.abs() > slow.abs(), sure, slow)
             change = torch.where(seen & (state.reflections > 3), change, 0.0)
         else:
             change = torch.clamp(-state.log_drive, -self.pace, self.pace) * (state.tension < 1)
@@ -400,10 +402,6 @@ class Emotion:
             rest=torch.where(acted, torch.clamp(state.rest - 1, min=0), state.rest),
             goal=torch.where(resting | healing, state.goal, NEVER),
         )
-
-    def _target(self, state: State) -> Tensor:
-        """The trust at which the drive stands still."""
-        return torch.zeros_like(state.trust)
 
     def _bounded(self, log_drive: Tensor, options: Options) -> Tensor:
         """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""

@@ -22,7 +22,6 @@ Sources: Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235); r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
-from emonavi.sweep import Reflected, dot, wide
+from emonavi.sweep import Reflected, Rule, dot, wide
 
 __all__ = ["EmoFact", "emofact"]
 
@@ -70,149 +69,84 @@ class EmoFact(EmoOptimizer):
         shapes = {
             "exp_avg_row": (len(param), *(1 for _ in param.shape[1:])),
             "exp_avg_col": (1, *param.shape[1:]),
-            "exp_avg_sample": sample(param.detach()).shape,
+            "exp_avg_sample": sample(param.detach()[None])[0].shape,
         }
         return {name: like.new_zeros(shapes[name]) for name in self._layout(param)}
 
-    def _rule(self, layout: tuple[str, ...]) -> tuple[Callable[..., list[Reflected]], bool]:
+    def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return (emonavi, True) if "exp_avg" in layout else (emofact, False)
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_sizes: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
     ) -> dict[str, Any]:
         corrects = self._emotion.corrects_bias
         if "exp_avg" in layout:
-            return adam_scalars(group, steps, step_sizes, corrects) | {"grad_trust": trust}
+            return adam_scalars(group, steps, step_size, corrects) | {"grad_trust": trust}
         beta1, eps = group["betas"][0], group["eps"]
-        biases = 1 - beta1**steps if corrects else torch.ones_like(steps)
+        bias = 1 - beta1**steps if corrects else torch.ones_like(steps)
         floor = eps * eps if corrects else eps
-        return {"beta1": beta1, "eps": eps, "floor": floor, "step_sizes": step_sizes, "biases": biases, "trust": trust}
+        return {"beta1": beta1, "eps": eps, "floor": floor, "step_size": step_size, "bias": bias, "trust": trust}
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """At most :data:`SAMPLE` of a tensor's elements, spread over it."""
+def sample(batch: Tensor) -> Tensor:
+    """At most :data:`SAMPLE` elements of each tensor of a batch, spread over it: (n, ...) becomes (n, SAMPLE or less)."""
+    flat = batch.reshape(len(batch), -1)
     # An odd stride does not run down one column of a matrix whose width is a power of two.
-    stride = -(-tensor.numel() // SAMPLE)
-    return tensor.reshape(-1)[:: stride + (stride > 1 and stride % 2 == 0)]
+    stride = -(-flat.shape[1] // SAMPLE)
+    return flat[:, :: stride + (stride > 1 and stride % 2 == 0)]
 
 
 def emofact(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_rows: list[Tensor],
-    exp_avg_cols: list[Tensor],
-    exp_avg_samples: list[Tensor] | None = None,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg_row: Tensor,
+    exp_avg_col: Tensor,
+    exp_avg_sample: Tensor | None = None,
     *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    biases: list[Tensor],
+    step_size: Tensor,
+    decay: Tensor | None,
+    bias: Tensor,
     beta1: float,
     eps: float,
     floor: float,
     trust: Tensor | None = None,
     reflect: bool = True,
-    foreach: bool = True,
-) -> list[Reflected]:
+) -> Reflected | None:
     """Functional form of the rule for two or more dimensions; updates parameters and memories in place.
 
     Args:
-        params: tensors of shape (r, ...) to move; ``grads`` is parallel to it, of equal shapes.
-        exp_avg_rows: of shape (r, 1, ...); ``exp_avg_cols``: of shape (1, ...).
-        exp_avg_samples: 1-D, as :func:`sample` gives them; needed to reflect.
-        step_sizes: 0-d, for each tensor: the effective lr.
-        decays: 0-d, for each tensor: the factor of weight decay, or None for none.
-        biases: 0-d, for each tensor: ``1 - beta1^k``.
+        param: a batch of n tensors to move, of shape (n, r, ...).
+        grad: their gradients, of the same shape; not written to.
+        exp_avg_row: their memory of rows, of shape (n, r, 1, ...).
+        exp_avg_col: their memory of columns, of shape (n, 1, ...).
+        exp_avg_sample: their memory of some coordinates, as :func:`sample` gives them; needed to reflect.
+        step_size: effective lr; 0-d, or of shape (n, 1, 1, ...) for each tensor its own.
+        decay: the factor of weight decay, shaped like ``step_size``, or None for none.
+        bias: ``1 - beta1^k``, shaped like ``step_size``.
+        beta1: decay rate of the memories.
+        eps: added to the denominator.
         floor: added to each mean of squares.
         trust: 0-d, scales what the memories take in.
         reflect: compute the sums of reflection.
-        foreach: update the lists together instead of one tensor after the other.
 
     Returns:
-        For each tensor the three 0-d sums of reflection; an empty list without ``reflect``.
+        The three sums of reflection, each of shape (n,), or None without ``reflect``.
     """
-    rule = _multi_tensor_emofact if foreach else _single_tensor_emofact
-    return rule(
-        params, grads, exp_avg_rows, exp_avg_cols, exp_avg_samples, step_sizes=step_sizes, decays=decays,
-        biases=biases, beta1=beta1, eps=eps, floor=floor, trust=trust, reflect=reflect,
-    )  # fmt: skip
+    square = grad * grad
+    for memory, dims in ((exp_avg_row, tuple(range(2, grad.dim()))), (exp_avg_col, (1,))):
+        new = square.mean(dim=dims, keepdim=True).add_(floor).sqrt_()
+        memory.lerp_(new if trust is None else new * trust, 1 - beta1)
 
-
-def _reflection(grad: Tensor, denom: Tensor, exp_avg_sample: Tensor) -> Reflected:
-    """The sums of one tensor, and its memory of the gradient moved on."""
-    some = sample(grad)
-    metric = sample(denom)
-    scale = grad.numel() / max(some.numel(), 1)
-    scaled = some / metric
-    sums = (dot(exp_avg_sample, scaled), dot(some, scaled), dot(exp_avg_sample, exp_avg_sample / metric))
-    exp_avg_sample.lerp_(some, SAMPLE_RATE)
-    return sums[0] * scale, sums[1] * scale, sums[2] * scale
-
-
-def _single_tensor_emofact(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_rows: list[Tensor],
-    exp_avg_cols: list[Tensor],
-    exp_avg_samples: list[Tensor] | None,
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    biases: list[Tensor],
-    beta1: float,
-    eps: float,
-    floor: float,
-    trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    reflected = []
-    for i, (param, grad, row, col) in enumerate(zip(params, grads, exp_avg_rows, exp_avg_cols, strict=True)):
-        square = grad * grad
-        new_row = square.mean(dim=tuple(range(1, grad.dim())), keepdim=True).add_(floor).sqrt_()
-        new_col = square.mean(dim=0, keepdim=True).add_(floor).sqrt_()
-        row.lerp_(new_row if trust is None else new_row * trust, 1 - beta1)
-        col.lerp_(new_col if trust is None else new_col * trust, 1 - beta1)
-
-        denom = (row.sqrt().div_(biases[i]) * col.sqrt()).add_(eps)
-        if reflect and exp_avg_samples is not None:
-            reflected.append(_reflection(grad, denom, exp_avg_samples[i]))
-        if decays is not None:
-            param.mul_(decays[i])
-        param.addcmul_(grad / denom, step_sizes[i], value=-1)
-    return reflected
-
-
-def _multi_tensor_emofact(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg_rows: list[Tensor],
-    exp_avg_cols: list[Tensor],
-    exp_avg_samples: list[Tensor] | None,
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    biases: list[Tensor],
-    beta1: float,
-    eps: float,
-    floor: float,
-    trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    squares = torch._foreach_mul(grads, grads)
-    new_rows = [s.mean(dim=tuple(range(1, s.dim())), keepdim=True) for s in squares]
-    new_cols = [s.mean(dim=0, keepdim=True) for s in squares]
-    for news, olds in ((new_rows, exp_avg_rows), (new_cols, exp_avg_cols)):
-        torch._foreach_add_(news, floor)
-        torch._foreach_sqrt_(news)
-        torch._foreach_lerp_(olds, news if trust is None else torch._foreach_mul(news, trust), 1 - beta1)
-
-    rows = torch._foreach_sqrt(exp_avg_rows)
-    torch._foreach_div_(rows, biases)
-    denoms = torch._foreach_mul(rows, torch._foreach_sqrt(exp_avg_cols))
-    torch._foreach_add_(denoms, eps)
-    reflected = []
-    if reflect and exp_avg_samples is not None:
-        reflected = [_reflection(g, d, m) for g, d, m in zip(grads, denoms, exp_avg_samples, strict=True)]
-    if decays is not None:
-        torch._foreach_mul_(params, decays)
-    torch._foreach_addcmul_(params, torch._foreach_div(grads, denoms), step_sizes, -1)
+    denom = torch.mul(exp_avg_row.sqrt().div_(bias), exp_avg_col.sqrt(), out=square).add_(eps)
+    reflected = None
+    if reflect and exp_avg_sample is not None:
+        some, metric = sample(grad), sample(denom)
+        scale = grad[0].numel() / some.shape[1]
+        scaled = some / metric
+        sums = dot(exp_avg_sample, scaled), dot(some, scaled), dot(exp_avg_sample, exp_avg_sample / metric)
+        reflected = sums[0] * scale, sums[1] * scale, sums[2] * scale
+        exp_avg_sample.lerp_(some, SAMPLE_RATE)
+    if decay is not None:
+        param.mul_(decay)
+    param.addcmul_(torch.div(grad, denom, out=denom), step_size, value=-1)
     return reflected

@@ -14,7 +14,6 @@ Sources: Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675); the emotion 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
-from emonavi.sweep import Reflected, dot, wide
+from emonavi.sweep import Reflected, Rule, dot, wide
 
 __all__ = ["EmoLynx", "emolynx"]
 
@@ -93,98 +92,52 @@ class EmoLynx(EmoOptimizer):
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(wide(param))}
 
-    def _rule(self, layout: tuple[str, ...]) -> tuple[Callable[..., list[Reflected]], bool]:
+    def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return emolynx, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_sizes: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
     ) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "step_sizes": step_sizes, "trust": trust}
+        return {"beta1": beta1, "beta2": beta2, "step_size": step_size, "trust": trust}
 
 
 def emolynx(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
     *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
+    step_size: Tensor,
+    decay: Tensor | None,
     beta1: float,
     beta2: float,
     trust: Tensor | None = None,
     reflect: bool = True,
-    foreach: bool = True,
-) -> list[Reflected]:
+) -> Reflected | None:
     """Functional form of the rule; updates the parameters and the memory in place.
 
     Args:
-        params: tensors to move; ``grads`` and ``exp_avgs`` are parallel to it, of equal shapes.
-        step_sizes: 0-d, for each tensor: the effective lr.
-        decays: 0-d, for each tensor: the factor of weight decay, or None for none.
+        param: a batch of n tensors to move, of shape (n, ...).
+        grad: their gradients, of the same shape; not written to.
+        exp_avg: their memory, of the same shape.
+        step_size: effective lr; 0-d, or of shape (n, 1, ...) for each tensor its own.
+        decay: the factor of weight decay, shaped like ``step_size``, or None for none.
+        beta1: weight of the memory in the direction.
+        beta2: decay rate of the memory.
         trust: 0-d, scales the memory in the direction.
         reflect: compute the sums of reflection.
-        foreach: update the lists together instead of one tensor after the other.
 
     Returns:
-        For each tensor the three 0-d sums of reflection; an empty list without ``reflect``.
+        The three sums of reflection, each of shape (n,), or None without ``reflect``.
     """
-    rule = _multi_tensor_emolynx if foreach else _single_tensor_emolynx
-    return rule(
-        params, grads, exp_avgs, step_sizes=step_sizes, decays=decays, beta1=beta1, beta2=beta2, trust=trust,
-        reflect=reflect,
-    )  # fmt: skip
-
-
-def _single_tensor_emolynx(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    beta1: float,
-    beta2: float,
-    trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    reflected = []
-    for i, (param, grad, exp_avg) in enumerate(zip(params, grads, exp_avgs, strict=True)):
-        if reflect:
-            size = grad.abs().sum()
-            reflected.append((dot(grad, exp_avg.sign()), size, size))
-
-        memory = exp_avg if trust is None else exp_avg * trust
-        direction = torch.lerp(grad, memory, beta1).sign_()
-        if decays is not None:
-            param.mul_(decays[i])
-        param.addcmul_(direction, step_sizes[i], value=-1)
-        exp_avg.lerp_(grad, 1 - beta2)
-    return reflected
-
-
-def _multi_tensor_emolynx(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    beta1: float,
-    beta2: float,
-    trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    reflected = []
+    reflected = None
     if reflect:
-        sizes = [size.sum() for size in torch._foreach_abs(grads)]
-        signs = torch._foreach_sign(exp_avgs)
-        reflected = [(dot(g, s), size, size) for g, s, size in zip(grads, signs, sizes, strict=True)]
+        size = dot(grad, grad.sign())
+        reflected = dot(grad, exp_avg.sign()), size, size
 
-    memories = exp_avgs if trust is None else torch._foreach_mul(exp_avgs, trust)
-    directions = torch._foreach_sign(torch._foreach_lerp(grads, memories, beta1))
-    if decays is not None:
-        torch._foreach_mul_(params, decays)
-    torch._foreach_addcmul_(params, directions, step_sizes, -1)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
+    direction = torch.lerp(grad, exp_avg if trust is None else exp_avg * trust, beta1).sign_()
+    if decay is not None:
+        param.mul_(decay)
+    param.addcmul_(direction, step_size, value=-1)
+    exp_avg.lerp_(grad, 1 - beta2)
     return reflected

@@ -17,14 +17,13 @@ Sources: Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) with decoupl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emonavi.optimizer import EmoOptimizer
-from emonavi.sweep import Reflected, dot, wide
+from emonavi.sweep import Reflected, Rule, dot, wide
 
 __all__ = ["EmoNavi", "emonavi"]
 
@@ -53,140 +52,76 @@ class EmoNavi(EmoOptimizer):
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
         return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
 
-    def _rule(self, layout: tuple[str, ...]) -> tuple[Callable[..., list[Reflected]], bool]:
+    def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return emonavi, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_sizes: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
     ) -> dict[str, Any]:
-        return adam_scalars(group, steps, step_sizes, self._emotion.corrects_bias) | {"square_trust": trust}
+        return adam_scalars(group, steps, step_size, self._emotion.corrects_bias) | {"square_trust": trust}
 
 
-def adam_scalars(group: dict[str, Any], steps: Tensor, step_sizes: Tensor, corrects_bias: bool) -> dict[str, Any]:
+def adam_scalars(group: dict[str, Any], steps: Tensor, step_size: Tensor, corrects_bias: bool) -> dict[str, Any]:
     """Constants and bias corrections of the Adam rule for tensors at the given step counts (1-D)."""
     beta1, beta2 = group["betas"]
-    roots = last_roots = torch.ones_like(steps)
+    root = last_root = torch.ones_like(steps)
     if corrects_bias:
-        step_sizes = step_sizes / (1 - beta1**steps)
-        roots = torch.sqrt(1 - beta2**steps)
-        last_roots = torch.where(steps > 1, torch.sqrt(1 - beta2 ** (steps - 1)), 1.0)
+        step_size = step_size / (1 - beta1**steps)
+        root = torch.sqrt(1 - beta2**steps)
+        last_root = torch.where(steps > 1, torch.sqrt(1 - beta2 ** (steps - 1)), 1.0)
     constants = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-    return constants | {"step_sizes": step_sizes, "roots": roots, "last_roots": last_roots}
+    return constants | {"step_size": step_size, "root": root, "last_root": last_root}
 
 
 def emonavi(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    roots: list[Tensor],
-    last_roots: list[Tensor],
+    step_size: Tensor,
+    decay: Tensor | None,
+    root: Tensor,
+    last_root: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     grad_trust: Tensor | None = None,
     square_trust: Tensor | None = None,
     reflect: bool = True,
-    foreach: bool = True,
-) -> list[Reflected]:
+) -> Reflected | None:
     """Functional form of the rule; updates the parameters and both memories in place.
 
     Args:
-        params: tensors to move; ``grads``, ``exp_avgs`` and ``exp_avg_sqs`` are parallel to it, of equal shapes.
-        step_sizes: 0-d, for each tensor: effective lr over ``1 - beta1^k``.
-        decays: 0-d, for each tensor: the factor of weight decay, or None for none.
-        roots: 0-d, for each tensor: ``sqrt(1 - beta2^k)``; ``last_roots``: the same for the step before.
-        grad_trust: 0-d, scales what the first memory takes in; ``square_trust``: what the second does.
-        reflect: compute the three dot products.
-        foreach: update the lists together instead of one tensor after the other.
+        param: a batch of n tensors to move, of shape (n, ...).
+        grad: their gradients, of the same shape; not written to.
+        exp_avg: their first memory, of the same shape.
+        exp_avg_sq: their second memory, of the same shape.
+        step_size: effective lr over ``1 - beta1^k``; 0-d, or of shape (n, 1, ...) for each tensor its own.
+        decay: the factor of weight decay, shaped like ``step_size``, or None for none.
+        root: ``sqrt(1 - beta2^k)``, shaped like ``step_size``.
+        last_root: the same for the step before, 1 where there was none.
+        beta1: decay rate of the first memory.
+        beta2: decay rate of the second memory.
+        eps: added to the denominator.
+        grad_trust: 0-d, scales what the first memory takes in.
+        square_trust: 0-d, scales what the second memory takes in.
+        reflect: compute the sums of reflection.
 
     Returns:
-        For each tensor the three 0-d sums of reflection; an empty list without ``reflect``.
+        The three sums of reflection, each of shape (n,), or None without ``reflect``.
     """
-    rule = _multi_tensor_emonavi if foreach else _single_tensor_emonavi
-    return rule(
-        params, grads, exp_avgs, exp_avg_sqs, step_sizes=step_sizes, decays=decays, roots=roots, last_roots=last_roots,
-        beta1=beta1, beta2=beta2, eps=eps, grad_trust=grad_trust, square_trust=square_trust, reflect=reflect,
-    )  # fmt: skip
-
-
-def _single_tensor_emonavi(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    roots: list[Tensor],
-    last_roots: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    grad_trust: Tensor | None,
-    square_trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    reflected = []
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if reflect:
-            denom = exp_avg_sq.sqrt().div_(last_roots[i]).add_(eps)
-            step = exp_avg / denom
-            reflected.append((dot(grad, step), dot(grad, grad / denom), dot(exp_avg, step)))
-
-        first = grad if grad_trust is None else grad * grad_trust
-        exp_avg.lerp_(first, 1 - beta1)
-        second = grad if square_trust is None else grad * square_trust
-        exp_avg_sq.mul_(beta2).addcmul_(second, grad, value=1 - beta2)
-
-        denom = exp_avg_sq.sqrt().div_(roots[i]).add_(eps)
-        if decays is not None:
-            param.mul_(decays[i])
-        param.addcmul_(exp_avg / denom, step_sizes[i], value=-1)
-    return reflected
-
-
-def _multi_tensor_emonavi(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    step_sizes: list[Tensor],
-    decays: list[Tensor] | None,
-    roots: list[Tensor],
-    last_roots: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    grad_trust: Tensor | None,
-    square_trust: Tensor | None,
-    reflect: bool,
-) -> list[Reflected]:
-    reflected = []
+    reflected = None
     if reflect:
-        denoms = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_div_(denoms, last_roots)
-        torch._foreach_add_(denoms, eps)
-        steps = torch._foreach_div(exp_avgs, denoms)
-        scaled = torch._foreach_div(grads, denoms)
-        reflected = [
-            (dot(g, u), dot(g, s), dot(m, u)) for g, u, s, m in zip(grads, steps, scaled, exp_avgs, strict=True)
-        ]
+        denom = exp_avg_sq.sqrt().div_(last_root).add_(eps)
+        step = exp_avg / denom
+        reflected = dot(grad, step), dot(grad, grad / denom), dot(exp_avg, step)
 
-    firsts = grads if grad_trust is None else torch._foreach_mul(grads, grad_trust)
-    torch._foreach_lerp_(exp_avgs, firsts, 1 - beta1)
-    seconds = grads if square_trust is None else torch._foreach_mul(grads, square_trust)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, seconds, grads, 1 - beta2)
+    exp_avg.lerp_(grad if grad_trust is None else grad * grad_trust, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad if square_trust is None else grad * square_trust, grad, value=1 - beta2)
 
-    denoms = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denoms, roots)
-    torch._foreach_add_(denoms, eps)
-    if decays is not None:
-        torch._foreach_mul_(params, decays)
-    torch._foreach_addcmul_(params, torch._foreach_div(exp_avgs, denoms), step_sizes, -1)
+    denom = exp_avg_sq.sqrt().div_(root).add_(eps)
+    if decay is not None:
+        param.mul_(decay)
+    param.addcmul_(exp_avg / denom, step_size, value=-1)
     return reflected

@@ -25,7 +25,7 @@ from emonavi.emotion import Emotion, Machine, Mood, Options, Sums
 from emonavi.intake import Intake, Loss, listen
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
-from emonavi.sweep import Bucket, Reflected, gather, to_home, total_norm, wide
+from emonavi.sweep import Reflected, Rule, gather, to_home, total_norm, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -143,12 +143,12 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The state tensors of a parameter, under the names of its layout."""
         raise NotImplementedError
 
-    def _rule(self, layout: tuple[str, ...]) -> tuple[Callable[..., list[Reflected]], bool]:
+    def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         """The rule for a layout, and whether it is elementwise."""
         raise NotImplementedError
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_sizes: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
     ) -> dict[str, Any]:
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
@@ -236,27 +236,22 @@ class EmoOptimizer(torch.optim.Optimizer):
         # On the CPU a value can be read without waiting for anything.
         predicated = active.lr.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         skip = not predicated and not bool(acts)
-        parts, excess = [], []
-        for (index, device, dtype, layout), places in active.buckets(self._layout).items():
+        parts: list[tuple[list[int], Reflected]] = []
+        for (index, *_, layout), places in active.buckets(self._layout).items():
             group = self.param_groups[index]
-            rule, split = self._rule(layout)
-            bucket = Bucket.of(
-                active.params, active.grads, active.states, places, layout,
-                split=split, foreach=group["foreach"] is not False, predicated=predicated,
-            )  # fmt: skip
+            rule, cut = self._rule(layout)
+            how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
+            bucket = active.bucket(places, layout, **how)
             if options.use_shadow:
-                shadows = [active.states[i]["shadow"] for i in places]
-                excess += bucket.lean(shadows, mood.pull, mood.follow, reflect and not skip)
+                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, mood.follow)
             if skip:
                 continue
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
-            scalars |= {"decays": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
-            number = torch.promote_types(dtype, torch.float32)
-            scalars = {k: _spread(v, device, number) for k, v in scalars.items()}
+            scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             parts += bucket.move(rule, scalars, mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
-        return gather(parts, excess, torch.where(active.steps > 1, own_lr, 0.0))
+        return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
 
     def _note_missing(self, heard: Loss | None) -> None:
         """Count real steps without a loss, and say so once."""
@@ -458,11 +453,3 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Root of the mean square of all weights that train."""
         trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
         return total_norm(trained, vector) / sum(p.numel() for p in trained) ** 0.5
-
-
-def _spread(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A 1-D tensor as a list of 0-d tensors where and as the rule computes; all else as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device, dtype)
-    return list(value.unbind()) if value.dim() == 1 else value

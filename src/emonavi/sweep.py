@@ -6,84 +6,80 @@ cache-sized pieces; parameters of 16 bits are computed in float32 and written ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from emonavi.chunks import Piece, pieces
 from emonavi.emotion import Sums
+from emonavi.pieces import Piece, pieces
 
-__all__ = ["Bucket", "Reflected", "dot", "gather", "to_home", "total_norm", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "dot", "gather", "to_home", "total_norm", "wide"]
 
-Reflected = tuple[Tensor, Tensor, Tensor]  # <g, u>, <g, g>, <u, u> of one tensor or a part of one, in the rule's metric
+# <g, u>, <g, g> and <u, u> in the rule's metric, each of shape (n,); None where the rule was not asked for them.
+Reflected = tuple[Tensor, Tensor, Tensor]
+Rule = Callable[..., Reflected | None]
 
 
 class Bucket(NamedTuple):
-    """Parallel lists of one sweep, with the scalars of its tensors."""
+    """Parallel lists of one sweep."""
 
-    indices: list[int]  # places in the step's vectors
-    lists: dict[str, list[Tensor]]  # "params", "grads" and one list for each state name
-    split: bool  # the rule is elementwise: tensors may be cut
+    places: list[int]  # in the step's vectors
+    lists: dict[str, list[Tensor]]  # "param", "grad" and one list for each state name
+    cut: bool  # the rule is elementwise: tensors may be cut
     foreach: bool
     predicated: bool  # never branch on a value
 
-    @classmethod
-    def of(
-        cls, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], places: list[int],
-        layout: tuple[str, ...], **how: bool,
-    ) -> Bucket:  # fmt: skip
-        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
-        lists = {"params": [params[i] for i in places], "grads": [grads[i] for i in places]}
-        lists |= {name: [states[i][name] for i in places] for name in layout}
-        return cls(places, lists, **how)
-
-    def lean(self, shadows: list[Tensor], pull: Tensor, follow: Tensor, excess: bool) -> list[Tensor]:
-        """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters.
-
-        Returns:
-            Parts of <g, p - shadow> as they were before, where ``excess`` asks for them.
-        """
-        lists = {"params": self.lists["params"], "grads": self.lists["grads"], "shadow": shadows}
-        sums = []
+    def lean(self, shadows: list[Tensor], pull: Tensor, follow: Tensor) -> None:
+        """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
         pulls, follows = (self.predicated or bool(rate) for rate in (pull, follow))
-        for piece in self._pieces(lists, split=True):
-            for p, g, s in zip(*piece.lists.values(), strict=True):
-                wide_p = wide(p)
-                if excess:
-                    sums.append(dot(wide(g), wide_p - s))
-                if pulls:
-                    wide_p = torch.lerp(wide_p, s, pull.to(s.dtype))
-                    p.copy_(wide_p)
-                if follows:
-                    s.lerp_(wide_p, follow.to(s.dtype))
-        return sums
+        for piece in self._pieces({"param": self.lists["param"], "shadow": shadows}, cut=True):
+            param, shadow = piece.batch["param"], piece.batch["shadow"]
+            if pulls:
+                param.copy_(torch.lerp(wide(param), shadow, pull.to(shadow)))
+                piece.write_back(["param"])
+            if follows:
+                shadow.lerp_(wide(param), follow.to(shadow))
+                piece.write_back(["shadow"])
 
     def move(
-        self, rule: Callable[..., list[Reflected]], scalars: dict[str, Any], grad_scale: Tensor, acts: Tensor
-    ) -> Iterable[tuple[int, Reflected]]:
-        """Apply the rule; yields what it reflects with the place of the tensor it belongs to."""
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Tensor, acts: Tensor
+    ) -> list[tuple[list[int], Reflected]]:
+        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
         scales = self.predicated or bool(grad_scale != 1)
-        for piece in self._pieces(self.lists, self.split):
-            given = list(piece.lists.values())
-            before = [[t.clone() for t in column] for column in (given[0], *given[2:])] if self.predicated else []
-            columns = [[wide(t) for t in column] for column in given]
-            if scales:
-                columns[1] = [g * grad_scale.to(g.dtype) for g in columns[1]]
-            picked = {k: [v[i] for i in piece.owners] if isinstance(v, list) else v for k, v in scalars.items()}
-            reflected = rule(*columns, foreach=self.foreach, **picked)
-            for p, updated in zip(given[0], columns[0], strict=True):
-                if p is not updated:
-                    p.copy_(updated)
-            # Where the gradient was not finite, whatever the rule wrote is taken back, without asking the device.
-            for column, olds in zip((given[0], *given[2:]), before, strict=False):
-                for t, old in zip(column, olds, strict=True):
-                    t.copy_(torch.where(acts, t, old))
-            yield from ((self.indices[owner], sums) for owner, sums in zip(piece.owners, reflected, strict=False))
+        scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
+        singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
+        parts = []
+        for piece in self._pieces(self.lists, self.cut):
+            own = {k: v[piece.owners[0]] for k, v in singles.items()}
+            if len(piece.owners) > 1:
+                shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
+                own = {k: scalars[k][piece.owners].view(shape) for k in singles}
+            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts)
+            if reflected is not None:
+                parts.append(([self.places[i] for i in piece.owners], reflected))
+        return parts
 
-    def _pieces(self, lists: dict[str, list[Tensor]], split: bool) -> Iterable[Piece]:
-        return pieces(lists, split=split and self.foreach, foreach=self.foreach)
+    def _apply(
+        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Tensor | None, acts: Tensor
+    ) -> Reflected | None:
+        written = [name for name in piece.batch if name != "grad"]
+        before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
+        batch = {name: wide(tensor) for name, tensor in piece.batch.items()}
+        if grad_scale is not None:
+            batch["grad"] = batch["grad"] * grad_scale.to(batch["grad"])
+        reflected = rule(*batch.values(), **scalars)
+        if batch["param"] is not piece.batch["param"]:
+            piece.batch["param"].copy_(batch["param"])
+        # Where the gradient was not finite, whatever the rule wrote is taken back, without asking the device.
+        for name, old in before.items():
+            piece.batch[name].copy_(torch.where(acts, piece.batch[name], old))
+        piece.write_back(written)
+        return reflected
+
+    def _pieces(self, lists: dict[str, list[Tensor]], cut: bool) -> Any:
+        return pieces(lists, cut=cut and self.foreach, stack=self.foreach)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -92,20 +88,27 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of two tensors of one shape."""
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    """Inner products of two batches of shape (n, ...), of shape (n,).
+
+    Not ``torch.dot``: its last bits depend on where in memory a tensor lies, and two runs would differ.
+    """
+    product = a * b
+    return product.flatten(1).sum(1) if product.dim() > 1 else product
 
 
-def gather(parts: Iterable[tuple[int, Reflected]], excess: Sequence[Tensor], weight: Tensor) -> Sums:
+def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
     """Add up the parts of each tensor. ``weight`` is 1-D with one entry for each tensor and sets device and dtype."""
-    parts = list(parts)
     sums = weight.new_zeros((3, len(weight)))
-    if parts:
-        places = torch.tensor([index for index, _ in parts], device="cpu")
-        values = torch.stack([to_home(value, weight) for _, three in parts for value in three]).view(-1, 3).t()
-        sums = sums.index_add(1, places.to(weight.device, non_blocking=True), values)
-    difference = torch.stack([to_home(e, weight) for e in excess]).sum() / 2 if excess else weight.new_zeros(())
-    return Sums(sums[0], sums[1], sums[2], weight, difference)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[list[int], Reflected]]] = {}
+    for part in parts:
+        by_kind.setdefault((part[1][0].device, part[1][0].dtype), []).append(part)
+    for some in by_kind.values():
+        places = torch.tensor([p for owned, _ in some for p in owned], device="cpu").to(
+            weight.device, non_blocking=True
+        )
+        values = torch.stack([torch.cat(column) for column in zip(*(three for _, three in some), strict=True)])
+        sums = sums.index_add(1, places, to_home(values, weight))
+    return Sums(sums[0], sums[1], sums[2], weight)
 
 
 def to_home(value: Tensor, home: Tensor) -> Tensor:

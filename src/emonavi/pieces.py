@@ -1,0 +1,92 @@
+"""Cache-sized pieces of tensor lists.
+
+A sweep touches four or five tensors a parameter a dozen times. Cut into pieces whose working set fits a core's L2
+cache, it pays for main memory once; small tensors of one shape, stacked into one piece, pay for one call instead of
+one each. A rule sees neither: it is given a batch of n tensors of one shape, where n is often 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK", "Piece", "pieces"]
+
+CHUNK = 65_536  # elements: four float32 streams of it fill 1 MiB
+CHUNK_ON_DEVICE = 1 << 24  # there a call costs a launch, and the cache is shared
+
+
+class Piece(NamedTuple):
+    """What is updated by one call of a rule."""
+
+    owners: list[int]  # which tensors of the bucket it holds
+    batch: dict[str, Tensor]  # for each name a tensor of shape (n, ...)
+    home: dict[str, list[Tensor]] | None  # where a stacked batch has to be copied back to; None: it is a view
+
+    def write_back(self, names: Sequence[str]) -> None:
+        """Copy the named parts of a stacked batch to the tensors that it was made of."""
+        if self.home is not None:
+            for name in names:
+                torch._foreach_copy_(self.home[name], list(self.batch[name].unbind()))
+
+
+def pieces(lists: dict[str, list[Tensor]], *, cut: bool, stack: bool) -> Iterator[Piece]:
+    """Cut and stack parallel lists into pieces of about :data:`CHUNK` elements.
+
+    Args:
+        lists: parallel lists under their names, the first of which gives shapes and sizes.
+        cut: large tensors may be cut (the rule is elementwise).
+        stack: small tensors of one shape share a piece.
+
+    Neither: each tensor is a piece of its own, the plain way that the others must equal.
+    """
+    small: dict[torch.Size, list[int]] = {}
+    names, columns = list(lists), list(lists.values())
+    first = columns[0]
+    limit = CHUNK if not first or first[0].device.type == "cpu" else CHUNK_ON_DEVICE
+    for owner, tensor in enumerate(first):
+        size = tensor.numel()
+        if stack and 2 * size <= limit:
+            small.setdefault(tensor.shape, []).append(owner)
+            continue
+        row = [column[owner] for column in columns]
+        flat = _flat(row) if cut and size > limit else None
+        if flat is None:
+            yield Piece([owner], {n: t.unsqueeze(0) for n, t in zip(names, row, strict=True)}, None)
+            continue
+        for part in zip(*(t.split(limit) for t in flat), strict=True):
+            yield Piece([owner], {n: t.unsqueeze(0) for n, t in zip(names, part, strict=True)}, None)
+    for shape, owners in small.items():
+        most = max(1, limit // max(1, shape.numel()))
+        for start in range(0, len(owners), most):
+            yield _stacked(lists, owners[start : start + most])
+
+
+def _stacked(lists: dict[str, list[Tensor]], owners: list[int]) -> Piece:
+    if len(owners) == 1:
+        return Piece(owners, {name: column[owners[0]].unsqueeze(0) for name, column in lists.items()}, None)
+    home = {name: [column[i] for i in owners] for name, column in lists.items()}
+    return Piece(owners, {name: torch.stack(some) for name, some in home.items()}, home)
+
+
+def _flat(row: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """One-dimensional views of tensors in one common element order, or None where there is none."""
+    first = row[0]
+    if all(t.is_contiguous() for t in row):
+        return [t.view(-1) for t in row]
+    if _dense(first) and all(t.stride() == first.stride() for t in row):
+        return [torch.as_strided(t, (t.numel(),), (1,), t.storage_offset()) for t in row]
+    return None
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without holes or overlap (channels_last, transposed)."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
