@@ -41,10 +41,10 @@ class Active(NamedTuple):
         """From parameters with their group's place, their states, and the weight decay of each group."""
         owners = [i for _, i in found]
         lr = per_tensor([g["lr"] for g in groups], owners, home)
-        kept = {k: to_home(torch.stack([s[k] for s in states]), home) for k in ("step", "drive", "trust")}
+        kept = {k: to_home(_stack([s[k] for s in states]), home) for k in ("step", "drive", "trust")}
         return cls(
             params=[p for p, _ in found],
-            grads=[-p.grad if groups[i]["maximize"] else p.grad for p, i in found if p.grad is not None],
+            grads=[p.grad for p, _ in found if p.grad is not None],
             states=states,
             groups=owners,
             lr=lr,
@@ -100,6 +100,13 @@ class Active(NamedTuple):
         new = {"step": torch.where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
         for name, values in new.items():
             torch._foreach_copy_([s[name] for s in self.states], list(values.to(torch.float32).unbind()))
+
+
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
+    """One vector, also where a model's layers lie on several devices."""
+    device = scalars[0].device
+    same = all([s.device == device for s in scalars])
+    return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])
 
 
 def per_tensor(values: Sequence[float | Tensor], owners: Sequence[int], home: Tensor) -> Tensor:

@@ -100,24 +100,21 @@ def _at_least_zero(name: str, value: Any, otherwise: str = "") -> None:
 def parameters(params: Sequence[Tensor]) -> None:
     """Parameters that the rules can move."""
     for p in params:
+        what = f"a parameter of shape {tuple(p.shape)}"
         if p.dtype not in DENSE_FLOATS:
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is {p.dtype}: only real floating-point ones can be optimized; view a complex one as real with torch.view_as_real"
-            )
+            remedy = "view a complex one as real with torch.view_as_real, freeze an integer one"
+            raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
         if p.layout != torch.strided:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is {p.layout}: only dense ones can be optimized")
+            raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
         if hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"a parameter of shape {tuple(p.shape)} is a DTensor: this version does not shard; use DDP, or a plain module"
-            )
+            raise ValueError(f"{what} is a DTensor: this version does not work on shards; use DDP, or a plain module")
 
 
 def gradient(param: Tensor) -> None:
     """A gradient that the rules can take in."""
     if param.grad is not None and param.grad.layout != torch.strided:
-        raise RuntimeError(
-            f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}: only dense ones can be used; build the embedding with sparse=False"
-        )
+        what = f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}"
+        raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
 
 
 def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
@@ -125,17 +122,15 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
     groups = state_dict.get("param_groups") or [{}]
     vector = groups[0].get("emotion")
     if not isinstance(vector, Tensor):
-        raise ValueError(
-            "the checkpoint holds no emotion: it was not saved by an emonavi optimizer; start with a fresh one, or load it into the optimizer that saved it"
-        )
+        remedy = "load it into the optimizer that saved it, or start with a fresh one"
+        raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
     machines: list[Machine] = [Emotion(), *PRESETS.values()]
-    names = {e.code: e.name for e in machines}
-    code = int(vector[0])
+    code, version = int(vector[0]), int(vector[1])
     if code != machine.code or len(vector) != len(machine.initial()):
-        found = names.get(code, f"an unknown emotion (code {code})")
-        raise ValueError(
-            f"the checkpoint was saved with emotion {found!r} (version {int(vector[1])}), this optimizer has {machine.name!r}: construct it with emotion={found!r}"
-        )
+        found = next((e.name for e in machines if e.code == code), f"unknown, code {code}")
+        saved = f"the checkpoint was saved with emotion {found!r} (version {version}, {len(vector)} entries)"
+        mine = f"this optimizer has {machine.name!r} ({len(machine.initial())} entries)"
+        raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
 
 
 def writer(given: Any) -> Any:

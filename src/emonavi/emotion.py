@@ -165,8 +165,12 @@ class Machine(Protocol):
 
 
 def keep(flag: Tensor, new: Any, old: Any) -> Any:
-    """``new`` where the flag is True, else ``old``, entry by entry."""
-    return type(new)(*(b if a is b else torch.where(flag, a, b) for a, b in zip(new, old, strict=True)))
+    """``new`` where the flag is True, else ``old``."""
+    changed = [i for i, (a, b) in enumerate(zip(new, old, strict=True)) if a is not b and a.dim() == 0]
+    news, olds = (torch.stack([state[i] for i in changed]) for state in (new, old))
+    kept = dict(zip(changed, torch.where(flag, news, olds).unbind(), strict=True))
+    wide = {i: torch.where(flag, a, old[i]) for i, a in enumerate(new) if a.dim()}
+    return type(new)._make((kept | wide).get(i, a) for i, a in enumerate(new))
 
 
 def regular(state: Any, loss: Tensor, window: int) -> tuple[Tensor, Tensor, Any]:
@@ -304,7 +308,8 @@ class Emotion:
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
             calm=calm, tension=tension, scalar=scalar, log_drive=state.log_drive - brake, panic=panic.to(x.dtype),
         )  # fmt: skip
-        return keep(felt, new, state)
+        felt_state: State = keep(felt, new, state)
+        return felt_state
 
     def guard(self, state: State, norm: Tensor, options: Options) -> tuple[State, Tensor, Tensor]:
         """Judge a gradient norm: the new state, whether the update may act, and the factor on the gradient."""

@@ -89,7 +89,7 @@ class EmoFact(EmoOptimizer):
 
 
 def sample(batch: Tensor) -> Tensor:
-    """At most :data:`SAMPLE` elements of each tensor of a batch, spread over it: (n, ...) becomes (n, SAMPLE or less)."""
+    """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most :data:`SAMPLE`)."""
     flat = batch.reshape(len(batch), -1)
     # An odd stride does not run down one column of a matrix whose width is a power of two.
     stride = -(-flat.shape[1] // SAMPLE)

@@ -9,6 +9,7 @@ torch is as it was. Nothing here waits for a device: a loss stays a tensor.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -89,9 +90,8 @@ def _detached(loss: Tensor | float) -> Tensor | float:
     if not isinstance(loss, Tensor):
         return float(loss)
     if loss.numel() != 1 or loss.is_complex():
-        raise ValueError(
-            f"a loss must be one real number, got a tensor of shape {tuple(loss.shape)}, {loss.dtype}: reduce it first, say by .mean()"
-        )
+        what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
+        raise ValueError(f"a loss must be one real number, got {what}: reduce it first, say by .mean()")
     return loss.detach().reshape(()).clone()
 
 
@@ -152,8 +152,7 @@ def listen(intake: Intake) -> None:
         _listeners.add(intake)
         # Freed by the garbage collector or by hand: either way the last one to go restores torch.
         weakref.finalize(intake, _leave)
-        if not _originals:
-            _install()
+        _install()
 
 
 def unlisten(intake: Intake) -> None:
@@ -175,15 +174,18 @@ def _leave() -> None:
 
 
 def _install() -> None:
+    """Wrap what is not wrapped yet."""
     _wrap(torch.autograd, "backward", _hearing_backward)
     _wrap(torch.amp.GradScaler, "scale", _tagging_scale)
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-        _wrap(ShardedGradScaler, "scale", _tagging_scale)
+    # It overrides scale. Whoever uses it has imported it; importing it here would cost everybody else.
+    sharded = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
+    if sharded is not None:
+        _wrap(sharded.ShardedGradScaler, "scale", _tagging_scale)
 
 
 def _wrap(where: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    if any(place is where and known == name for place, known, _, _ in _originals):
+        return
     original = vars(where)[name]
     ours = wrapper(original)
     _originals.append((where, name, original, ours))

@@ -220,7 +220,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         return Active.of(found, states, groups, rates, self._vector())
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         if not state:
             for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
@@ -249,7 +249,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
-            parts += bucket.move(rule, scalars, mood.grad_scale, acts)
+            parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
 
@@ -265,8 +265,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         if self._unfed == UNFED_STEPS and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{type(self).__name__} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss is "
-                f"not felt and should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
+                f"{type(self).__name__} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss "
+                f"is not felt and should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
                 stacklevel=4,
             )
 
@@ -309,8 +309,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._intake.observe(loss)
 
     def reset_emotion(self) -> None:
-        """Begin a new stage (another task, stacked training) with weights and moments as they are, and a fresh emotion."""
-        self._vector().copy_(self._fresh(self._vector()))
+        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
+        self._refuse_inside_calm("reset_emotion()")
+        self._vector().copy_(self._fresh())
         self._begun = False
         self._intake.clear()
         with torch.no_grad():
@@ -424,32 +425,32 @@ class EmoOptimizer(torch.optim.Optimizer):
         state = self._emotion.unpack(self._vector())
         self._begun = bool(state.steps + state.skipped_steps > 0)
 
-    def _fresh(self, like: Tensor | None = None) -> Tensor:
+    def _fresh(self) -> Tensor:
         """The state vector before anything was felt."""
-        device = self._home() if like is None else like.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        vector = torch.tensor(self._emotion.initial(), dtype=dtype, device=device)
-        place = self._emotion.index("lr_ref")
-        for group in self.param_groups:
-            lr = group["lr"]
-            vector[place] = (
-                torch.maximum(vector[place], to_home(lr, vector))
-                if isinstance(lr, Tensor)
-                else max(float(vector[place]), lr)
-            )
+        device = self._home()
+        vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
+        rates = [torch.as_tensor(group["lr"]).to(vector) for group in self.param_groups]
+        vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 
     def _home(self) -> torch.device:
-        return next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+        """The device of the first parameter; the CPU where it has no memory yet."""
+        device: torch.device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+        return torch.device("cpu") if device.type == "meta" else device
 
     def _vector(self) -> Tensor:
-        """The emotion's state, on the device of the first parameter: a model may move after construction."""
-        head = self.param_groups[0]
-        if head["emotion"].device != self._home():
-            head["emotion"] = head["emotion"].to(self._home())
-        return head["emotion"]
+        """The emotion's state, where the first parameter is: a model may move after construction."""
+        vector: Tensor = self.param_groups[0]["emotion"]
+        if vector.device != self._home():
+            vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
+        return vector
 
     def _rms(self, vector: Tensor) -> Tensor:
         """Root of the mean square of all weights that train."""
-        trained = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
-        return total_norm(trained, vector) / sum(p.numel() for p in trained) ** 0.5
+        trained: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
+        count: int = sum(p.numel() for p in trained)
+        return total_norm(trained, vector) / count**0.5
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

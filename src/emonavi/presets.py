@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class Preset:
     def feel(self, state: PresetState, loss: Tensor, window: int) -> PresetState:
         """Take in a loss that is the sum of ``window`` backward calls."""
         finite, usual, state = regular(state, loss, window)
-        felt: Tensor = finite & usual
+        felt = finite & usual
         short = torch.where(state.losses == 0, loss, 0.3 * loss + 0.7 * state.short)
         long = torch.where(state.losses == 0, loss, 0.01 * loss + 0.99 * state.long)
         habit = 1 + state.scalar.abs() if self.habituates else 1.0
@@ -109,7 +109,7 @@ class Preset:
             losses=state.losses + 1, loss=loss, short=short, long=long, scalar=scalar,
             ratio=self._ratio(scalar), history=torch.where(place, scalar, state.history),
         )  # fmt: skip
-        return keep(felt, new, state)
+        return cast(PresetState, keep(felt, new, state))
 
     def _ratio(self, s: Tensor) -> Tensor:
         if not self.staged:
