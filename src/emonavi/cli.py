@@ -1,4 +1,4 @@
-"""The command line: ``emonavi demo``.
+"""The command line: ``emonavi demo``, ``emonavi bench step``, ``emonavi list``.
 
 Only typer is imported here. What a command needs beyond it is looked for before it begins, so that a missing package
 is one line with its remedy and no traceback.
@@ -47,6 +47,10 @@ def build() -> typer.Typer:
     )
     commands.callback()(_root)
     commands.command()(demo)
+    commands.command("list")(siblings)
+    benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
+    benches.command()(step)
+    commands.add_typer(benches, name="bench")
     return commands
 
 
@@ -100,3 +104,22 @@ def demo(
     with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the report is written
         code = run_demo(folder, quick=quick, seed=seed, workers=workers, command=command)
     raise typer.Exit(code)
+
+
+def siblings() -> None:
+    """List the optimizers: name, type, bytes of state per float32 parameter, when to choose it."""
+    from emonavi.registry import SIBLINGS
+
+    print(f"{'name':9} {'type':10} {'state bytes/param':24} when to choose it")
+    for s in SIBLINGS.values():
+        print(f"{s.name:9} {s.kind:10} {s.state_bytes:24} {s.description}")
+
+
+def step(
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each optimizer.")] = 15,
+) -> None:
+    """Time one step beside torch's AdamW: ratios of medians, taken in turns, with one thread."""
+    from emonavi.bench.step import report
+
+    print("\n".join(report(out, rounds)))

@@ -449,7 +449,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         """Root of the mean square of all weights that train."""
         trained: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
         count: int = sum(p.numel() for p in trained)
-        return total_norm(trained, vector) / count**0.5
+        norm: Tensor = total_norm(trained, vector)
+        return norm / count**0.5
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -1,0 +1,299 @@
+"""``emonavi demo``: four tasks, four optimizers, three learning rates, spread over spawned worker processes.
+
+The parent trains nothing. It hands out runs, writes ``results.jsonl``, draws the progress and ends with the report.
+A run that raises, or a worker that dies, costs that one run only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from emonavi.bench import Findings, Result, lr_label, report, sentences
+from emonavi.bench.runner import EMOTIONAL, Progress, Run, Worker, hardware, versions
+from emonavi.bench.tasks import TASKS, Task
+
+__all__ = ["LRS", "OPTIMIZERS", "run_demo"]
+
+OPTIMIZERS = (*EMOTIONAL, "AdamW")
+LRS = (1e-5, 1e-3, 1e-1)
+
+_MOOD_STYLE = {"growing": "green", "easing": "cyan", "braking": "yellow", "resting": "magenta", "done": "bold"}
+
+
+def run_demo(
+    folder: Path, *, quick: bool, seed: int, workers: int, command: str, tasks: Mapping[str, Task] = TASKS
+) -> int:
+    """Train everything, write the folder and print the report; return the exit code (0, 1 failed runs, 130 Ctrl-C)."""
+    steps = {name: task.quick_steps if quick else task.steps for name, task in tasks.items()}
+    runs = [
+        Run(task, optimizer, lr, seed, steps[task.name])
+        for task in tasks.values()
+        for lr in LRS
+        for optimizer in OPTIMIZERS
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {
+        "command": command,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seed": seed,
+        "quick": quick,
+        "workers": workers,
+        "hardware": hardware(),
+        "versions": versions(),
+        "optimizers": OPTIMIZERS,
+        "lrs": LRS,
+        "tasks": [
+            {"name": task.name, "title": task.title, "metric": task.metric, "steps": steps[task.name]}
+            for task in tasks.values()
+        ],
+    }
+    (folder / "run.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+
+    console = Console(highlight=False)
+    board = Board(runs, min(workers, len(runs)), quick)
+    with _stop_on_sigint() as stopped:
+        with board.shown(console):
+            _execute(runs, folder, board, stopped)
+        return _finish(folder, console, len(runs), bool(stopped))
+
+
+def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
+    """Report what is finished, say where it is, and choose the exit code."""
+    found = Findings.load(folder)
+    if found.results:
+        with console.status("writing the report") if console.is_terminal else contextlib.nullcontext():
+            report.write(found)
+        console.print(report.table(found))
+        for sentence in sentences(found):
+            console.print(sentence, style="bold" if not stopped else None)
+            console.print()
+        console.print(report.contents(found))
+    if stopped:
+        console.print(f"\nStopped: {len(found.results)} of {planned} runs finished, kept in {folder}", soft_wrap=True)
+        return 130
+    if failed := sum(r.status == "failed" for r in found.results.values()):
+        console.print(f"\n{failed} of {planned} runs failed; tracebacks: {folder / 'worker.log'}", soft_wrap=True)
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _stop_on_sigint() -> Iterator[list[int]]:
+    """Yield a list that is empty until Ctrl-C. A second Ctrl-C interrupts at once.
+
+    Set explicitly, because a process that a shell starts in the background ignores SIGINT from birth.
+    """
+    seen: list[int] = []
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        seen.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- Runs
+
+
+def _execute(runs: list[Run], folder: Path, board: Board, stopped: list[int]) -> None:
+    """Keep all workers busy until everything is done or Ctrl-C."""
+    waiting = list(runs)
+    crew = [Worker(folder) for _ in board.slots]
+    try:
+        while not stopped:
+            for slot, worker in enumerate(crew):
+                if worker.run is None and waiting:
+                    run = _take(waiting, worker.last_task)
+                    worker.begin(run)
+                    board.begin(slot, run)
+            busy = [w for w in crew if w.run is not None]
+            if not busy:
+                return
+            ready = wait([w.connection for w in busy], timeout=0.1)
+            for slot, worker in enumerate(crew):
+                if worker.run is None or worker.connection not in ready:
+                    continue
+                event = worker.receive(worker.run)
+                if isinstance(event, Progress):
+                    board.progress(slot, event)
+                    continue
+                event.append(folder / "results.jsonl")
+                board.finish(slot, event)
+                worker.run = None
+                if not worker.process.is_alive():
+                    worker.end()
+                    crew[slot] = Worker(folder)
+    finally:
+        for worker in crew:
+            worker.end()
+
+
+def _take(waiting: list[Run], last_task: str) -> Run:
+    """Give a worker more of the task that it has set up, else the task with most runs waiting."""
+    counts = Counter(run.task.name for run in waiting)
+    name = last_task if last_task in counts else counts.most_common(1)[0][0]
+    return waiting.pop(next(i for i, run in enumerate(waiting) if run.task.name == name))
+
+
+# --- Progress
+
+
+@dataclass
+class Slot:
+    """What a worker is at."""
+
+    run: Run
+    since: float = field(default_factory=time.monotonic)
+    progress: Progress | None = None
+
+    def seconds_left(self, usual: float) -> float:
+        """Estimate from this run's own speed, before the first report from the usual time of its task."""
+        if self.progress is not None:
+            return (self.run.steps - self.progress.step) / max(self.progress.rate, 1e-9)
+        return max(usual - (time.monotonic() - self.since), 0.0)
+
+
+class Board:
+    """What the user sees while the runs go on: one live picture in a terminal, else a line for each finished run."""
+
+    def __init__(self, runs: list[Run], workers: int, quick: bool) -> None:
+        self.runs = runs
+        self.quick = quick
+        self.slots: list[Slot | None] = [None] * workers  # never resized: the display reads it from its own thread
+        self.results: dict[tuple[str, str, float], Result] = {}
+        self.seconds: dict[str, list[float]] = {run.task.name: [] for run in runs}
+        self.started = time.monotonic()
+        self.console: Console | None = None
+
+    @contextlib.contextmanager
+    def shown(self, console: Console) -> Iterator[None]:
+        """Draw as long as the block lasts. The picture vanishes with it: the final table says more."""
+        headline = f"{len(self.runs)} runs on {len(self.slots)} worker(s){', quick' if self.quick else ''}"
+        if console.is_terminal and console.file.isatty():
+            with Live(get_renderable=self._picture, console=console, refresh_per_second=5, transient=True):
+                yield
+        else:
+            self.console = console
+            console.print(f"emonavi demo: {headline}; one line for each finished run")
+            yield
+
+    def begin(self, slot: int, run: Run) -> None:
+        """Note that a worker has begun a run."""
+        self.slots[slot] = Slot(run)
+
+    def progress(self, slot: int, progress: Progress) -> None:
+        """Note where a worker's run stands."""
+        if (current := self.slots[slot]) is not None:
+            current.progress = progress
+
+    def finish(self, slot: int, result: Result) -> None:
+        """Note that a worker's run has ended."""
+        self.slots[slot] = None
+        self.seconds[result.task].append(result.seconds)
+        self.results[result.task, result.optimizer, result.lr] = result
+        if self.console is not None:
+            outcome = f"val loss {result.val_loss:<10.5g} train loss {result.train_loss:<10.5g} {result.seconds:.1f} s"
+            if result.status == "failed":
+                outcome = f"failed: {result.reason}"
+            where = f"{result.task:<9}{result.optimizer:<8} lr {lr_label(result.lr)}"
+            self.console.print(
+                f"[{len(self.results)}/{len(self.runs)}] {where}  {outcome}", markup=False, soft_wrap=True
+            )
+
+    def _left(self) -> str:
+        """Time left: each waiting run takes as long as its task's runs usually do, as far as anything is known."""
+        usual = {task: statistics.median(times) for task, times in self.seconds.items() if times}
+        for slot in filter(None, self.slots):
+            if slot.progress is not None and slot.progress.rate:
+                usual.setdefault(slot.run.task.name, slot.run.steps / slot.progress.rate)
+        if not usual:
+            return "-:--"
+        unknown = statistics.mean(usual.values())
+        ahead = Counter(run.task.name for run in self.runs)
+        ahead.subtract(task for task, *_ in self.results)
+        ahead.subtract(slot.run.task.name for slot in self.slots if slot)
+        seconds = sum(count * usual.get(task, unknown) for task, count in ahead.items())
+        seconds += sum(slot.seconds_left(usual.get(slot.run.task.name, unknown)) for slot in self.slots if slot)
+        return _clock(seconds / len(self.slots))
+
+    def _picture(self) -> RenderableType:
+        done = sum(slot.progress.step / slot.run.steps for slot in self.slots if slot and slot.progress)
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        clock = f"{_clock(time.monotonic() - self.started)}  left {self._left()}"
+        bar = ProgressBar(total=len(self.runs), completed=len(self.results) + done, complete_style="cyan")
+        head.add_row(Text("emonavi demo", style="bold"), bar, f"{len(self.results)}/{len(self.runs)} runs  {clock}")
+        return Group(head, "", self._crew(), "", self._grid())
+
+    def _crew(self) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+        for name, width in (("now training", 22), ("", 10)):
+            table.add_column(name, width=width, no_wrap=True)
+        for name, width in (("step", 7), ("loss", 8), ("drive", 7), ("trust", 5), ("mood", 7), ("/s", 4)):
+            table.add_column(name, width=width, no_wrap=True, justify="left" if name == "mood" else "right")
+        for slot in self.slots:
+            if slot is None:
+                table.add_row(Text("waiting", style="dim"))
+                continue
+            run, at = slot.run, slot.progress or Progress(0, math.nan, 0.0)
+            table.add_row(
+                f"{run.task.name} {run.optimizer} {lr_label(run.lr)}",
+                ProgressBar(total=run.steps, completed=at.step, width=10, complete_style="cyan"),
+                f"{at.step}/{run.steps}" if at.step else Text("set-up", style="dim"),
+                "" if math.isnan(at.loss) else report.loss_text(at.loss),
+                "" if at.drive is None else f"{at.drive:.2g}",
+                "" if at.trust is None else f"{at.trust:+.2f}",
+                Text(at.mood, style=_MOOD_STYLE.get(at.mood, "")),
+                f"{at.rate:.0f}" if at.rate else "",
+            )
+        return table
+
+    def _grid(self) -> RenderableType:
+        """Final val losses so far: a row for each optimizer, a block of learning rates for each task."""
+        blocks = Table.grid(padding=(0, 2, 0, 0))
+        names = Table(box=None, padding=0, header_style="dim", title=" ")
+        names.add_column("val loss")
+        for optimizer in OPTIMIZERS:
+            names.add_row(optimizer)
+        tables = [names]
+        for task in self.seconds:
+            best = min(
+                (r.val_loss for r in self.results.values() if r.task == task and r.status == "done"), default=1.0
+            )
+            table = Table(
+                box=None, padding=(0, 1, 0, 0), pad_edge=False, title=task, title_style="bold", header_style="dim"
+            )
+            for lr in LRS:
+                table.add_column(lr_label(lr), justify="right", min_width=4)
+            for optimizer in OPTIMIZERS:
+                table.add_row(*(report.short(self.results.get((task, optimizer, lr)), best) for lr in LRS))
+            tables.append(table)
+        blocks.add_row(*tables)
+        return blocks
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,223 @@
+"""One run: a task of ``tasks.py``, an optimizer and a learning rate, in the plain loop that every user writes.
+
+``train`` is a generator: it yields a ``Progress`` now and then, and at the end one ``Result``. Beside it lie two
+records of every step: a JSON-lines file under ``history/`` and TensorBoard event files under ``tb/``. ``Worker`` is a
+process that does the same, run after run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+import emonavi
+from emonavi.bench import Result, history_path, json_line, lr_label
+from emonavi.bench.tasks import Problem, Task
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["EMOTIONAL", "Progress", "Run", "Worker", "hardware", "train", "versions"]
+
+EMOTIONAL = ("EmoNavi", "EmoFact", "EmoLynx")
+
+_VAL_EVERY = 50  # steps: often enough to see the course, rare enough not to cost more than the training
+_TRAIN_MEAN = 20  # steps: a single batch is too noisy to be called the final training loss
+_YIELD_EVERY = 0.1  # seconds: faster than the eye reads, slower than a step costs
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained, and for how many steps."""
+
+    task: Task
+    optimizer: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def path(self) -> str:
+        """Folder of this run below ``tb/``."""
+        return f"{self.task.name}/{self.optimizer}/{lr_label(self.lr)}"
+
+    def failed(self, reason: str) -> Result:
+        """Record that the run ended with an exception."""
+        return Result(self.task.name, self.optimizer, self.lr, self.seed, self.steps, "failed", reason=reason)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; the emotional figures are None for an optimizer without emotion."""
+
+    step: int
+    loss: float
+    rate: float
+    drive: float | None = None
+    trust: float | None = None
+    mood: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions that the figures depend on."""
+    return {"emonavi": emonavi.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def hardware() -> str:
+    """Name the processor; the count is of the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux leaves platform.processor() empty
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.system()}"
+
+
+def train(run: Run, folder: Path) -> Iterator[Progress | Result]:
+    """Train and yield where the run stands; the last item is its ``Result``. Exceptions pass to the caller."""
+    from torch.utils.tensorboard import SummaryWriter  # a second that the parent, which only hands out runs, saves
+
+    history = history_path(folder, run.task.name, run.optimizer, run.lr)
+    history.parent.mkdir(parents=True, exist_ok=True)
+    with SummaryWriter(str(folder / "tb" / run.path), max_queue=1000) as board, history.open("w") as file:
+        torch.manual_seed(run.seed)
+        problem = run.task.build(run.seed)
+        optimizer = _optimizer(run, problem, board)
+        result = yield from _loop(run, problem, optimizer, board, file)
+    yield result  # once the files are closed
+
+
+def _optimizer(run: Run, problem: Problem, board: SummaryWriter) -> torch.optim.Optimizer:
+    """Build the optimizer with its defaults, so that the learning rate is all that differs."""
+    weights = [p for p in problem.model.parameters() if p.requires_grad]
+    source, extra = (emonavi, {"writer": board}) if run.optimizer in EMOTIONAL else (torch.optim, {})
+    made: torch.optim.Optimizer = getattr(source, run.optimizer)(weights, lr=run.lr, **extra)
+    return made
+
+
+def _loop(
+    run: Run, problem: Problem, optimizer: Any, board: SummaryWriter, file: TextIO
+) -> Generator[Progress, None, Result]:
+    emotional = run.optimizer in EMOTIONAL
+    start_loss = val = problem.val()
+    board.add_scalar("loss/val", val, 0)
+    recent: deque[float] = deque(maxlen=_TRAIN_MEAN)
+    started = reported = time.perf_counter()
+    reported_step = 0
+    for step in range(1, run.steps + 1):
+        # The whole integration: the library hears the loss at backward by itself, as in a user's own loop.
+        optimizer.zero_grad()
+        loss = problem.loss(step - 1)
+        loss.backward()
+        optimizer.step()
+
+        recent.append(loss.item())
+        row: dict[str, Any] = {"step": step, "loss": recent[-1], "lr": _learning_rate(optimizer)}
+        board.add_scalar("loss/train", recent[-1], step)
+        mood = ""
+        if emotional:
+            feeling = optimizer.emotion
+            row |= {"scalar": feeling.scalar, "drive": feeling.drive, "trust": feeling.trust}
+            mood = feeling.mood
+        else:
+            # The tag of the siblings, so that TensorBoard draws all of them in one chart.
+            board.add_scalar("emo/lr/group_0", row["lr"], step)
+        if step % _VAL_EVERY == 0 or step == run.steps:
+            row["val"] = val = problem.val()
+            board.add_scalar("loss/val", val, step)
+        file.write(json_line(row))
+
+        now = time.perf_counter()
+        if now - reported >= _YIELD_EVERY:
+            rate = (step - reported_step) / (now - reported)
+            yield Progress(step, recent[-1], rate, row.get("drive"), row.get("trust"), mood)
+            reported, reported_step = now, step
+    return Result(
+        *(run.task.name, run.optimizer, run.lr, run.seed, run.steps),
+        status="done" if math.isfinite(val) else "diverged",
+        train_loss=sum(recent) / len(recent),
+        val_loss=val,
+        start_loss=start_loss,
+        seconds=round(time.perf_counter() - started, 3),
+        skipped_steps=optimizer.emotion.skipped_steps if emotional else 0,
+        versions=versions(),
+    )
+
+
+def _learning_rate(optimizer: Any) -> float:
+    """Return the rate that acts in the first group (the tasks have one group only)."""
+    rates = getattr(optimizer, "effective_lr", None) or [group["lr"] for group in optimizer.param_groups]
+    return float(rates[0])
+
+
+# --- The process that it runs in
+
+
+def _work(connection: Connection, folder: Path) -> None:
+    """Train what the parent sends until it sends None or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals the whole group; the parent decides
+    with (folder / "worker.log").open("a") as log:
+        os.dup2(log.fileno(), 2)  # warnings would tear the live display apart
+    torch.set_num_threads(1)
+    # Either end of the pipe may go first: then nobody is left to tell.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while (run := connection.recv()) is not None:
+            try:
+                for event in train(run, folder):
+                    connection.send(event)
+            except Exception as error:
+                traceback.print_exc()
+                connection.send(run.failed(f"{type(error).__name__}: {error}"))
+
+
+class Worker:
+    """A process, its pipe and the run it is at."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run: Run | None = None
+        self.last_task = ""
+        self.connection, theirs = multiprocessing.get_context("spawn").Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, folder), daemon=True)
+        # Inherited by the child, which has to survive a Ctrl-C while it still imports torch.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        theirs.close()
+
+    def begin(self, run: Run) -> None:
+        """Send a run; Progress and its Result come back."""
+        self.run, self.last_task = run, run.task.name
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is found at the next receive
+            self.connection.send(run)
+
+    def receive(self, run: Run) -> Progress | Result:
+        """Return the next message; of a dead process, the failure of its run."""
+        try:
+            message: Progress | Result = self.connection.recv()
+            return message
+        except (EOFError, ConnectionResetError):
+            self.process.join(5)
+            return run.failed(f"the worker process died (exit code {self.process.exitcode})")
+
+    def end(self) -> None:
+        """Stop at once: an unfinished run leaves its history so far, and no result."""
+        self.process.terminate()
+        self.process.join(5)
+        self.connection.close()
