@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emonavi.emotion import Mood, Options
+from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
 __all__ = ["Active", "per_tensor"]
@@ -95,9 +96,9 @@ class Active(NamedTuple):
         lists |= {name: [self.states[i][name] for i in places] for name in layout}
         return Bucket(places, lists, **how)
 
-    def keep(self, acts: Tensor, drive: Tensor, trust: Tensor) -> None:
+    def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps."""
-        new = {"step": torch.where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
+        new = {"step": where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
         for name, values in new.items():
             torch._foreach_copy_([s[name] for s in self.states], list(values.to(torch.float32).unbind()))
 

@@ -37,6 +37,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from emonavi.scalars import Number, clamp, exp, isfinite, like, log, negate, number, rsqrt, sqrt, tanh, where
+
 __all__ = ["Emotion", "Machine", "Mood", "Options", "State", "Sums"]
 
 LOG_TENTH = math.log(0.1)
@@ -45,6 +47,7 @@ NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
 DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 REST_STEPS = 3
 HEAL_STEPS = 7  # with the three of rest: back at half the earlier drive within ten
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 PATIENCE = 10  # losses or norms heard before one can be called an outlier
 
 
@@ -54,9 +57,9 @@ class Options(NamedTuple):
     use_trust: bool
     use_shadow: bool
     max_norm: float
-    lowest_drive: Tensor | float  # where the effective lr of every group reaches its floor
-    highest_drive: Tensor | float  # where the effective lr of every group reaches max_lr
-    decayed: Tensor | bool  # every group's lr is below half its peak: a schedule is ending the run
+    lowest_drive: Number  # where the effective lr of every group reaches its floor
+    highest_drive: Number  # where the effective lr of every group reaches max_lr
+    decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
 
 
 class Sums(NamedTuple):
@@ -71,50 +74,50 @@ class Sums(NamedTuple):
 class Mood(NamedTuple):
     """The ready scalars of one update (0-d tensors)."""
 
-    drive: Tensor  # multiplies lr, for the step and for weight decay
-    scale: Tensor  # multiplies the step only
+    drive: Number  # multiplies lr, for the step and for weight decay
+    scale: Number  # multiplies the step only
     trust: Tensor | None  # scales what a memory takes in (v4 only)
-    grad_scale: Tensor  # outlier control
-    pull: Tensor  # p moves this far to the shadow before the update: 1 = restored
-    follow: Tensor  # then the shadow moves this far to p
+    grad_scale: Number  # outlier control
+    pull: Number  # p moves this far to the shadow before the update: 1 = restored
+    follow: Number  # then the shadow moves this far to p
 
 
 class State(NamedTuple):
     """The adaptive emotion's memory: one 0-d tensor each, kept as one vector in ``param_groups[0]["emotion"]``."""
 
-    code: Tensor  # which emotion this is: a checkpoint of another one is refused
-    version: Tensor
-    steps: Tensor  # real updates
-    skipped_steps: Tensor
-    ignored_losses: Tensor  # not finite
-    losses: Tensor  # losses felt
-    window: Tensor  # backward calls in a usual accumulation window
-    last_window: Tensor
-    loss: Tensor
-    first: Tensor
-    short: Tensor
-    medium: Tensor
-    long: Tensor
-    dev: Tensor
-    near: Tensor  # mean over the last tenth of the run
-    far: Tensor  # mean over the last 0.4 of the run
-    calm: Tensor  # steps since next to nothing is gained
-    scalar: Tensor
-    tension: Tensor
-    log_drive: Tensor
-    log_drive_peak: Tensor  # highest before a schedule began to end the run
-    goal: Tensor  # log drive to return to after a panic
-    rest: Tensor  # steps of rest left
-    panic: Tensor  # 1 in the step that panics
-    lr_ref: Tensor
-    reflections: Tensor
-    trust: Tensor
-    fast: Tensor
-    noise: Tensor
-    norms: Tensor
-    grad_norm: Tensor
-    log_norm: Tensor
-    log_norm_var: Tensor
+    code: Number  # which emotion this is: a checkpoint of another one is refused
+    version: Number
+    steps: Number  # real updates
+    skipped_steps: Number
+    ignored_losses: Number  # not finite
+    losses: Number  # losses felt
+    window: Number  # backward calls in a usual accumulation window
+    last_window: Number
+    loss: Number
+    first: Number
+    short: Number
+    medium: Number
+    long: Number
+    dev: Number
+    near: Number  # mean over the last tenth of the run
+    far: Number  # mean over the last 0.4 of the run
+    calm: Number  # steps since next to nothing is gained
+    scalar: Number
+    tension: Number
+    log_drive: Number
+    log_drive_peak: Number  # highest before a schedule began to end the run
+    goal: Number  # log drive to return to after a panic
+    rest: Number  # steps of rest left
+    panic: Number  # 1 in the step that panics
+    lr_ref: Number
+    reflections: Number
+    trust: Number
+    fast: Number
+    noise: Number
+    norms: Number
+    grad_norm: Number
+    log_norm: Number
+    log_norm_var: Number
 
 
 class Machine(Protocol):
@@ -150,22 +153,24 @@ class Machine(Protocol):
 
     def initial(self) -> list[float]: ...
     def index(self, name: str) -> int: ...
-    def unpack(self, vector: Tensor) -> Any: ...
+    def unpack(self, vector: Tensor, plain: bool = False) -> Any: ...
     def pack(self, state: Any) -> Tensor: ...
     def begin(self, state: Any, rms: Tensor, lr: Tensor, options: Options) -> Any: ...
-    def feel(self, state: Any, loss: Tensor, window: int) -> Any: ...
-    def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Tensor, Tensor]: ...
-    def mood(self, state: Any, acts: Tensor, grad_scale: Tensor, options: Options) -> Mood: ...
-    def reflect(self, state: Any, sums: Sums, acted: Tensor, options: Options) -> Any: ...
+    def feel(self, state: Any, loss: Number, window: int) -> Any: ...
+    def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Number, Number]: ...
+    def mood(self, state: Any, acts: Number, grad_scale: Number, options: Options) -> Mood: ...
+    def reflect(self, state: Any, sums: Sums, acted: Number, options: Options) -> Any: ...
     def reflect_each(
         self, state: Any, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]: ...
-    def should_stop(self, state: Any) -> Tensor: ...
+    def should_stop(self, state: Any) -> Number: ...
     def mood_word(self, values: dict[str, float], stop: bool) -> str: ...
 
 
-def keep(flag: Tensor, new: Any, old: Any) -> Any:
-    """``new`` where the flag is True, else ``old``."""
+def keep(flag: Number, new: Any, old: Any) -> Any:
+    """``new`` where the flag is True, else ``old``, entry by entry."""
+    if not isinstance(flag, Tensor):
+        return new if flag else old
     changed = [i for i, (a, b) in enumerate(zip(new, old, strict=True)) if a is not b and a.dim() == 0]
     news, olds = (torch.stack([state[i] for i in changed]) for state in (new, old))
     kept = dict(zip(changed, torch.where(flag, news, olds).unbind(), strict=True))
@@ -173,30 +178,29 @@ def keep(flag: Tensor, new: Any, old: Any) -> Any:
     return type(new)._make((kept | wide).get(i, a) for i, a in enumerate(new))
 
 
-def regular(state: Any, loss: Tensor, window: int) -> tuple[Tensor, Tensor, Any]:
+def regular(state: Any, loss: Number, window: int) -> tuple[Number, Number, Any]:
     """Whether a loss is finite and whether its accumulation window is a usual one, with the state that remembers both.
 
     A window with another number of backward calls than usual (the last, partial one of an epoch) holds a loss on
     another scale: it is left out, until that number comes twice in a row and so is the new usual.
     """
-    calls = torch.full_like(loss, float(window))
-    finite = torch.isfinite(loss)
-    usual = (calls == 0) | (state.window == 0) | (calls == state.window)
-    settled = (calls > 0) & ((state.window == 0) | (calls == state.last_window))
-    return (
-        finite,
-        usual,
-        state._replace(
-            window=torch.where(settled, calls, state.window),
-            last_window=torch.where(calls > 0, calls, state.last_window),
-            ignored_losses=state.ignored_losses + ~finite,
-        ),
+    finite = isfinite(loss)
+    if not window:  # told, not captured
+        return finite, finite, state._replace(ignored_losses=state.ignored_losses + negate(finite))
+    calls = like(loss, float(window))
+    usual = (state.window == 0) | (calls == state.window)
+    settled = (state.window == 0) | (calls == state.last_window)
+    state = state._replace(
+        window=where(settled, calls, state.window),
+        last_window=calls,
+        ignored_losses=state.ignored_losses + negate(finite),
     )
+    return finite, usual, state
 
 
-def _mean(old: Tensor, new: Tensor, rate: float, count: Tensor) -> Tensor:
+def _mean(old: Number, new: Number, rate: float, count: Number) -> Number:
     """Running mean of the given rate that is the plain mean of all values until there are 1/rate of them."""
-    return old + torch.clamp(1 / count.clamp(min=1), min=rate) * (new - old)
+    return old + clamp(1 / clamp(count, 1.0), rate) * (new - old)
 
 
 @dataclass(frozen=True)
@@ -259,96 +263,98 @@ class Emotion:
         """Place of an entry in the vector."""
         return State._fields.index(name)
 
-    def unpack(self, vector: Tensor) -> State:
-        """View the vector as named 0-d tensors."""
-        return State(*vector.unbind())
+    def unpack(self, vector: Tensor, plain: bool = False) -> State:
+        """The vector's entries by name: views of it, or plain numbers."""
+        return State._make(vector.tolist() if plain else vector.unbind())
 
     def pack(self, state: State) -> Tensor:
-        """One vector from named 0-d tensors."""
-        return torch.stack(state)
+        """One vector of named entries."""
+        return torch.stack(state) if isinstance(state.code, Tensor) else torch.tensor(state, dtype=torch.float64)
 
     def begin(self, state: State, rms: Tensor, lr: Tensor, options: Options) -> State:
         """Set the first drive from the rms of the weights; ``lr`` stands in for an lr of 0 at construction."""
-        lr_ref = torch.where(state.lr_ref > 0, state.lr_ref, lr)
-        log_drive = torch.zeros_like(rms)
+        lr_ref = where(state.lr_ref > 0, state.lr_ref, like(state.code, lr))
+        log_drive = like(state.code, 0.0)
         if options.use_trust:
-            log_drive = torch.log(torch.clamp((self.start * rms + 1e-8) / lr_ref, max=1.0))
+            log_drive = log(clamp((self.start * like(state.code, rms) + 1e-8) / lr_ref, high=1.0))
         return state._replace(lr_ref=lr_ref, log_drive=self._bounded(log_drive, options))
 
-    def feel(self, state: State, loss: Tensor, window: int) -> State:
+    def feel(self, state: State, loss: Number, window: int) -> State:
         """Take in a loss that is the sum of ``window`` backward calls (0: not known, always taken)."""
+        loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
         felt = finite & usual
         n = state.losses + felt
-        first = torch.where(felt & (n == 1), loss, state.first)
-        x = torch.where(felt, loss, first) - first
+        first = where(felt & (n == 1), loss, state.first)
+        x = where(felt, loss, first) - first
 
         # Below the resolution of a float32 loss a deviation is rounding, not noise.
-        dev = torch.maximum(state.dev, 4 * torch.finfo(torch.float32).eps * loss.abs())
+        dev = clamp(state.dev, ROUNDING * abs(loss))
         known = (state.losses >= PATIENCE) & (state.dev > 0)
         panic = felt & known & (x - state.short > self.spike * dev)
         # One absurd loss must not own the memories; a new level is still reached fast, since dev grows with it.
-        x = torch.where(known, torch.clamp(x, state.short - self.spike * dev, state.short + self.spike * dev), x)
+        x = where(known, clamp(x, state.short - self.spike * dev, state.short + self.spike * dev), x)
 
         short = _mean(state.short, x, 0.3, n)
         medium = _mean(state.medium, x, 0.05, n)
         long = _mean(state.long, x, 0.01, n)
-        deviation = torch.where(n > 1, _mean(state.dev, (x - state.short).abs(), 0.05, n - 1), state.dev)
+        deviation = where(n > 1, _mean(state.dev, abs(x - state.short), 0.05, n - 1), state.dev)
         near = state.near + (x - state.near) / (0.1 * (n - 1) + 1)
         far = state.far + (x - state.far) / (0.4 * (n - 1) + 1)
-        calm = torch.where((near < 0) & (far - near < -self.done * near), state.calm + 1, 0.0)
+        calm = where((near < 0) & (far - near < -self.done * near), state.calm + 1, 0.0)
 
-        ratio = torch.where(deviation > 0, 1 / deviation, 0.0)
+        ratio = where(deviation > 0, 1 / where(deviation > 0, deviation, 1.0), 0.0)
         tension = (short - medium) * ratio
-        scalar = torch.tanh((tension - (long - short) * ratio) / 2)
+        scalar = tanh((tension - (long - short) * ratio) / 2)
         # During rest the drive is already cut: braking again would punish the same spike twice.
-        brake = torch.where(state.rest > 0, 0.0, self.brake * torch.clamp((tension - 1) / 2, 0, 1))
+        brake = where(state.rest > 0, 0.0, self.brake * clamp((tension - 1) / 2, 0.0, 1.0))
 
         new = state._replace(
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
-            calm=calm, tension=tension, scalar=scalar, log_drive=state.log_drive - brake, panic=panic.to(x.dtype),
+            calm=calm, tension=tension, scalar=scalar, log_drive=state.log_drive - brake, panic=number(panic),
         )  # fmt: skip
         felt_state: State = keep(felt, new, state)
         return felt_state
 
-    def guard(self, state: State, norm: Tensor, options: Options) -> tuple[State, Tensor, Tensor]:
+    def guard(self, state: State, norm: Tensor, options: Options) -> tuple[State, Number, Number]:
         """Judge a gradient norm: the new state, whether the update may act, and the factor on the gradient."""
-        finite = torch.isfinite(norm)
-        log_norm = torch.log(torch.clamp(norm, min=1e-300))
-        limit = state.log_norm + self.outlier * options.max_norm * torch.sqrt(state.log_norm_var)
+        norm = like(state.code, norm)
+        finite = isfinite(norm)
+        log_norm = log(clamp(norm, 1e-300))
+        limit = state.log_norm + self.outlier * options.max_norm * sqrt(state.log_norm_var)
         outlier = (state.norms >= PATIENCE) & (log_norm > limit) & (options.max_norm > 0)
-        grad_scale = torch.where(outlier & finite, torch.exp(limit - log_norm), 1.0)
+        grad_scale = where(outlier & finite, exp(clamp(limit - log_norm, high=0.0)), 1.0)
 
-        taken = torch.where(outlier, limit, log_norm)
+        taken = where(outlier, limit, log_norm)
         n = state.norms + 1
         off = taken - state.log_norm
         new = state._replace(
             norms=n,
             grad_norm=norm,
             log_norm=_mean(state.log_norm, taken, 0.05, n),
-            log_norm_var=torch.where(n > 1, _mean(state.log_norm_var, off * off, 0.05, n - 1), 0.0),
+            log_norm_var=where(n > 1, _mean(state.log_norm_var, off * off, 0.05, n - 1), 0.0),
         )
         new = keep(finite & (norm > 0), new, state)
         return self._alarm(new, finite), finite, grad_scale
 
-    def _alarm(self, state: State, finite: Tensor) -> State:
+    def _alarm(self, state: State, finite: Number) -> State:
         """Panic: cut the drive to a tenth, remember where to return to, rest. A panic while resting cuts no deeper."""
-        panic = (state.panic > 0) | ~finite
+        panic = (state.panic > 0) | negate(finite)
         fresh = panic & (state.rest == 0)
-        goal = torch.where(state.log_drive >= state.goal, state.log_drive + LOG_HALF, state.goal)
+        goal = where(state.log_drive >= state.goal, state.log_drive + LOG_HALF, state.goal)
         return state._replace(
-            panic=panic.to(state.panic.dtype),
-            goal=torch.where(fresh, goal, state.goal),
-            log_drive=torch.where(fresh, state.log_drive + LOG_TENTH, state.log_drive),
-            rest=torch.where(panic, float(REST_STEPS), state.rest),
-            skipped_steps=state.skipped_steps + ~finite,
+            panic=number(panic),
+            goal=where(fresh, goal, state.goal),
+            log_drive=where(fresh, state.log_drive + LOG_TENTH, state.log_drive),
+            rest=where(panic, float(REST_STEPS), state.rest),
+            skipped_steps=state.skipped_steps + negate(finite),
         )
 
-    def mood(self, state: State, acts: Tensor, grad_scale: Tensor, options: Options) -> Mood:
+    def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
-        horizon = torch.where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
+        horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
         # A panic restores the shadow even where the gradient is of no use.
-        return Mood(torch.exp(state.log_drive), torch.ones_like(horizon), None, grad_scale, state.panic, horizon)
+        return Mood(exp(state.log_drive), like(horizon, 1.0), None, grad_scale, state.panic, horizon)
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
         """One word for what it feels like now."""
@@ -362,70 +368,75 @@ class Emotion:
         }
         return next((word for word, holds in words.items() if holds), "steady")
 
-    def reflect(self, state: State, sums: Sums, acted: Tensor, options: Options) -> State:
+    def reflect(self, state: State, sums: Sums, acted: Number, options: Options) -> State:
         """Learn from the cosine between today's gradient and the last step; ``acted`` is False for a skipped update."""
-        state = state._replace(panic=torch.zeros_like(state.panic), steps=state.steps + acted)
-        power = (sums.weight * sums.grad_grad).sum() * (sums.weight * sums.step_step).sum()
-        seen = acted & (power > 0)
-        cosine = torch.where(seen, (sums.weight * sums.grad_step).sum() * torch.rsqrt(power), 0.0)
+        state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted)
+        weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
+        grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
+        # Two roots: the product of two sums of squares may leave the range of numbers.
+        seen = acted & (grad_grad > 0) & (step_step > 0)
+        cosine = where(seen, grad_step * _rsqrt(grad_grad) * _rsqrt(step_step), 0.0)
 
         n = state.reflections + 1
         trust = _mean(state.trust, cosine, 0.1, n)
         fast = _mean(state.fast, cosine, 0.3, n)
-        noise = _mean(state.noise, (cosine - trust) ** 2, 0.1, n + 1)
+        noise = _mean(state.noise, (cosine - trust) * (cosine - trust), 0.1, n + 1)
         new = state._replace(reflections=n, trust=trust, fast=fast, noise=noise)
         new = keep(seen, new, state)
-        return self._drive(new, seen, acted, sums, options)
+        return self._drive(new, seen, acted, options)
 
-    def _drive(self, state: State, seen: Tensor, acted: Tensor, sums: Sums, options: Options) -> State:
+    def _drive(self, state: State, seen: Number, acted: Number, options: Options) -> State:
         """Move the drive: rest, return after a panic, or follow trust."""
         if options.use_trust:
             # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
-            t_value = 2.38 * state.fast * torch.rsqrt(torch.clamp(state.noise, min=1e-12))
-            sure = self.sure * torch.sign(t_value) * torch.clamp((t_value.abs() - 2) / 4, 0, 1)
+            t_value = 2.38 * state.fast * rsqrt(clamp(state.noise, 1e-12))
+            sure = self.sure * (clamp((t_value - 2) / 4, 0.0, 1.0) - clamp((-t_value - 2) / 4, 0.0, 1.0))
             # Noise pulls the greedy optimum down at once. A run without a horizon has no clock but its own age: within
             # the noise the drive moves no faster than the age to the power of 1 or -1.
-            pace = torch.clamp(1 / state.reflections.clamp(min=1), max=self.pace)
-            slow = pace * torch.clamp(state.trust / 0.1, -1, 1)
-            change = torch.where(sure.abs() > slow.abs(), sure, slow)
-            change = torch.where(seen & (state.reflections > 3), change, 0.0)
+            pace = clamp(1 / clamp(state.reflections, 1.0), high=self.pace)
+            slow = pace * clamp(state.trust / 0.1, -1.0, 1.0)
+            change = where(abs(sure) > abs(slow), sure, slow)
+            change = where(seen & (state.reflections > 3), change, 0.0)
         else:
-            change = torch.clamp(-state.log_drive, -self.pace, self.pace) * (state.tension < 1)
+            change = clamp(-state.log_drive, -self.pace, self.pace) * (state.tension < 1)
         resting = state.rest > 0
-        healing = ~resting & (state.log_drive < state.goal - 1e-6)
-        heal = torch.clamp(state.goal - state.log_drive, max=(LOG_HALF - LOG_TENTH) / HEAL_STEPS)
-        change = torch.where(healing, heal * (state.tension < 1), change)
-        change = torch.where(resting, 0.0, change)
+        healing = negate(resting) & (state.log_drive < state.goal - 1e-6)
+        heal = clamp(state.goal - state.log_drive, high=(LOG_HALF - LOG_TENTH) / HEAL_STEPS)
+        change = where(healing, heal * (state.tension < 1), change)
+        change = where(resting, 0.0, change)
 
-        log_drive = self._bounded(state.log_drive + torch.where(acted, change, 0.0), options)
-        decayed = torch.as_tensor(options.decayed, device=log_drive.device) & (state.log_drive_peak > NEVER)
-        log_drive = torch.where(decayed, torch.minimum(log_drive, state.log_drive_peak), log_drive)
-        peak = torch.where(decayed, state.log_drive_peak, torch.maximum(state.log_drive_peak, log_drive))
+        log_drive = self._bounded(state.log_drive + where(acted, change, 0.0), options)
+        decayed = options.decayed & (state.log_drive_peak > NEVER)
+        log_drive = where(decayed, clamp(log_drive, high=state.log_drive_peak), log_drive)
+        peak = where(decayed, state.log_drive_peak, clamp(state.log_drive_peak, log_drive))
         return state._replace(
             log_drive=log_drive,
             log_drive_peak=peak,
-            rest=torch.where(acted, torch.clamp(state.rest - 1, min=0), state.rest),
-            goal=torch.where(resting | healing, state.goal, NEVER),
+            rest=where(acted, clamp(state.rest - 1, 0.0), state.rest),
+            goal=where(resting | healing, state.goal, NEVER),
         )
 
-    def _bounded(self, log_drive: Tensor, options: Options) -> Tensor:
+    def _bounded(self, log_drive: Number, options: Options) -> Number:
         """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""
-        low = torch.log(torch.as_tensor(options.lowest_drive, dtype=log_drive.dtype, device=log_drive.device))
-        high = torch.log(torch.as_tensor(options.highest_drive, dtype=log_drive.dtype, device=log_drive.device))
-        return torch.clamp(torch.clamp(log_drive, min=low), max=high).clamp(*DRIVE_RANGE)
+        low, high = log(like(log_drive, options.lowest_drive)), log(like(log_drive, options.highest_drive))
+        return clamp(clamp(log_drive, low, high), *DRIVE_RANGE)
 
     def reflect_each(
         self, state: State, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]:
         """The same reflection for each tensor's own drive and trust (1-D, one entry a tensor)."""
-        power = sums.grad_grad * sums.step_step
-        seen = (sums.weight > 0) & (power > 0)
-        cosine = torch.where(seen, sums.grad_step * torch.rsqrt(power), 0.0)
+        seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0)
+        cosine = torch.where(seen, sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step), 0.0)
         trust = torch.where(seen, _mean(trust, cosine, 0.1, count), trust)
         change = self.tensor_pace * torch.clamp((trust - state.trust) / 0.1, -1, 1)
         log_drive = torch.clamp(torch.log(drive) + change, -self.tensor_range, self.tensor_range)
         return torch.where(seen & (count > 7), torch.exp(log_drive), drive), trust
 
-    def should_stop(self, state: State) -> Tensor:
+    def should_stop(self, state: State) -> Number:
         """True while the last stretch gave next to nothing of all progress, for long enough."""
-        return state.calm > torch.clamp(0.05 * state.losses, min=64)
+        return state.calm > clamp(0.05 * state.losses, 64.0)
+
+
+def _rsqrt(x: Number) -> Number:
+    """One over the square root; finite for 0, whose product with 0 is then 0."""
+    return rsqrt(clamp(x, 1e-300))

@@ -46,8 +46,8 @@ class Snapshot:
     @classmethod
     def of(cls, emotion: Machine, vector: Tensor) -> Snapshot:
         """Read the state vector of an emotion."""
-        state: Any = emotion.unpack(vector)
-        values = {name: float(value) for name, value in state._asdict().items() if value.dim() == 0}
+        state: Any = emotion.unpack(vector, plain=True)
+        values: dict[str, float] = {k: v for k, v in state._asdict().items() if not isinstance(v, Tensor)}
         stop = bool(emotion.should_stop(state))
         offset = values.get("first", 0.0)  # the adaptive memories hold the loss relative to the first one
         memories = {

@@ -25,6 +25,7 @@ from emonavi.emotion import Emotion, Machine, Mood, Options, Sums
 from emonavi.intake import Intake, Loss, listen
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
+from emonavi.scalars import Number
 from emonavi.sweep import Reflected, Rule, gather, to_home, total_norm, wide
 
 __all__ = ["EmoOptimizer"]
@@ -185,7 +186,9 @@ class EmoOptimizer(torch.optim.Optimizer):
             return returned
         self._note_missing(heard)
         vector = self._vector()
-        state: Any = self._emotion.unpack(vector)
+        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
+        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups)
         if not self._begun:
             state = self._emotion.begin(state, self._rms(vector), active.lr.max(), options)
@@ -193,7 +196,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
-        sums = self._sweep(active, self._emotion.mood(state, acts, grad_scale, options), acts, options)
+        mood = self._emotion.mood(state, acts, grad_scale, options)
+        sums = self._sweep(active, mood, acts, options, predicated)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         vector.copy_(self._emotion.pack(state))
@@ -229,12 +233,10 @@ class EmoOptimizer(torch.optim.Optimizer):
             state["shadow"] = wide(param.detach()).clone()
         return state
 
-    def _sweep(self, active: Active, mood: Mood, acts: Tensor, options: Options) -> Sums:
+    def _sweep(self, active: Active, mood: Mood, acts: Number, options: Options, predicated: bool) -> Sums:
         """Move every tensor, bucket by bucket, and gather what reflection needs."""
         own_lr, step_sizes, decays = active.rates(mood)
         reflect = self._emotion.reflects and options.use_trust
-        # On the CPU a value can be read without waiting for anything.
-        predicated = active.lr.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         skip = not predicated and not bool(acts)
         parts: list[tuple[list[int], Reflected]] = []
         for (index, *_, layout), places in active.buckets(self._layout).items():
@@ -286,7 +288,7 @@ class EmoOptimizer(torch.optim.Optimizer):
     def should_stop(self) -> bool:
         """True while there is next to nothing left to learn; it can turn False again. Waits for the device."""
         vector = self._vector()
-        return bool(self._emotion.should_stop(self._emotion.unpack(vector)))
+        return bool(self._emotion.should_stop(self._emotion.unpack(vector, plain=True)))
 
     @property
     def effective_lr(self) -> list[float]:
@@ -294,7 +296,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         return self._effective_lr(self._vector()).tolist()
 
     def _effective_lr(self, vector: Tensor) -> Tensor:
-        drive = self._emotion.unpack(vector).log_drive.exp() if self._begun else vector.new_ones(())
+        drive = vector[self._emotion.index("log_drive")].exp() if self._begun else vector.new_ones(())
         groups = range(len(self.param_groups))
         lr, low, high = (
             per_tensor([g[k] if g[k] is not None else torch.inf for g in self.param_groups], groups, vector)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from emonavi.emotion import Mood, Options, Sums, keep, regular
+from emonavi.scalars import Number, exp, isfinite, like, negate, number, tanh, where
 
 __all__ = ["PRESETS", "Preset", "PresetState"]
 
@@ -38,24 +39,24 @@ HISTORY = 32
 class PresetState(NamedTuple):
     """A preset's memory: 0-d tensors, and the ring of the last 32 scalars at the end of the vector."""
 
-    code: Tensor
-    version: Tensor
-    steps: Tensor
-    skipped_steps: Tensor
-    ignored_losses: Tensor
-    losses: Tensor
-    window: Tensor
-    last_window: Tensor
-    loss: Tensor
-    short: Tensor
-    long: Tensor
-    scalar: Tensor
-    cast: Tensor  # 1 once the shadow holds a copy of the parameters
-    ratio: Tensor  # of the coming update
-    log_drive: Tensor  # of the norm control
-    norm_avg: Tensor
-    grad_norm: Tensor
-    lr_ref: Tensor
+    code: Number
+    version: Number
+    steps: Number
+    skipped_steps: Number
+    ignored_losses: Number
+    losses: Number
+    window: Number
+    last_window: Number
+    loss: Number
+    short: Number
+    long: Number
+    scalar: Number
+    cast: Number  # 1 once the shadow holds a copy of the parameters
+    ratio: Number  # of the coming update
+    log_drive: Number  # of the norm control
+    norm_avg: Number
+    grad_norm: Number
+    lr_ref: Number
     history: Tensor  # shape (32,), a ring indexed by ``losses``
 
 
@@ -84,60 +85,66 @@ class Preset:
         """Place of an entry in the vector."""
         return PresetState._fields.index(name)
 
-    def unpack(self, vector: Tensor) -> PresetState:
-        """View the vector as named tensors."""
-        return PresetState._make([*vector[:-HISTORY].unbind(), vector[-HISTORY:]])
+    def unpack(self, vector: Tensor, plain: bool = False) -> PresetState:
+        """The vector's entries by name: views of it, or plain numbers; the history stays a tensor."""
+        entries = vector[:-HISTORY]
+        return PresetState._make([*(entries.tolist() if plain else entries.unbind()), vector[-HISTORY:]])
 
     def pack(self, state: PresetState) -> Tensor:
         """One vector from named tensors."""
-        return torch.cat([torch.stack(state[:-1]), state.history])
+        entries = state[:-1]
+        plain = not isinstance(state.code, Tensor)
+        first = torch.tensor(entries, dtype=torch.float64) if plain else torch.stack(entries)
+        return torch.cat([first, state.history])
 
     def begin(self, state: PresetState, rms: Tensor, lr: Tensor, options: Options) -> PresetState:
         """Presets start at the user's lr."""
-        return state._replace(lr_ref=torch.where(state.lr_ref > 0, state.lr_ref, lr))
+        return state._replace(lr_ref=where(state.lr_ref > 0, state.lr_ref, like(state.code, lr)))
 
-    def feel(self, state: PresetState, loss: Tensor, window: int) -> PresetState:
+    def feel(self, state: PresetState, loss: Number, window: int) -> PresetState:
         """Take in a loss that is the sum of ``window`` backward calls."""
+        loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
         felt = finite & usual
-        short = torch.where(state.losses == 0, loss, 0.3 * loss + 0.7 * state.short)
-        long = torch.where(state.losses == 0, loss, 0.01 * loss + 0.99 * state.long)
-        habit = 1 + state.scalar.abs() if self.habituates else 1.0
-        scalar = torch.tanh(5 * (short - long) / habit)
-        place = torch.arange(HISTORY, device=loss.device) == state.losses % HISTORY
+        short = where(state.losses == 0, loss, 0.3 * loss + 0.7 * state.short)
+        long = where(state.losses == 0, loss, 0.01 * loss + 0.99 * state.long)
+        habit = 1 + abs(state.scalar) if self.habituates else 1.0
+        scalar = tanh(5 * (short - long) / habit)
+        place = torch.arange(HISTORY, device=state.history.device) == state.losses % HISTORY
         new = state._replace(
             losses=state.losses + 1, loss=loss, short=short, long=long, scalar=scalar,
             ratio=self._ratio(scalar), history=torch.where(place, scalar, state.history),
         )  # fmt: skip
         return cast(PresetState, keep(felt, new, state))
 
-    def _ratio(self, s: Tensor) -> Tensor:
+    def _ratio(self, s: Number) -> Number:
         if not self.staged:
-            return torch.where(s.abs() > 0.1, s.abs(), 0.0)
-        mild = 0.3 * (s.abs() > 0.3).to(s.dtype)
-        return torch.where(s > 0.6, 0.7 + 0.2 * s, torch.where(s < -0.6, 0.1, mild))
+            return where(abs(s) > 0.1, abs(s), 0.0)
+        mild = 0.3 * number(abs(s) > 0.3)
+        return where(s > 0.6, 0.7 + 0.2 * s, where(s < -0.6, 0.1, mild))
 
-    def guard(self, state: PresetState, norm: Tensor, options: Options) -> tuple[PresetState, Tensor, Tensor]:
+    def guard(self, state: PresetState, norm: Tensor, options: Options) -> tuple[PresetState, Number, Number]:
         """Whether the update may act. The published generations have no guard; skipping a NaN is this library's."""
-        finite = torch.isfinite(norm)
+        norm = like(state.code, norm)
+        finite = isfinite(norm)
         avg = 0.9 * state.norm_avg + 0.1 * norm
         new = keep(finite, state._replace(norm_avg=avg, grad_norm=norm), state)
-        return new._replace(skipped_steps=state.skipped_steps + ~finite), finite, torch.ones_like(norm)
+        return new._replace(skipped_steps=state.skipped_steps + negate(finite)), finite, like(norm, 1.0)
 
-    def mood(self, state: PresetState, acts: Tensor, grad_scale: Tensor, options: Options) -> Mood:
+    def mood(self, state: PresetState, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
-        one = torch.ones_like(state.scalar)
+        one = like(state.scalar, 1.0)
         trust = 1 - state.scalar**2 if options.use_trust else None
         follow = self.follows * (one if trust is None else trust)
         leans = acts & (state.ratio > 0)
         return Mood(
-            drive=torch.exp(state.log_drive),
-            scale=1 - state.scalar.abs() if self.shrinks else one,
+            drive=exp(state.log_drive),
+            scale=1 - abs(state.scalar) if self.shrinks else one,
             trust=trust,
             grad_scale=grad_scale,
-            pull=torch.where(leans & (state.cast > 0), state.ratio, 0.0),
+            pull=where(leans & (state.cast > 0), state.ratio, 0.0),
             # The first time, the shadow is cast: it moves all the way.
-            follow=torch.where(leans, torch.where(state.cast > 0, follow, one), 0.0),
+            follow=where(leans, where(state.cast > 0, follow, one), 0.0),
         )
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
@@ -146,15 +153,15 @@ class Preset:
             return "done"
         return "tense" if values["scalar"] > 0.3 else "eager" if values["scalar"] < -0.3 else "steady"
 
-    def reflect(self, state: PresetState, sums: Sums, acted: Tensor, options: Options) -> PresetState:
+    def reflect(self, state: PresetState, sums: Sums, acted: Number, options: Options) -> PresetState:
         """Norm control: a ratchet that acts from the next step on."""
-        ratchet = torch.zeros_like(state.log_drive)
+        ratchet = like(state.code, 0.0)
         if options.max_norm > 0:
             excess = state.norm_avg / options.max_norm
-            ratchet = torch.where(acted & (excess > 1), excess * math.log(0.95), 0.0)
+            ratchet = where(acted & (excess > 1), excess * math.log(0.95), 0.0)
         return state._replace(
             steps=state.steps + acted,
-            cast=torch.where(acted & (state.ratio > 0), torch.ones_like(state.cast), state.cast),
+            cast=where(acted & (state.ratio > 0), like(state.code, 1.0), state.cast),
             log_drive=state.log_drive + ratchet,
         )
 
@@ -164,7 +171,7 @@ class Preset:
         """Presets have one mood for all tensors: what each keeps stays as it is."""
         return drive, trust
 
-    def should_stop(self, state: PresetState) -> Tensor:
+    def should_stop(self, state: PresetState) -> Number:
         """The published rule, over steps that felt a loss."""
         quiet = (state.history.abs().mean() < 0.05) & (state.history.var(correction=0) < 0.005)
         return quiet & (state.losses >= HISTORY)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emonavi.emotion import Sums
 from emonavi.pieces import Piece, pieces
+from emonavi.scalars import Number, like
 
 __all__ = ["Bucket", "Reflected", "Rule", "dot", "gather", "to_home", "total_norm", "wide"]
 
@@ -31,20 +32,20 @@ class Bucket(NamedTuple):
     foreach: bool
     predicated: bool  # never branch on a value
 
-    def lean(self, shadows: list[Tensor], pull: Tensor, follow: Tensor) -> None:
+    def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
         """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
         pulls, follows = (self.predicated or bool(rate) for rate in (pull, follow))
         for piece in self._pieces({"param": self.lists["param"], "shadow": shadows}, cut=True):
             param, shadow = piece.batch["param"], piece.batch["shadow"]
             if pulls:
-                param.copy_(torch.lerp(wide(param), shadow, pull.to(shadow)))
+                param.copy_(torch.lerp(wide(param), shadow, like(shadow, pull)))
                 piece.write_back(["param"])
             if follows:
-                shadow.lerp_(wide(param), follow.to(shadow))
+                shadow.lerp_(wide(param), like(shadow, follow))
                 piece.write_back(["shadow"])
 
     def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Tensor, acts: Tensor
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number
     ) -> list[tuple[list[int], Reflected]]:
         """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
         scales = self.predicated or bool(grad_scale != 1)
@@ -62,13 +63,13 @@ class Bucket(NamedTuple):
         return parts
 
     def _apply(
-        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Tensor | None, acts: Tensor
+        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number
     ) -> Reflected | None:
         written = [name for name in piece.batch if name != "grad"]
         before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
         batch = {name: wide(tensor) for name, tensor in piece.batch.items()}
         if grad_scale is not None:
-            batch["grad"] = batch["grad"] * grad_scale.to(batch["grad"])
+            batch["grad"] = batch["grad"] * like(batch["grad"], grad_scale)
         reflected = rule(*batch.values(), **scalars)
         if batch["param"] is not piece.batch["param"]:
             piece.batch["param"].copy_(batch["param"])
