@@ -90,9 +90,9 @@ class EmoFact(EmoOptimizer):
 
 def sample(batch: Tensor) -> Tensor:
     """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most :data:`SAMPLE`)."""
-    flat = batch.reshape(len(batch), -1)
+    flat = batch.flatten(1)
     # An odd stride does not run down one column of a matrix whose width is a power of two.
-    stride = -(-flat.shape[1] // SAMPLE)
+    stride = max(1, -(-flat.shape[1] // SAMPLE))
     return flat[:, :: stride + (stride > 1 and stride % 2 == 0)]
 
 

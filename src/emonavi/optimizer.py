@@ -7,6 +7,7 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -210,10 +211,12 @@ class EmoOptimizer(torch.optim.Optimizer):
     def _collect(self) -> Active | None:
         """Everything with a gradient, its state made where it is missing; None where nothing is to move."""
         groups = self.param_groups
-        found = [(p, i) for i, g in enumerate(groups) for p in g["params"] if p.grad is not None and p.numel()]
+        found = [(p, i) for i, g in enumerate(groups) for p in g["params"] if p.grad is not None]
         for p, _ in found:
             checks.gradient(p)
-        states = [self._state_of(p) for p, _ in found]
+        for p, _ in found:
+            self._state_of(p)
+        found = [(p, i) for p, i in found if p.numel()]
         # An lr that lives on a device is never read: it counts as not 0.
         moves = [
             lr.device.type != "cpu" or bool(lr != 0) if isinstance(lr := g["lr"], Tensor) else lr != 0 for g in groups
@@ -221,9 +224,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         if not found or not any(moves):
             return None
         rates = [self._decay_rate(g) for g in groups]
-        return Active.of(found, states, groups, rates, self._vector())
+        return Active.of(found, [self.state[p] for p, _ in found], groups, rates, self._vector())
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
+    def _state_of(self, param: Tensor) -> None:
+        """Make the state of a parameter where it is missing."""
         state: dict[str, Any] = self.state[param]
         if not state:
             for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
@@ -231,7 +235,6 @@ class EmoOptimizer(torch.optim.Optimizer):
             state.update(self._init_state(param))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
-        return state
 
     def _sweep(self, active: Active, mood: Mood, acts: Number, options: Options, predicated: bool) -> Sums:
         """Move every tensor, bucket by bucket, and gather what reflection needs."""

@@ -59,7 +59,7 @@ def isfinite(x: Number) -> Number:
 
 
 def exp(x: Number) -> Number:
-    """e to the power of x."""
+    """The exponential of x."""
     return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
 
 
