@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,46 +34,49 @@ class Active(NamedTuple):
     def of(
         cls,
         found: Sequence[tuple[Tensor, int]],
-        states: list[dict[str, Any]],
+        states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
-        decay_rates: Sequence[float],
+        decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
     ) -> Active:
-        """From parameters with their group's place, their states, and the weight decay of each group."""
+        """From parameters that have a gradient, with the place of their group."""
+        found = [(p, i) for p, i in found if p.numel()]
         owners = [i for _, i in found]
+        own = [states[p] for p, _ in found]
         lr = per_tensor([g["lr"] for g in groups], owners, home)
-        kept = {k: to_home(_stack([s[k] for s in states]), home) for k in ("step", "drive", "trust")}
+        kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
             params=[p for p, _ in found],
             grads=[p.grad for p, _ in found if p.grad is not None],
-            states=states,
+            states=own,
             groups=owners,
             lr=lr,
             floor=torch.minimum(lr, per_tensor([g["min_lr"] for g in groups], owners, home)),
             wall=per_tensor([torch.inf if g["max_lr"] is None else g["max_lr"] for g in groups], owners, home),
-            decay=per_tensor(decay_rates, owners, home),
+            decay=per_tensor([decay_rate(g) for g in groups], owners, home),
             steps=kept["step"] + 1,
             drive=kept["drive"],
             trust=kept["trust"],
         )
 
-    def options(self, groups: Sequence[dict[str, Any]]) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: float) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
-        decayed = []
+        tops, decayed = [], []
         for group in groups:
-            lr, peak = group["lr"], group["lr_peak"]
-            highest = (
-                torch.maximum(lr, torch.as_tensor(peak).to(lr)) if isinstance(lr, Tensor) else max(lr, float(peak))
-            )
-            group["lr_peak"] = highest
-            decayed.append(torch.as_tensor(lr < 0.5 * highest, device=self.lr.device))
-        moving = self.lr > 0
+            lr = group["lr"]
+            group["lr_peak"] = _highest(lr, group["lr_peak"])
+            tops.append(_highest(group["lr_peak"], group["lr_start"]))
+            decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
+        # From the highest lr, not today's: a warm-up or a dip must not move the drive.
+        top = per_tensor(tops, self.groups, self.lr)
+        low = per_tensor([g["min_lr"] for g in groups], self.groups, self.lr)
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=torch.where(moving, self.floor / self.lr, 1.0).min(),
-            highest_drive=torch.where(moving, self.wall / self.lr, 0.0).max(),
+            lowest_drive=torch.where(top > 0, torch.minimum(low, top) / top, 1.0).min(),
+            highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
+            hold=hold,
             decayed=torch.stack(decayed).all(),
         )
 
@@ -101,6 +104,13 @@ class Active(NamedTuple):
         new = {"step": where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
         for name, values in new.items():
             torch._foreach_copy_([s[name] for s in self.states], list(values.to(torch.float32).unbind()))
+
+
+def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return max(a, b)
+    device = a.device if isinstance(a, Tensor) else torch.as_tensor(b).device
+    return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:

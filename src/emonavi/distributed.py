@@ -29,14 +29,16 @@ def agreed_loss(heard: Loss | None, home: Tensor, process_group: Any) -> Loss | 
     group = None if process_group == "auto" else process_group
     if torch.distributed.get_world_size(group) == 1:
         return heard
-    value = home.new_full((), torch.nan)
+    value, window = home.new_full((), torch.nan), 0.0
     if heard is not None:
         value = heard.value.to(value) if isinstance(heard.value, Tensor) else home.new_full((), heard.value)
+        window = float(heard.window)
     finite = torch.isfinite(value)
-    mine = torch.stack(
-        [torch.where(finite, value, 0.0), finite.to(value), value.new_full((), float(heard is not None))]
-    )
-    torch.distributed.all_reduce(mine, group=group)
-    if home.device.type == "cpu" and not mine[2]:
+    heard_here = value.new_full((), float(heard is not None))
+    mine = [torch.where(finite, value, 0.0), finite.to(value), heard_here, value.new_full((), window)]
+    total = torch.stack(mine)
+    torch.distributed.all_reduce(total, group=group)
+    if home.device.type == "cpu" and not total[2]:
         return None  # no rank has a loss: nothing is missing that could be counted as ignored
-    return Loss(mine[0] / mine[1], heard.window if heard is not None else 0)
+    # The windows of all ranks together: where one rank's is partial, the mean is on another scale for all.
+    return Loss(total[0] / total[1], total[3])

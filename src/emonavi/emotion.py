@@ -18,9 +18,12 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
     trust += max(0.1, 1/n) (c_t - trust)      fast += max(0.3, 1/n) (c_t - fast)
     noise += max(0.1, 1/(n+1)) ((c_t - trust)^2 - noise)
     T      = 2.38 fast / sqrt(noise)                                    fast's own t-statistic
-    slow   = min(0.05, 1/n) clip(trust / 0.1, -1, 1)                    within the noise: at most like n or 1/n
-    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T - 2) / 4, 0, 1))   beyond doubt, in either direction
-    log drive += sure where |sure| > |slow|, else slow
+    slow   = min(0.05, 2/n) clip((trust - target) / 0.1, -1, 1)         within the noise: on a logarithmic clock
+    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((T' - 2) / 4, 0, 1))   beyond doubt; T' = -T from the target on
+    log drive += sure where |sure| > |slow|, else slow                  only downwards where nothing is left to gain
+
+The target is 0, or a little below where the rule says so (EmoFact). The gain is the largest first-order improvement
+that the last step could have had, from the same sums; under a twentieth of its mean so far there is nothing to gain.
 
 Everything is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -59,6 +62,7 @@ class Options(NamedTuple):
     max_norm: float
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
+    hold: float  # the rule's target of trust, in standard deviations below 0
     decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
 
 
@@ -114,6 +118,8 @@ class State(NamedTuple):
     trust: Number
     fast: Number
     noise: Number
+    gain: Number  # of recent steps
+    gain_mean: Number  # of all steps
     norms: Number
     grad_norm: Number
     log_norm: Number
@@ -156,7 +162,7 @@ class Machine(Protocol):
     def unpack(self, vector: Tensor, plain: bool = False) -> Any: ...
     def pack(self, state: Any) -> Tensor: ...
     def begin(self, state: Any, rms: Tensor, lr: Tensor, options: Options) -> Any: ...
-    def feel(self, state: Any, loss: Number, window: int) -> Any: ...
+    def feel(self, state: Any, loss: Number, window: Number) -> Any: ...
     def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Number, Number]: ...
     def mood(self, state: Any, acts: Number, grad_scale: Number, options: Options) -> Mood: ...
     def reflect(self, state: Any, sums: Sums, acted: Number, options: Options) -> Any: ...
@@ -178,21 +184,19 @@ def keep(flag: Number, new: Any, old: Any) -> Any:
     return type(new)._make((kept | wide).get(i, a) for i, a in enumerate(new))
 
 
-def regular(state: Any, loss: Number, window: int) -> tuple[Number, Number, Any]:
+def regular(state: Any, loss: Number, window: Number) -> tuple[Number, Number, Any]:
     """Whether a loss is finite and whether its accumulation window is a usual one, with the state that remembers both.
 
     A window with another number of backward calls than usual (the last, partial one of an epoch) holds a loss on
     another scale: it is left out, until that number comes twice in a row and so is the new usual.
     """
     finite = isfinite(loss)
-    if not window:  # told, not captured
-        return finite, finite, state._replace(ignored_losses=state.ignored_losses + negate(finite))
-    calls = like(loss, float(window))
-    usual = (state.window == 0) | (calls == state.window)
-    settled = (state.window == 0) | (calls == state.last_window)
+    calls = like(loss, window)
+    usual = (calls == 0) | (state.window == 0) | (calls == state.window)
+    settled = (calls > 0) & ((state.window == 0) | (calls == state.last_window))
     state = state._replace(
         window=where(settled, calls, state.window),
-        last_window=calls,
+        last_window=where(calls > 0, calls, state.last_window),
         ignored_losses=state.ignored_losses + negate(finite),
     )
     return finite, usual, state
@@ -210,10 +214,14 @@ class Emotion:
     Args:
         start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower), because
             one Adam step then moves weights by a tenth of a percent.
-        pace: largest change of the log drive per step within the noise; after 1/pace steps it falls like 1/step.
+        pace: largest change of the log drive per step within the noise, in the first steps.
+        clock: later that change is at most clock/step. Noise pulls the greedy optimum down at any time; a run without a
+            horizon has no clock but its own age, so within the noise the lr moves no faster than age^(-2) to age^2.
         sure: largest change per step where trust is beyond doubt: it opens a run, re-opens it after a plateau, and
             backs off from a step that is clearly too long.
-        tensor_pace: the same for one tensor's own drive; slower than the global one, so that the two do not fight.
+        tensor_pace: the share of it that one tensor's own drive may move; slower, so that the two do not fight.
+        nothing: the drive does not grow while the gain is under this share of its mean, or it would climb for ever once
+            a training loss is at its floor.
         tensor_range: bound on one tensor's log drive.
         brake: largest cut of the log drive per step by tension.
         spike: a loss this many deviations above its short memory is a panic.
@@ -231,8 +239,10 @@ class Emotion:
 
     start: float = 1e-3
     pace: float = 0.05
+    clock: float = 2.0
     sure: float = 0.10
-    tensor_pace: float = 0.02
+    tensor_pace: float = 0.4
+    nothing: float = 0.05
     tensor_range: float = 2.0
     brake: float = 0.05
     spike: float = 10.0
@@ -279,7 +289,7 @@ class Emotion:
             log_drive = log(clamp((self.start * like(state.code, rms) + 1e-8) / lr_ref, high=1.0))
         return state._replace(lr_ref=lr_ref, log_drive=self._bounded(log_drive, options))
 
-    def feel(self, state: State, loss: Number, window: int) -> State:
+    def feel(self, state: State, loss: Number, window: Number) -> State:
         """Take in a loss that is the sum of ``window`` backward calls (0: not known, always taken)."""
         loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
@@ -378,10 +388,14 @@ class Emotion:
         cosine = where(seen, grad_step * _rsqrt(grad_grad) * _rsqrt(step_step), 0.0)
 
         n = state.reflections + 1
+        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0))
         trust = _mean(state.trust, cosine, 0.1, n)
         fast = _mean(state.fast, cosine, 0.3, n)
         noise = _mean(state.noise, (cosine - trust) * (cosine - trust), 0.1, n + 1)
-        new = state._replace(reflections=n, trust=trust, fast=fast, noise=noise)
+        new = state._replace(
+            reflections=n, trust=trust, fast=fast, noise=noise,
+            gain=_mean(state.gain, gain, 0.1, n), gain_mean=_mean(state.gain_mean, gain, 0.0, n),
+        )  # fmt: skip
         new = keep(seen, new, state)
         return self._drive(new, seen, acted, options)
 
@@ -389,13 +403,13 @@ class Emotion:
         """Move the drive: rest, return after a panic, or follow trust."""
         if options.use_trust:
             # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
-            t_value = 2.38 * state.fast * rsqrt(clamp(state.noise, 1e-12))
-            sure = self.sure * (clamp((t_value - 2) / 4, 0.0, 1.0) - clamp((-t_value - 2) / 4, 0.0, 1.0))
-            # Noise pulls the greedy optimum down at once. A run without a horizon has no clock but its own age: within
-            # the noise the drive moves no faster than the age to the power of 1 or -1.
-            pace = clamp(1 / clamp(state.reflections, 1.0), high=self.pace)
-            slow = pace * clamp(state.trust / 0.1, -1.0, 1.0)
+            deviation = sqrt(clamp(state.noise, 1e-12))
+            t_value = 2.38 * state.fast / deviation
+            t_below = -t_value - 2.38 * options.hold
+            sure = self.sure * (clamp((t_value - 2) / 4, 0.0, 1.0) - clamp((t_below - 2) / 4, 0.0, 1.0))
+            slow = self._pace(state) * clamp((state.trust + options.hold * deviation) / 0.1, -1.0, 1.0)
             change = where(abs(sure) > abs(slow), sure, slow)
+            change = where(state.gain < self.nothing * state.gain_mean, clamp(change, high=0.0), change)
             change = where(seen & (state.reflections > 3), change, 0.0)
         else:
             change = clamp(-state.log_drive, -self.pace, self.pace) * (state.tension < 1)
@@ -416,6 +430,10 @@ class Emotion:
             goal=where(resting | healing, state.goal, NEVER),
         )
 
+    def _pace(self, state: State) -> Number:
+        """Largest change of the log drive within the noise."""
+        return clamp(self.clock / clamp(state.reflections, 1.0), high=self.pace)
+
     def _bounded(self, log_drive: Number, options: Options) -> Number:
         """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""
         low, high = log(like(log_drive, options.lowest_drive)), log(like(log_drive, options.highest_drive))
@@ -428,7 +446,7 @@ class Emotion:
         seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0)
         cosine = torch.where(seen, sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step), 0.0)
         trust = torch.where(seen, _mean(trust, cosine, 0.1, count), trust)
-        change = self.tensor_pace * torch.clamp((trust - state.trust) / 0.1, -1, 1)
+        change = self.tensor_pace * self._pace(state) * torch.clamp((trust - state.trust) / 0.1, -1, 1)
         log_drive = torch.clamp(torch.log(drive) + change, -self.tensor_range, self.tensor_range)
         return torch.where(seen & (count > 7), torch.exp(log_drive), drive), trust
 

@@ -56,6 +56,10 @@ class EmoFact(EmoOptimizer):
     """,
     )
 
+    # Without momentum trust is the pure greedy measure: its zero lies far below the step that is best in the long run.
+    # Final loss over that of the same rule tuned with cosine (geometric mean): 1.1 at 1, 1.5 at 0; at 3 it diverged.
+    _hold = 1.0
+
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         if param.dim() < 2:
             return ("exp_avg", "exp_avg_sq")

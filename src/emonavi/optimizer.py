@@ -8,10 +8,12 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +22,11 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 
 from emonavi import checks
 from emonavi.active import Active, per_tensor
+from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
 from emonavi.emotion import Emotion, Machine, Mood, Options, Sums
-from emonavi.intake import Intake, Loss, listen
+from emonavi.intake import Intake, Loss
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
 from emonavi.scalars import Number
@@ -155,6 +158,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
+    # Target of trust, in standard deviations below 0. With momentum, 0 is the exact line search.
+    _hold = 0.0
+
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """Weight decay for each unit of effective lr."""
         return float(group["weight_decay"])
@@ -182,18 +188,25 @@ class EmoOptimizer(torch.optim.Optimizer):
             raise ValueError("step() got both a closure and loss=: pass the one that should count")
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
-        active = self._collect()
-        if active is None:
+        found, vector = self._found(), self._vector()
+        moves = self._moves(found)
+        if moves:
+            heard = agreed_loss(heard, vector, self._process_group)
+            self._note_missing(heard)
+        # Made without a move, too: distributed checkpoints make state by a step at lr 0.
+        for p, _ in found:
+            self._make_state(p)
+        if not moves:
+            if found:
+                self._intake.clear()
             return returned
-        self._note_missing(heard)
-        vector = self._vector()
+        active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         state: Any = self._emotion.unpack(vector, plain=not predicated)
-        options = active.options(self.param_groups)
+        options = active.options(self.param_groups, self._hold)
         if not self._begun:
             state = self._emotion.begin(state, self._rms(vector), active.lr.max(), options)
-        heard = agreed_loss(heard, vector, self._process_group)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
@@ -208,25 +221,21 @@ class EmoOptimizer(torch.optim.Optimizer):
             self._recorder.record(vector, self._effective_lr(vector))
         return returned
 
-    def _collect(self) -> Active | None:
-        """Everything with a gradient, its state made where it is missing; None where nothing is to move."""
-        groups = self.param_groups
-        found = [(p, i) for i, g in enumerate(groups) for p in g["params"] if p.grad is not None]
+    def _found(self) -> list[tuple[Tensor, int]]:
+        """Parameters that have a gradient, with the place of their group."""
+        found = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.grad is not None]
         for p, _ in found:
             checks.gradient(p)
-        for p, _ in found:
-            self._state_of(p)
-        found = [(p, i) for p, i in found if p.numel()]
-        # An lr that lives on a device is never read: it counts as not 0.
-        moves = [
-            lr.device.type != "cpu" or bool(lr != 0) if isinstance(lr := g["lr"], Tensor) else lr != 0 for g in groups
-        ]
-        if not found or not any(moves):
-            return None
-        rates = [self._decay_rate(g) for g in groups]
-        return Active.of(found, [self.state[p] for p, _ in found], groups, rates, self._vector())
+        return found
 
-    def _state_of(self, param: Tensor) -> None:
+    def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
+        """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
+        if not any(p.numel() for p, _ in found):
+            return False
+        rates = (group["lr"] for group in self.param_groups)
+        return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
+
+    def _make_state(self, param: Tensor) -> None:
         """Make the state of a parameter where it is missing."""
         state: dict[str, Any] = self.state[param]
         if not state:
@@ -272,7 +281,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             warnings.warn(
                 f"{type(self).__name__} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss "
                 f"is not felt and should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
@@ -414,15 +423,15 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._intake.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = (self._emotion, self._capture, self._on_missing_loss)
+        group = None if self._process_group is None else "auto"  # a process group cannot be copied
+        settings = (self._emotion, self._capture, self._on_missing_loss, group)
         return {**super().__getstate__(), "_settings": settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings", None)
         super().__setstate__(state)
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
-            emotion, capture, missing = settings
-            self._setup(emotion, capture, missing, "auto")
+            self._setup(*settings)
             self._note_begun()
 
     def _note_begun(self) -> None:
@@ -455,8 +464,17 @@ class EmoOptimizer(torch.optim.Optimizer):
         trained: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
         count: int = sum(p.numel() for p in trained)
         norm: Tensor = total_norm(trained, vector)
-        return norm / count**0.5
+        return norm / math.sqrt(count)
 
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _callers_level() -> int:
+    """How far up the stack, for a warning, the code is that is neither torch's nor ours."""
+    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, checks))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    return level

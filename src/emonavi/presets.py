@@ -101,7 +101,7 @@ class Preset:
         """Presets start at the user's lr."""
         return state._replace(lr_ref=where(state.lr_ref > 0, state.lr_ref, like(state.code, lr)))
 
-    def feel(self, state: PresetState, loss: Number, window: int) -> PresetState:
+    def feel(self, state: PresetState, loss: Number, window: Number) -> PresetState:
         """Take in a loss that is the sum of ``window`` backward calls."""
         loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)

@@ -21,8 +21,8 @@ Number: TypeAlias = Any  # a float (or bool, for a flag), or a 0-d tensor
 def like(sample: Number, value: Number) -> Number:
     """The value as the kind of number that the sample is. A tensor becomes a float only beside a float."""
     if isinstance(sample, Tensor):
-        return value.to(sample) if isinstance(value, Tensor) else sample.new_full((), value)
-    return value.item() if isinstance(value, Tensor) else value
+        return value.to(sample) if isinstance(value, Tensor) else sample.new_full((), float(value))
+    return value.item() if isinstance(value, Tensor) else float(value)
 
 
 def where(flag: Number, yes: Number, no: Number) -> Number:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +162,8 @@ class LoRA(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = alpha / rank
         if isinstance(base, nn.Conv2d):
-            geometry = (base.kernel_size, base.stride, base.padding)
-            self.down: nn.Module = nn.Conv2d(base.in_channels, rank, *geometry, bias=False)
+            geometry: Any = {"stride": base.stride, "padding": base.padding, "bias": False}
+            self.down: nn.Module = nn.Conv2d(base.in_channels, rank, base.kernel_size, **geometry)  # type: ignore[arg-type]
             self.up: nn.Conv2d | nn.Linear = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         else:
             self.down = nn.Linear(base.in_features, rank, bias=False)
@@ -170,7 +171,8 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * self.up(self.down(x))
+        adapted: Tensor = self.base(x) + self.scale * self.up(self.down(x))
+        return adapted
 
 
 @cache
@@ -234,7 +236,8 @@ class _Block(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm_mlp(x))
+        mixed: Tensor = x + self.mlp(self.norm_mlp(x))
+        return mixed
 
 
 class _CharTransformer(nn.Module):
@@ -249,7 +252,8 @@ class _CharTransformer(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.characters(text) + self.positions[: text.shape[1]]
-        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits.transpose(1, 2)
 
 
 @cache

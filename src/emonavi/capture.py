@@ -1,0 +1,239 @@
+"""The loss, heard at backward.
+
+Trainers call ``optimizer.step()`` and keep the loss to themselves. While at least one optimizer listens,
+``torch.autograd.backward`` and ``GradScaler.scale`` are wrapped, so that each listener learns *the sum of the scalar
+losses back-propagated since its gradients were last cleared*: the function whose gradient is in ``.grad``. That sum is
+what trainers log, with gradient accumulation, loss scaling and several optimizers. A sole listener hears every loss;
+among several, each hears those whose graph reaches its parameters. When the last one is gone, torch is as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from emonavi.intake import Intake
+
+__all__ = ["listen", "unlisten"]
+
+_UNSCALED = "_emonavi_unscaled"
+
+_listeners: weakref.WeakSet[Intake] = weakref.WeakSet()
+_lock = threading.RLock()
+_originals: list[tuple[Any, str, Any, Any]] = []  # (where, name, original, ours)
+
+
+def listen(intake: Intake) -> None:
+    """Let an intake hear every backward; torch is wrapped for the first one."""
+    with _lock:
+        _listeners.add(intake)
+        # Freed by the garbage collector or by hand: either way the last one to go restores torch.
+        weakref.finalize(intake, _leave)
+        _install()
+
+
+def unlisten(intake: Intake) -> None:
+    """Stop hearing; torch is restored when nobody listens."""
+    with _lock:
+        _listeners.discard(intake)
+        _leave()
+
+
+def _leave() -> None:
+    with _lock:
+        # Not len(): the set still counts what is dying while its finalizers run.
+        if any(True for _ in _listeners) or not _originals:
+            return
+        for where, name, original, ours in _originals:
+            # Somebody may have wrapped our wrapper since: then it has to stay, and passes everything through.
+            if vars(where).get(name) is ours:
+                setattr(where, name, original)
+        _originals.clear()
+
+
+def _install() -> None:
+    """Wrap what is not wrapped yet."""
+    _wrap(torch.autograd, "backward", _hearing_backward)
+    _wrap(torch.amp.GradScaler, "scale", _tagging_scale)
+    # It overrides scale. Whoever uses it has imported it; importing it here would cost everybody else.
+    sharded = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
+    if sharded is not None:
+        _wrap(sharded.ShardedGradScaler, "scale", _tagging_scale)
+
+
+def _wrap(where: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    if any(place is where and known == name for place, known, _, _ in _originals):
+        return
+    original = vars(where)[name]
+    ours = wrapper(original)
+    _originals.append((where, name, original, ours))
+    setattr(where, name, ours)
+
+
+class _Running(NamedTuple):
+    """A backward under way: its loss, and who was told of it, with what they held before."""
+
+    value: Tensor
+    told: dict[Intake, tuple[Tensor | None, int]]
+
+    def tell(self, intake: Intake) -> None:
+        """Let an intake hear it, once."""
+        if intake not in self.told:
+            self.told[intake] = intake.pending
+            intake.hear(self.value)
+
+
+_running: list[_Running] = []
+_inside = threading.local()
+
+
+def _hearing_backward(original: Callable[..., None]) -> Callable[..., None]:
+    # Dynamo must not trace into the wrapper: a compiled train step breaks its graph at backward anyway.
+    @_disable_dynamo
+    def backward(
+        tensors: Any,
+        grad_tensors: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        grad_variables: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        # What can be read only once is read here, and handed on as read.
+        tensors, inputs = _again(tensors), _again(inputs)
+        grads = _again(grad_variables if grad_tensors is None else grad_tensors)
+        with _heard(tensors, grads, inputs):
+            return original(tensors, grads, retain_graph, create_graph, None, inputs)
+
+    backward.__doc__ = original.__doc__
+    return backward
+
+
+def _again(given: Any) -> Any:
+    """An iterator as a tuple; all else as it is."""
+    return tuple(given) if isinstance(given, Iterator) else given
+
+
+@contextmanager
+def _heard(tensors: Any, grads: Any, inputs: Any) -> Iterator[None]:
+    """Tell the listeners at entry, before any hook runs; take it back where the backward fails."""
+    if getattr(_inside, "now", False) and torch._C._current_graph_task_id() == -1:
+        yield  # another of our wrappers, around somebody else's around this one, has told them
+        return
+    if torch._C._current_graph_task_id() != -1:
+        # Inside a running backward (re-entrant checkpointing) the roots are no losses. But they lead to parameters
+        # that the outer graph did not show: their owners hear the outer loss.
+        if len(_running) == 1 and len(_listeners) > 1:
+            _tell(_running[0], _roots(tensors))
+        yield
+        return
+    running = _announced(tensors, grads, inputs)
+    if running is not None:
+        _running.append(running)
+    _inside.now = True
+    try:
+        yield
+    except BaseException:
+        for intake, pending in running.told.items() if running is not None else ():
+            intake.take_back(*pending)
+        raise
+    finally:
+        _inside.now = False
+        if running is not None:
+            _running.remove(running)
+
+
+def _tagging_scale(original: Callable[..., Any]) -> Callable[..., Any]:
+    def scale(self: Any, outputs: Any) -> Any:
+        outputs = _again(outputs)
+        scaled = original(self, outputs)
+        _tag(scaled, outputs)
+        return scaled
+
+    scale.__doc__ = original.__doc__
+    return scale
+
+
+def _tag(scaled: Any, outputs: Any) -> None:
+    if isinstance(scaled, Tensor):
+        if scaled is not outputs:
+            setattr(scaled, _UNSCALED, outputs.detach())
+    elif isinstance(scaled, (list, tuple)) and isinstance(outputs, (list, tuple)):
+        for one, unscaled in zip(scaled, outputs, strict=True):
+            _tag(one, unscaled)
+
+
+def _roots(tensors: Any) -> list[Tensor]:
+    """The roots of a backward that are tensors; a GradientEdge has no value that could be a loss."""
+    return [root for root in ([tensors] if isinstance(tensors, Tensor) else list(tensors)) if isinstance(root, Tensor)]
+
+
+def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
+    """Tell the listeners that the roots reach what is about to be back-propagated."""
+    if isinstance(tensors, torch.autograd.graph.GradientEdge):
+        return None
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    weights = [grads] * len(roots) if grads is None or isinstance(grads, Tensor) else list(grads)
+    losses = [
+        (root, weight)
+        for root, weight in zip(roots, weights, strict=False)
+        if isinstance(root, Tensor) and root.requires_grad and root.numel() == 1 and root.is_floating_point()
+    ]
+    if not losses:
+        return None
+    with _lock, torch.no_grad():
+        # 16 bits are too few to add up a window in. A new tensor: the caller may change its loss in place later.
+        values = [_unscaled(root, weight) for root, weight in losses]
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        running = _Running(torch.stack([v.to(values[0].device, dtype) for v in values]).sum(), {})
+        if inputs is not None:
+            given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
+            leaves = {id(t) for t in given}
+            for intake in [one for one in _listeners if one.owns(leaves)]:
+                running.tell(intake)
+        else:
+            _tell(running, [root for root, _ in losses])
+    return running
+
+
+def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
+    """Tell a loss to those whose parameters the roots reach."""
+    with _lock, torch.no_grad():
+        listeners = list(_listeners)
+        if len(listeners) > 1:
+            leaves = _leaves(roots)
+            owners = [one for one in listeners if one.owns(leaves)]
+            # FSDP's graph holds unsharded stand-ins: where no leaf is anybody's, the loss is everybody's.
+            listeners = owners if owners or running.told else listeners
+        for intake in listeners:
+            running.tell(intake)
+
+
+def _unscaled(root: Tensor, weight: Tensor | None) -> Tensor:
+    """The loss behind a root: before loss scaling, and weighted where ``backward(gradient=...)`` weights it."""
+    value = getattr(root, _UNSCALED, root).detach().reshape(())
+    return value if weight is None else value * weight.detach().reshape(())
+
+
+def _leaves(roots: Sequence[Tensor]) -> set[int]:
+    """Ids of the leaves that the roots' graph reaches."""
+    seen: set[Any] = set()
+    leaves = {id(root) for root in roots if root.grad_fn is None}
+    stack = [root.grad_fn for root in roots if root.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        stack.extend(below for below, _ in node.next_functions if below is not None)
+    return leaves
