@@ -661,8 +661,6 @@ def are_torchs_own(functions):
     return modules == ["torch.autograd", "torch.amp.grad_scaler", "torch.distributed.fsdp.sharded_grad_scaler"]
 
 
-
-
 def test_torch_is_wrapped_while_one_listens_and_whole_again_after():
     before = in_place()
     assert are_torchs_own(before)

@@ -89,7 +89,8 @@ def test_lr_is_the_schedulers_alone_and_the_loss_falls(make, sibling):
     losses, _ = train(model, optimizer, STEPS, after)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.35 * losses[0]
-    assert min(losses[-20:]) <= 1.5 * min(losses)  # and stays down
+    if not isinstance(scheduler, schedules.CosineAnnealingWarmRestarts):  # whose restarts are there to shake it up
+        assert min(losses[-20:]) <= 1.5 * min(losses)  # and stays down
     assert optimizer.emotion.skipped_steps == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,10 +101,11 @@ class Active(NamedTuple):
         return Bucket(places, lists, **how)
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
-        """Write the scalars that each tensor keeps."""
-        new = {"step": where(acts, self.steps, self.steps - 1), "drive": drive, "trust": trust}
-        for name, values in new.items():
-            torch._foreach_copy_([s[name] for s in self.states], list(values.to(torch.float32).unbind()))
+        """Write the scalars that each tensor keeps, where the update was not skipped."""
+        new = {"step": (self.steps, self.steps - 1), "drive": (drive, self.drive), "trust": (trust, self.trust)}
+        for name, (after, before) in new.items():
+            values = where(acts, after, before).to(torch.float32)
+            torch._foreach_copy_([s[name] for s in self.states], list(values.unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
@@ -122,9 +124,9 @@ def _stack(scalars: Sequence[Tensor]) -> Tensor:
 
 def per_tensor(values: Sequence[float | Tensor], owners: Sequence[int], home: Tensor) -> Tensor:
     """One entry for each tensor from one value for each group, without a copy from the host that would wait."""
-    counts = [owners.count(i) for i in range(len(values))]
+    counts = Counter(owners)
     spread = [
-        to_home(v, home).expand(n) if isinstance(v, Tensor) else home.new_full((n,), v)
-        for v, n in zip(values, counts, strict=True)
+        to_home(v, home).expand(counts[i]) if isinstance(v, Tensor) else home.new_full((counts[i],), v)
+        for i, v in enumerate(values)
     ]
     return torch.cat(spread)

@@ -14,7 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ def _wrap(where: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     setattr(where, name, ours)
 
 
-class _Running(NamedTuple):
+@dataclass(eq=False)  # each is itself: two threads may have equal losses
+class _Running:
     """A backward under way: its loss, and who was told of it, with what they held before."""
 
     value: Tensor

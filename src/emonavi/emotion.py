@@ -8,10 +8,10 @@ accelerator and one code path serves eager mode, ``torch.compile`` and CUDA grap
 Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
 
     short, medium, long   running means of x with rates 0.3, 0.05, 0.01 (the plain mean until 1/n reaches the rate)
-    dev                   running mean of |x - short|, the loss's own noise
+    dev                   running mean of |x - short|, rate 0.02: the loss's own noise
     tension  = (short - medium) / dev         progress = (long - short) / dev
     scalar   = tanh((tension - progress) / 2)         > 0: the loss rises beyond its noise, < 0: it improves
-    log drive -= 0.05 clip((tension - 1) / 2, 0, 1)                                         the brake
+    log drive -= 0.05 clip((tension - 1) / 2, 0, 1)       the brake, while the loss rises: x > short + dev / 2
 
 Reflection, for the cosine :math:`c_t` between today's gradient and the optimizer's last step, in the rule's metric::
 
@@ -108,6 +108,7 @@ class State(NamedTuple):
     calm: Number  # steps since next to nothing is gained
     scalar: Number
     tension: Number
+    brake: Number  # cut of the log drive by today's tension
     log_drive: Number
     log_drive_peak: Number  # highest before a schedule began to end the run
     goal: Number  # log drive to return to after a panic
@@ -308,20 +309,24 @@ class Emotion:
         short = _mean(state.short, x, 0.3, n)
         medium = _mean(state.medium, x, 0.05, n)
         long = _mean(state.long, x, 0.01, n)
-        deviation = where(n > 1, _mean(state.dev, abs(x - state.short), 0.05, n - 1), state.dev)
+        deviation = where(n > 1, _mean(state.dev, abs(x - state.short), 0.02, n - 1), state.dev)
         near = state.near + (x - state.near) / (0.1 * (n - 1) + 1)
         far = state.far + (x - state.far) / (0.4 * (n - 1) + 1)
         calm = where((near < 0) & (far - near < -self.done * near), state.calm + 1, 0.0)
 
-        ratio = where(deviation > 0, 1 / where(deviation > 0, deviation, 1.0), 0.0)
+        noisy = deviation > 1e-300  # the reciprocal of less is infinite
+        ratio = where(noisy, 1 / where(noisy, deviation, 1.0), 0.0)
         tension = (short - medium) * ratio
         scalar = tanh((tension - (long - short) * ratio) / 2)
-        # During rest the drive is already cut: braking again would punish the same spike twice.
-        brake = where(state.rest > 0, 0.0, self.brake * clamp((tension - 1) / 2, 0.0, 1.0))
+        # Tension outlasts a spike: a loss that already falls again, or has settled, is not punished. Nor is the same
+        # spike twice, by a brake during rest.
+        rises = (x - state.short > deviation / 2) & (state.rest == 0)
+        brake = where(rises, self.brake * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
 
         new = state._replace(
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
-            calm=calm, tension=tension, scalar=scalar, log_drive=state.log_drive - brake, panic=number(panic),
+            calm=calm, tension=tension, scalar=scalar, brake=brake, log_drive=state.log_drive - brake,
+            panic=number(panic),
         )  # fmt: skip
         felt_state: State = keep(felt, new, state)
         return felt_state
@@ -372,7 +377,7 @@ class Emotion:
         words = {
             "done": stop,
             "resting": values["rest"] > 0,
-            "braking": values["tension"] > 1.5,
+            "braking": values["brake"] > 0.01,
             "growing": lean > 0.03,
             "easing": lean < -0.03,
         }
@@ -384,11 +389,12 @@ class Emotion:
         weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
         # Two roots: the product of two sums of squares may leave the range of numbers.
-        seen = acted & (grad_grad > 0) & (step_step > 0)
-        cosine = where(seen, grad_step * _rsqrt(grad_grad) * _rsqrt(step_step), 0.0)
+        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0))
+        cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
+        seen = acted & (gain > 0) & isfinite(gain) & isfinite(cosine)
+        cosine, gain = where(seen, clamp(cosine, -1.0, 1.0), 0.0), where(seen, gain, 0.0)
 
         n = state.reflections + 1
-        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0))
         trust = _mean(state.trust, cosine, 0.1, n)
         fast = _mean(state.fast, cosine, 0.3, n)
         noise = _mean(state.noise, (cosine - trust) * (cosine - trust), 0.1, n + 1)
@@ -412,11 +418,11 @@ class Emotion:
             change = where(state.gain < self.nothing * state.gain_mean, clamp(change, high=0.0), change)
             change = where(seen & (state.reflections > 3), change, 0.0)
         else:
-            change = clamp(-state.log_drive, -self.pace, self.pace) * (state.tension < 1)
+            change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
         resting = state.rest > 0
         healing = negate(resting) & (state.log_drive < state.goal - 1e-6)
         heal = clamp(state.goal - state.log_drive, high=(LOG_HALF - LOG_TENTH) / HEAL_STEPS)
-        change = where(healing, heal * (state.tension < 1), change)
+        change = where(healing, heal * (state.brake == 0), change)
         change = where(resting, 0.0, change)
 
         log_drive = self._bounded(state.log_drive + where(acted, change, 0.0), options)
@@ -443,8 +449,9 @@ class Emotion:
         self, state: State, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]:
         """The same reflection for each tensor's own drive and trust (1-D, one entry a tensor)."""
-        seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0)
-        cosine = torch.where(seen, sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step), 0.0)
+        cosine = sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step)
+        seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0) & torch.isfinite(cosine)
+        cosine = torch.where(seen, torch.clamp(cosine, -1, 1), 0.0)
         trust = torch.where(seen, _mean(trust, cosine, 0.1, count), trust)
         change = self.tensor_pace * self._pace(state) * torch.clamp((trust - state.trust) / 0.1, -1, 1)
         log_drive = torch.clamp(torch.log(drive) + change, -self.tensor_range, self.tensor_range)

@@ -97,6 +97,8 @@ def _detached(loss: Tensor | float) -> Tensor | float:
 
 def _mean_of_finite(losses: Sequence[Tensor | float]) -> Tensor | float:
     """The mean of the finite losses; NaN where none is."""
+    if len(losses) == 1:
+        return losses[0]
     device = next((loss.device for loss in losses if isinstance(loss, Tensor)), torch.device("cpu"))
     dtype = torch.float32 if device.type == "mps" else torch.float64
     stacked = torch.stack([torch.as_tensor(loss, device=device).to(dtype) for loss in losses])

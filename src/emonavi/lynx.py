@@ -84,7 +84,10 @@ class EmoLynx(EmoOptimizer):
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         rate = super()._decay_rate(group)
-        return rate / group["lr_start"] if group["decoupled_weight_decay"] and rate else rate
+        if not group["decoupled_weight_decay"] or not rate:
+            return rate
+        lr = group["lr_start"] or group["lr_peak"]  # a group that begins at lr 0 has its first lr later
+        return rate / lr if lr else 0.0
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         return ("exp_avg",)

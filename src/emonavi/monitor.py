@@ -81,7 +81,7 @@ class Recorder:
         self._emotion = emotion
         self._ring: list[tuple[Tensor, Tensor]] = []
         # A function of the parts, not a method: a finalizer that held the recorder would keep it alive.
-        self._finalizer = weakref.finalize(self, _write, self._ring, writer, emotion)
+        self._finalizer = weakref.finalize(self, _finish, self._ring, writer, emotion)
 
     def record(self, vector: Tensor, effective_lr: Tensor) -> None:
         """Take in the state after a step."""
@@ -89,11 +89,19 @@ class Recorder:
         if vector.device.type == "cpu" or len(self._ring) >= RING:
             _write(self._ring, self.writer, self._emotion)
 
+    def close(self) -> None:
+        """Write what is waiting, once and for all."""
+        self._finalizer()
+
     def flush(self) -> None:
         """Write what is waiting."""
-        _write(self._ring, self.writer, self._emotion)
-        if callable(getattr(self.writer, "flush", None)):
-            self.writer.flush()
+        _finish(self._ring, self.writer, self._emotion)
+
+
+def _finish(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:
+    _write(ring, writer, emotion)
+    if callable(getattr(writer, "flush", None)):
+        writer.flush()  # a SummaryWriter writes in the background, and a script that ends does not wait for it
 
 
 def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:

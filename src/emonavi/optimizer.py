@@ -383,7 +383,8 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     @writer.setter
     def writer(self, writer: Any) -> None:
-        self.flush()
+        if self._recorder is not None:
+            self._recorder.close()
         self._recorder = None if writer is None else Recorder(checks.writer(writer), self._emotion)
 
     def flush(self) -> None:
@@ -461,7 +462,8 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _rms(self, vector: Tensor) -> Tensor:
         """Root of the mean square of all weights that train."""
-        trained: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.requires_grad and p.numel()]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel()]
+        trained = [p for p in weights if p.requires_grad] or weights
         count: int = sum(p.numel() for p in trained)
         norm: Tensor = total_norm(trained, vector)
         return norm / math.sqrt(count)

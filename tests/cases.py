@@ -1,0 +1,231 @@
+"""The siblings as a table, and a small task to train them on.
+
+A sibling is one :class:`OptimizerCase` here and one reference in ``reference/``. What is special about one is a field
+of its case, never an ``if`` on its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from reference import FactReference, LynxReference, NaviReference
+from torch import Tensor
+from torch.nn import Parameter
+
+import emonavi
+from emonavi.emotion import State
+from emonavi.fact import emofact
+from emonavi.lynx import emolynx
+from emonavi.navi import emonavi as emonavi_rule
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to construct a sibling."""
+
+    description: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    adaptive: bool = True
+    shadow: bool = False
+    trusts: bool = True  # reflection sets the drive
+
+    @property
+    def emotion(self) -> str:
+        return self.kwargs.get("emotion", "adaptive")
+
+
+def _navi_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
+    beta1, beta2 = betas
+    return {
+        "step_size": rates / (1 - beta1**k),
+        "root": torch.full_like(rates, math.sqrt(1 - beta2**k)),
+        "last_root": torch.full_like(rates, math.sqrt(1 - beta2 ** (k - 1)) if k > 1 else 1.0),
+        "beta1": beta1, "beta2": beta2, "eps": 1e-8, "square_trust": trust,
+    }  # fmt: skip
+
+
+def _fact_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
+    bias = torch.full_like(rates, 1 - betas[0] ** k)
+    return {"step_size": rates, "bias": bias, "beta1": betas[0], "eps": 1e-8, "floor": 1e-16, "trust": trust}
+
+
+def _lynx_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
+    return {"step_size": rates, "beta1": betas[0], "beta2": betas[1], "trust": trust}
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """One sibling: how to make it and what is to be expected of it."""
+
+    name: str
+    cls: type
+    rule: Callable[..., Any]  # functional form for matrices
+    reference: type
+    betas: tuple[float, float]
+    configs: tuple[Config, ...]
+    scalars: Callable[..., dict[str, Any]]  # what the functional form takes, from the rates and the step
+    matrix_state: tuple[str, ...]
+    vector_state: tuple[str, ...]
+    matrix_bytes: float  # state bytes per weight of a large float32 matrix, at most
+    matrix_extra: int  # bytes per matrix whatever its size, at most
+    vector_bytes: float
+    lr: float = 1e-2
+    # Largest relative deviation in the run when all gradients are scaled by 2^-20 (eps is the one thing that feels it).
+    scaling_tolerance: float = 1e-3
+
+    def make(self, params: Any, **kwargs: Any) -> Any:
+        """The optimizer; it is not to warn of missing losses, nor to hear any by itself."""
+        quiet = {"lr": self.lr, "on_missing_loss": "ignore", "capture": False}
+        return self.cls(params, **(quiet | kwargs))
+
+
+SHARED = (
+    Config("adaptive"),
+    Config("adaptive, decay and other betas", {"weight_decay": 0.3, "betas": (0.8, 0.95)}),
+    Config("adaptive, shadow", {"use_shadow": True}, shadow=True),
+    Config("adaptive, without trust", {"use_trust": False}, trusts=False),
+    Config("adaptive, walls", {"max_norm": 0.5, "max_lr": 2e-3, "min_lr": 1e-4}),
+    Config("v1", {"emotion": "v1"}, adaptive=False, shadow=True, trusts=False),
+    Config("v3", {"emotion": "v3"}, adaptive=False, trusts=False),
+    Config("v4", {"emotion": "v4"}, adaptive=False, trusts=False),
+    Config("v4, shadow", {"emotion": "v4", "use_shadow": True}, adaptive=False, shadow=True, trusts=False),
+)
+
+CASES = (
+    OptimizerCase(
+        name="EmoNavi", cls=emonavi.EmoNavi, rule=emonavi_rule, reference=NaviReference, scalars=_navi_scalars,
+        betas=(0.9, 0.999),
+        configs=SHARED, matrix_state=("exp_avg", "exp_avg_sq"), vector_state=("exp_avg", "exp_avg_sq"),
+        matrix_bytes=8, matrix_extra=0, vector_bytes=8,
+    ),
+    OptimizerCase(
+        name="EmoFact", cls=emonavi.EmoFact, rule=emofact, reference=FactReference, scalars=_fact_scalars,
+        betas=(0.9, 0.999),
+        configs=SHARED, matrix_state=("exp_avg_row", "exp_avg_col", "exp_avg_sample"),
+        vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=0.2, matrix_extra=16 * 1024, vector_bytes=8,
+    ),
+    OptimizerCase(
+        name="EmoLynx", cls=emonavi.EmoLynx, rule=emolynx, reference=LynxReference, scalars=_lynx_scalars,
+        betas=(0.9, 0.99),
+        configs=(*SHARED, Config("adaptive, decoupled decay", {"weight_decay": 1e-3, "decoupled_weight_decay": True})),
+        matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0, vector_bytes=4,
+        scaling_tolerance=0.0,
+    ),
+)  # fmt: skip
+
+siblings = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+ways = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+
+
+def configured(only: Callable[[Config], bool] = lambda _: True) -> Any:
+    """Every sibling in each of its configurations that ``only`` lets through."""
+    pairs = [(case, config) for case in CASES for config in case.configs if only(config)]
+    return pytest.mark.parametrize(
+        ("case", "config"), pairs, ids=[f"{case.name}-{config.description}" for case, config in pairs]
+    )
+
+
+SHAPES = ((6, 4), (5,), (3, 2, 2, 2), (), (1, 7), (9, 1))
+
+
+def weights(dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, seed: int = 0) -> list[Parameter]:
+    """Parameters of several shapes; the same ones for each call."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+class Valley:
+    """A quadratic with a fresh noise at every step, in closed form: training without autograd, the same each time.
+
+    Step t depends on t and on the parameters only, so that a run can be continued anywhere. The told loss rises
+    between the steps of ``rise``, as after a bad batch, so that the brake has something to do.
+    """
+
+    def __init__(self, params: list[Tensor], noise: float = 0.3, rise: range = range(20, 26), seed: int = 1):
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = noise
+        self.rise = rise
+        self.targets = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params]
+
+    def fill(self, params: list[Tensor], t: int, scale: float = 1.0) -> float:
+        """Set the gradients of step t; returns its loss."""
+        generator = torch.Generator().manual_seed(1000 + t)
+        loss, self.grads = 0.0, []
+        for p, target in zip(params, self.targets, strict=True):
+            noise = self.noise * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            off = p.detach().double() - target
+            self.grads.append((scale * (off + noise)).to(p.dtype))
+            if p.is_leaf:
+                p.grad = self.grads[-1]
+            loss += float((0.5 * off * off + off * noise).sum())
+        return loss + (0.5 * (t - self.rise.start + 1) * loss if t in self.rise else 0.0)
+
+
+def train(
+    optimizer: Any,
+    params: list[Tensor],
+    steps: int,
+    *,
+    start: int = 0,
+    loss: Callable[[float], Any] | None = lambda x: x,
+    scale: float = 1.0,
+    valley: Valley | None = None,
+) -> list[float]:
+    """Train on a valley; ``loss`` maps the valley's loss to the one that is told (None: none is told)."""
+    valley = valley or Valley(params)
+    losses = []
+    for t in range(start, start + steps):
+        losses.append(valley.fill(params, t, scale))
+        optimizer.step(loss=None if loss is None else loss(losses[-1]))
+    return losses
+
+
+def vector(optimizer: Any) -> Tensor:
+    return optimizer.param_groups[0]["emotion"]
+
+
+def felt(optimizer: Any, name: str) -> float:
+    """An entry of the adaptive emotion's vector."""
+    return float(vector(optimizer)[State._fields.index(name)])
+
+
+def write(optimizer: Any, **entries: float) -> None:
+    """Set entries of the adaptive emotion's vector."""
+    for name, value in entries.items():
+        vector(optimizer)[State._fields.index(name)] = value
+
+
+def drive(optimizer: Any) -> float:
+    return math.exp(felt(optimizer, "log_drive"))
+
+
+def contents(optimizer: Any) -> dict[str, Any]:
+    """A copy of everything that an optimizer holds: parameters, state tensors, emotion, options."""
+
+    def copied(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    found = {}
+    for i, group in enumerate(optimizer.param_groups):
+        found |= {f"group {i}: {k}": copied(v) for k, v in group.items() if k != "params"}
+        for j, p in enumerate(group["params"]):
+            found[f"parameter {i}.{j}"] = copied(p)
+            found |= {f"state {i}.{j}: {k}": copied(v) for k, v in optimizer.state.get(p, {}).items()}
+    return found
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
+    """Names under which two contents are not bitwise equal (NaN equals NaN)."""
+
+    def same(x: Any, y: Any) -> bool:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return type(x) is type(y) and bool(x == y)
+        return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.nan_to_num(7e7), y.nan_to_num(7e7))
+
+    names = [n for n in a.keys() | b.keys() if not any(i in n for i in ignore)]
+    return sorted(n for n in names if n not in a or n not in b or not same(a[n], b[n]))

@@ -1,0 +1,15 @@
+"""One thread (the machine is shared) and the same random numbers in every test."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+# No deadline: the first call of a torch operator can take a second.
+settings.register_profile("emonavi", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("emonavi")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,273 @@
+"""A run that is saved, loaded and continued is the run that was not interrupted, bit by bit."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import Valley, configured, contents, differences, siblings, train, vector, weights
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+STEPS, EVERY = 32, 10
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+MAY_DIFFER = ("lr_peak",)  # a number either way
+
+
+def through_file(state_dict):
+    """torch.save and torch.load as a careful user does it."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def through_accelerate(state_dict):
+    """What accelerate's prepared optimizer does: every tensor of the state dict is moved, containers are rebuilt."""
+
+    def move(value):
+        if isinstance(value, torch.Tensor):
+            return value.to("cpu", copy=True)
+        if isinstance(value, dict):
+            return type(value)({k: move(v) for k, v in value.items()})
+        if isinstance(value, (list, tuple)):
+            return type(value)(move(v) for v in value)
+        return value
+
+    return move(state_dict)
+
+
+def resumed(case, params, optimizer, way, kwargs):
+    """New parameters and a new optimizer that continue from these."""
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = case.make(copies, **kwargs)
+    fresh.load_state_dict(way(optimizer.state_dict()))
+    return copies, fresh
+
+
+@configured()
+@DTYPES
+def test_save_load_continue(case, config, dtype):
+    params, straight = weights(dtype), weights(dtype)
+    optimizer, uninterrupted = case.make(params, **config.kwargs), case.make(straight, **config.kwargs)
+    valley = Valley(params)
+    for t in range(STEPS):
+        if t and t % EVERY == 0:
+            params, optimizer = resumed(case, params, optimizer, through_file, config.kwargs)
+            assert differences(contents(optimizer), contents(uninterrupted)) == []
+        optimizer.step(loss=valley.fill(params, t))
+        uninterrupted.step(loss=valley.fill(straight, t))
+    assert differences(contents(optimizer), contents(uninterrupted)) == []
+    assert optimizer.emotion == uninterrupted.emotion or optimizer.emotion.steps == STEPS
+
+
+@configured()
+def test_accelerate_and_deepcopied_dicts(case, config):
+    params = weights()
+    optimizer = case.make(params, **config.kwargs)
+    train(optimizer, params, 12)
+    for way in (through_accelerate, copy.deepcopy, dict):
+        copies, other = resumed(case, params, optimizer, way, config.kwargs)
+        assert differences(contents(other), contents(optimizer)) == []
+        before = contents(optimizer)
+        train(other, copies, 3, start=12)
+        assert differences(before, contents(optimizer)) == [], "the loaded optimizer shares memory with the dict"
+
+
+@configured()
+@pytest.mark.parametrize("way", [lambda o: pickle.loads(pickle.dumps(o)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_pickle_and_deepcopy_of_the_optimizer(case, config, way):
+    params = weights(torch.bfloat16)
+    optimizer = case.make(params, **config.kwargs)
+    train(optimizer, params, 12)
+    twin = way(optimizer)
+    copies = [p for g in twin.param_groups for p in g["params"]]
+    assert not {id(p) for p in copies} & {id(p) for p in params}
+    assert differences(contents(twin), contents(optimizer)) == []
+    train(twin, copies, 5, start=12)
+    train(optimizer, params, 5, start=12)
+    assert differences(contents(twin), contents(optimizer)) == []
+
+
+@siblings
+def test_a_skipped_first_step_and_a_fresh_optimizer_resume(case):
+    for steps in ("none", "skipped"):
+        params, straight = weights(), weights()
+        optimizer, uninterrupted = case.make(params), case.make(straight)
+        if steps == "skipped":
+            for some, one in ((params, optimizer), (straight, uninterrupted)):
+                Valley(some).fill(some, 0)
+                some[0].grad.fill_(torch.nan)
+                one.step(loss=1.0)
+        params, optimizer = resumed(case, params, optimizer, through_file, {})
+        train(optimizer, params, 5, start=1)
+        train(uninterrupted, straight, 5, start=1)
+        assert differences(contents(optimizer), contents(uninterrupted)) == []
+
+
+# torch.distributed.checkpoint, in one process ------------------------------------------------------------------------
+
+
+def model_of(dtype=torch.float32):
+    torch.manual_seed(3)
+    layers = [torch.nn.Linear(4, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+@configured()
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_distributed_checkpoint(case, config, flat, dtype):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = model_of(dtype)
+    optimizer = case.make(model.parameters(), **config.kwargs)
+    params = list(model.parameters())
+    train(optimizer, params, 8)
+    saved = through_file(get_optimizer_state_dict(model, optimizer, options=options))
+
+    other = model_of(dtype)
+    other.load_state_dict(model.state_dict())
+    fresh = case.make(other.parameters(), **config.kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_optimizer_state_dict(other, fresh, saved, options=options)
+    assert differences(contents(fresh), contents(optimizer)) == []
+    train(fresh, list(other.parameters()), 6, start=8)
+    train(optimizer, params, 6, start=8)
+    assert differences(contents(fresh), contents(optimizer)) == []
+
+
+@configured()
+def test_distributed_checkpoint_of_a_fresh_optimizer_moves_nothing(case, config):
+    """torch makes the missing state by a step of its own at lr 0, with zero gradients and no loss."""
+    model = model_of()
+    optimizer = case.make(model.parameters(), on_missing_loss="warn", **config.kwargs)
+    before = [p.detach().clone() for p in model.parameters()]
+    emotion = vector(optimizer).clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            get_optimizer_state_dict(model, optimizer)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert torch.equal(vector(optimizer), emotion)
+    assert (optimizer.emotion.steps, optimizer.emotion.skipped_steps) == (0, 0)
+    assert optimizer.param_groups[0]["lr"] == case.lr
+    straight = model_of()
+    other = case.make(straight.parameters(), **config.kwargs)
+    train(optimizer, list(model.parameters()), 6)
+    train(other, list(straight.parameters()), 6)
+    assert differences(contents(optimizer), contents(other)) == []
+
+
+# What does not fit ---------------------------------------------------------------------------------------------------
+
+
+@siblings
+@pytest.mark.parametrize(("mine", "theirs"), [("adaptive", "v4"), ("v4", "adaptive"), ("v3", "v4"), ("v1", "v3")])
+def test_checkpoint_of_another_emotion(case, mine, theirs):
+    params, others = weights(), weights()
+    optimizer, other = case.make(params, emotion=mine), case.make(others, emotion=theirs)
+    train(optimizer, params, 5)
+    train(other, others, 5)
+    before = contents(optimizer)
+    with pytest.raises(ValueError) as error:
+        optimizer.load_state_dict(through_file(other.state_dict()))
+    assert repr(mine) in str(error.value) and repr(theirs) in str(error.value)
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 2, start=5)
+
+
+@siblings
+@pytest.mark.parametrize("stranger", [torch.optim.AdamW, torch.optim.SGD])
+def test_checkpoint_of_a_stranger(case, stranger):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"no emotion.*'adaptive'|'adaptive'.*no emotion"):
+        optimizer.load_state_dict(stranger(weights(), lr=0.1).state_dict())
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+def test_checkpoint_with_other_groups(case):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    before = contents(optimizer)
+    other = weights()
+    two = case.make([{"params": other[:2]}, {"params": other[2:]}])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(two.state_dict())
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 2, start=3)
+
+
+@siblings
+def test_load_hooks_may_replace_the_dict(case):
+    params, others = weights(torch.bfloat16), weights(torch.bfloat16)
+    optimizer, other = case.make(params), case.make(others)
+    train(optimizer, params, 10)
+    saved, calls = optimizer.state_dict(), []
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    fresh = case.make(copies)
+    fresh.register_load_state_dict_pre_hook(lambda _, given: given["wrapped"])
+    fresh.register_load_state_dict_post_hook(lambda _: calls.append("post"))
+    fresh.load_state_dict({"wrapped": saved})
+    assert calls == ["post"]
+    assert differences(contents(fresh), contents(optimizer)) == []
+    other.register_state_dict_post_hook(lambda _, made: {"wrapped": made})
+    assert set(other.state_dict()) == {"wrapped"}
+
+
+@siblings
+def test_the_emotion_is_numbers_in_the_first_group(case):
+    """Where every route of a checkpoint keeps it: fixed shape, from construction on, in the first group only."""
+    params = weights()
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}])
+    first = vector(optimizer)
+    assert isinstance(first, torch.Tensor)
+    assert "emotion" not in optimizer.param_groups[1]
+    shape, place = first.shape, first.data_ptr()
+    train(optimizer, params, 10)
+    assert (vector(optimizer).shape, vector(optimizer).data_ptr()) == (shape, place)
+    assert all(isinstance(k, int) for k in optimizer.state_dict()["state"])
+    assert all(isinstance(k, torch.Tensor) for k in optimizer.state)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+@siblings
+@pytest.mark.parametrize("shadow", [False, True], ids=["plain", "shadow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_bytes(case, shadow, dtype):
+    """Measured, not declared: every tensor that is in the state, beside the three scalars of a tensor."""
+    matrix = torch.nn.Parameter(torch.randn(1024, 768).to(dtype))
+    small = torch.nn.Parameter(torch.randn(16, 8).to(dtype))
+    line = torch.nn.Parameter(torch.randn(50_000).to(dtype))
+    optimizer = case.make([matrix, small, line], use_shadow=shadow)
+    for p in (matrix, small, line):
+        p.grad = torch.randn_like(p)
+    optimizer.step(loss=1.0)
+
+    def size(p):
+        state = optimizer.state[p]
+        scalars = {k for k, v in state.items() if v.dim() == 0}
+        assert scalars == {"step", "drive", "trust"}
+        storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in state.values() if v.dim()}
+        return sum(storages.values()) - (4 * p.numel() if shadow else 0)
+
+    names = {"shadow"} if shadow else set()
+    assert {k for k, v in optimizer.state[matrix].items() if v.dim()} == set(case.matrix_state) | names
+    assert {k for k, v in optimizer.state[line].items() if v.dim()} == set(case.vector_state) | names
+    assert 0 < size(matrix) <= case.matrix_bytes * matrix.numel() + case.matrix_extra
+    assert size(small) <= max(case.matrix_bytes, 1.0) * small.numel() + case.matrix_extra
+    assert size(line) == case.vector_bytes * line.numel()
+    if shadow:
+        assert optimizer.state[matrix]["shadow"].dtype == torch.float32

@@ -1,0 +1,458 @@
+"""The emotion as a function of numbers: properties that hold whatever the constants of its policy are."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import drive, felt, siblings, train, vector, weights
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import PresetFeeling, running_mean
+
+from emonavi.emotion import Emotion, Options, State, Sums
+from emonavi.presets import PRESETS
+
+CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it
+OPTIONS = Options(**(CALM | {"use_trust": True, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf}))
+PLAIN = OPTIONS._replace(use_trust=False)
+usual = st.floats(-10, 10).filter(lambda x: x == 0 or abs(x) > 1e-3)
+series = st.lists(usual, min_size=2, max_size=60)
+anything = st.floats(allow_nan=False, allow_infinity=False)
+number = st.floats(width=64)
+
+
+KIND = {"plain": False}
+
+
+@pytest.fixture(params=[False, True], ids=["tensors", "plain"], scope="module", autouse=True)
+def _kind(request):
+    """The emotion is written once for 0-d tensors and for plain numbers: each property has to hold for both."""
+    KIND["plain"] = request.param
+
+
+def given_as(x):
+    """A number or flag as the emotion gets it."""
+    return x if KIND["plain"] else torch.tensor(x, dtype=torch.bool if isinstance(x, bool) else torch.float64)
+
+
+def fresh(machine=None):
+    machine = machine or Emotion()
+    return machine, machine.unpack(torch.tensor(machine.initial(), dtype=torch.float64), plain=KIND["plain"])
+
+
+def feel(losses, machine=None, state=None):
+    machine, start = fresh(machine)
+    state = start if state is None else state
+    states = []
+    for loss in losses:
+        state = machine.feel(state, given_as(loss), 0)
+        states.append(state)
+    return states
+
+
+def step(machine, state, *, loss=None, norm=1.0, cosine=0.0, options=OPTIONS, tensors=3):
+    """A whole step of the emotion alone, with the sums of a given cosine."""
+    if loss is not None:
+        state = machine.feel(state, given_as(loss), 0)
+    state, acts, scale = machine.guard(state, given_as(norm), options)
+    mood = machine.mood(state, acts, scale, options)
+    ones = torch.ones(tensors, dtype=torch.float64)
+    return machine.reflect(state, Sums(cosine * ones, ones, ones, ones), acts, options), mood
+
+
+def finite(state):
+    return all(math.isfinite(x) for x in state)
+
+
+# Feeling -------------------------------------------------------------------------------------------------------------
+
+
+@given(series, st.floats(1e-3, 1e3), st.floats(-50, 50))
+def test_feeling_ignores_scale_and_shift(losses, a, b):
+    one, other = feel(losses), feel([a * x + b for x in losses])
+    # Rounding of a * x + b is noise of its own; where the losses' noise is not far above it, it is heard.
+    assume(max(losses) - min(losses) > 1e-2 and a * 1e-2 > 1e-6 * (abs(b) + a * 10))
+    for x, y in zip(one, other, strict=True):
+        if float(x.dev) * a > 1e-9 * (abs(b) + a):
+            assert float(x.scalar) == pytest.approx(float(y.scalar), abs=1e-4)
+            assert float(x.tension) == pytest.approx(float(y.tension), rel=1e-4, abs=1e-4)
+        assert float(y.short) == pytest.approx(a * float(x.short), rel=1e-6, abs=1e-9 * (abs(b) + a * 10))
+
+
+@given(series)
+def test_scalar_is_bounded_and_is_its_formula(losses):
+    for state in feel(losses):
+        s = {k: float(v) for k, v in state._asdict().items()}
+        assert -1 <= s["scalar"] <= 1
+        dev = s["dev"]
+        tension = (s["short"] - s["medium"]) / dev if dev else 0.0
+        progress = (s["long"] - s["short"]) / dev if dev else 0.0
+        assert s["tension"] == pytest.approx(tension, rel=1e-9, abs=1e-12)
+        assert s["scalar"] == pytest.approx(math.tanh((tension - progress) / 2), rel=1e-9, abs=1e-12)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=9))
+def test_memories_are_means_from_the_first_loss(losses):
+    """Up to ten losses no spike is judged, so that they are running means of the plain losses; exact in value."""
+    state = feel(losses)[-1]
+    offset = losses[0]
+    for name, rate in (("short", 0.3), ("medium", 0.05), ("long", 0.01)):
+        assert float(getattr(state, name)) + offset == pytest.approx(running_mean(losses, rate), abs=1e-9)
+    assert float(state.long) + offset == pytest.approx(sum(losses) / len(losses), abs=1e-9)
+
+
+def test_memories_are_means_in_a_long_run():
+    generator = torch.Generator().manual_seed(0)
+    losses = (torch.randn(300, generator=generator, dtype=torch.float64) * 0.1 + 2).tolist()
+    state = feel(losses)[-1]
+    for name, rate in (("short", 0.3), ("medium", 0.05), ("long", 0.01)):
+        assert float(getattr(state, name)) + losses[0] == pytest.approx(running_mean(losses, rate), abs=1e-9)
+
+
+@given(st.floats(-5, 5), st.lists(st.floats(0, 3), min_size=1, max_size=60))
+def test_improvement_never_brakes(start, gains):
+    """A loss that never rises: no tension, no brake, no panic, and a scalar that is not positive."""
+    losses = [start]
+    for gain in gains:
+        losses.append(losses[-1] - gain)
+    for state in feel(losses):
+        assert float(state.log_drive) == 0.0
+        assert float(state.panic) == 0.0
+        assert float(state.scalar) <= 1e-9
+
+
+@given(series)
+def test_feeling_only_ever_brakes(losses):
+    """The loss alone never raises the drive, and never takes more than its bound in one step."""
+    last = 0.0
+    for state in feel(losses):
+        now = float(state.log_drive)
+        assert last - Emotion().brake - 1e-12 <= now <= last
+        last = now
+
+
+def test_rising_losses_brake():
+    states = feel([1.0 + 0.1 * (t % 2) for t in range(30)] + [1.0 + 0.3 * t for t in range(1, 12)])
+    assert float(states[29].log_drive) > -0.2
+    assert float(states[-1].log_drive) < float(states[29].log_drive) - 0.1
+    assert float(states[-1].scalar) > 0.5
+
+
+@given(st.lists(number, min_size=1, max_size=40))
+def test_no_loss_breaks_the_feeling(losses):
+    assume(all(abs(x) < 1e150 for x in losses if math.isfinite(x)))
+    state = feel(losses)[-1]
+    assert finite(state)
+    assert int(state.ignored_losses) == sum(not math.isfinite(x) for x in losses)
+    assert int(state.losses) == sum(math.isfinite(x) for x in losses)
+    assert -1 <= float(state.scalar) <= 1
+
+
+def test_a_partial_accumulation_window_is_left_out():
+    machine, state = fresh()
+    for _ in range(5):
+        state = machine.feel(state, given_as(4.0), 4)
+    before = state
+    state = machine.feel(state, given_as(1.0), 1)
+    assert float(state.losses) == 5
+    assert float(before.short) == float(state.short)
+    state = machine.feel(state, given_as(4.0), 4)
+    assert float(state.losses) == 6
+    for _ in range(3):
+        state = machine.feel(state, given_as(2.0), 2)
+    assert float(state.losses) == 7  # what came twice in a row is the new usual
+
+
+# Drive ---------------------------------------------------------------------------------------------------------------
+
+sums = st.tuples(number, number, number, st.floats(0, 1e3))
+
+
+@given(st.lists(sums, min_size=1, max_size=5), st.lists(st.tuples(number, number), min_size=1, max_size=12))
+def test_drive_stays_within_its_bounds_for_any_sums(tensors, steps):
+    """NaN, inf, negative squares: whatever the sweep gives back, the emotion stays finite and bounded."""
+    machine, state = fresh()
+    columns = [torch.tensor(c, dtype=torch.float64) for c in zip(*tensors, strict=True)]
+    low, high = 1e-3, 10.0
+    options = OPTIONS._replace(lowest_drive=low, highest_drive=high)
+    own, trust = torch.ones(len(tensors), dtype=torch.float64), torch.zeros(len(tensors), dtype=torch.float64)
+    for count, (loss, norm) in enumerate(steps * 3):
+        if abs(loss) < 1e150 or not math.isfinite(loss):
+            state = machine.feel(state, given_as(loss), 0)
+        state, acts, scale = machine.guard(state, given_as(abs(norm)), options)
+        assert math.isfinite(float(machine.mood(state, acts, scale, options).drive))
+        assert 0 <= float(scale) <= 1
+        state = machine.reflect(state, Sums(*columns), acts, options)
+        counts = torch.full_like(own, float(count + 1))
+        own, trust = machine.reflect_each(state, own, trust, counts, Sums(*columns))
+        assert math.log(low) - math.log(10) - 1 <= float(state.log_drive) <= math.log(high) + 1e-9
+        assert float(state.log_drive) == float(state.log_drive)
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(1e-30, 1e30)), min_size=1, max_size=40))
+def test_finite_inputs_give_finite_outputs(steps):
+    machine, state = fresh()
+    own, trust = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for count, (cosine, size) in enumerate(steps):
+        state, acts, _ = machine.guard(state, given_as(size), OPTIONS)
+        same = torch.full((2,), size, dtype=torch.float64)
+        found = Sums(cosine * same, same, same, torch.ones(2, dtype=torch.float64))
+        state = machine.reflect(state, found, acts, OPTIONS)
+        own, trust = machine.reflect_each(state, own, trust, torch.full_like(own, count + 1.0), found)
+        assert finite(state)
+        assert bool(own.isfinite().all()) and bool((own > 0).all())
+        assert bool((own.log().abs() <= Emotion().tensor_range + 1e-9).all())
+        assert abs(float(state.trust)) <= 1 + 1e-9
+        assert bool((trust.abs() <= 1 + 1e-9).all())
+
+
+@given(st.integers(-60, 60), st.integers(0, 30))
+def test_reflection_ignores_the_scale_of_its_sums(exponent, seed):
+    """Gradients times a power of two: <g,u> scales once, <g,g/d> and <m,u> as the metric does. The cosine does not."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 2.0**exponent
+    runs = []
+    for a in (1.0, scale):
+        machine, state = fresh()
+        noise = torch.randn(30, 3, generator=generator.manual_seed(seed), dtype=torch.float64)
+        for row in noise:
+            ones = torch.ones(3, dtype=torch.float64)
+            found = Sums(a * row.tanh(), a * ones, a * ones, ones)
+            state = machine.reflect(state, found, given_as(True), OPTIONS)
+        runs.append(state)
+    assert float(runs[0].log_drive) == pytest.approx(float(runs[1].log_drive), abs=1e-9)
+    assert float(runs[0].trust) == pytest.approx(float(runs[1].trust), abs=1e-9)
+
+
+def test_agreement_raises_the_drive_and_opposition_lowers_it():
+    ends = []
+    for cosine in (0.8, -0.8):
+        machine, state = fresh()
+        for _ in range(30):
+            state, _ = step(machine, state, cosine=cosine, options=OPTIONS._replace(lowest_drive=1e-6))
+        ends.append(float(state.log_drive))
+    assert ends[0] > 0.3
+    assert ends[1] < -0.3
+
+
+def test_tensors_without_weight_do_not_count():
+    machine, state = fresh()
+    both = Sums(*(torch.tensor(x, dtype=torch.float64) for x in ([0.5, -9.0], [1.0, 9.0], [1.0, 9.0], [1.0, 0.0])))
+    one = Sums(*(x[:1] for x in both))
+    a, b = (machine.reflect(state, s, given_as(True), OPTIONS) for s in (both, one))
+    assert float(a.trust) == float(b.trust) == 0.5
+    own, trust = machine.reflect_each(a, torch.ones(2), torch.zeros(2), torch.full((2,), 20.0), both)
+    assert float(own[1]) == 1.0 and float(trust[1]) == 0.0
+
+
+# Panic and healing ---------------------------------------------------------------------------------------------------
+
+
+def calm_run(steps=20, machine=None, options=OPTIONS):
+    machine, state = fresh(machine)
+    for t in range(steps):
+        state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), norm=1.0, options=options)
+    return machine, state
+
+
+@pytest.mark.parametrize("options", [OPTIONS, PLAIN], ids=["trust", "no trust"])
+@pytest.mark.parametrize("cause", ["gradient", "loss"])
+def test_panic_cuts_to_a_tenth_rests_and_heals(options, cause):
+    machine, state = calm_run(options=options)
+    was = float(state.log_drive)
+    trouble = {"gradient": {"norm": math.nan, "loss": 2.0}, "loss": {"loss": 500.0}}[cause]
+    state, mood = step(machine, state, options=options, **trouble)
+    assert math.log(float(mood.drive)) == pytest.approx(was - math.log(10), abs=0.06)
+    assert float(mood.pull) == 1.0
+    assert int(state.skipped_steps) == (cause == "gradient")
+    drives = []
+    for t in range(10):
+        state, mood = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), options=options)
+        assert float(mood.pull) == 0.0
+        drives.append(float(mood.drive))
+    assert drives[0] == pytest.approx(drives[1], rel=0.06)
+    assert drives[-1] <= math.exp(was) * 1.01
+    # A loss that jumped leaves some tension behind; the gradient alone leaves none.
+    for t in range(10 * (cause == "loss") * 3):
+        state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), options=options)
+    # Half of the drive as it was when the panic came: the spike itself may have braked it by one step before.
+    assert float(state.log_drive) >= was - math.log(2) - (machine.brake if cause == "loss" else 0) - 1e-6
+
+
+def test_panic_needs_ten_losses():
+    machine, state = fresh()
+    for t in range(9):
+        state, _ = step(machine, state, loss=1.0 + 0.01 * (t % 2))
+    state, mood = step(machine, state, loss=1e6)
+    assert float(mood.pull) == 0.0
+    machine, state = fresh()
+    for t in range(12):
+        state, _ = step(machine, state, loss=1.0 + 0.01 * (t % 2))
+    state, mood = step(machine, state, loss=1e6)
+    assert float(mood.pull) == 1.0
+
+
+def test_a_new_level_is_not_a_panic_for_ever():
+    machine, state = calm_run()
+    panics = 0
+    for t in range(200):
+        state, mood = step(machine, state, loss=200.0 + 0.1 * math.sin(9.7 * t * t))
+        panics += float(mood.pull)
+    assert 1 <= panics <= 40
+    assert float(state.rest) == 0
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=10, max_size=40), st.floats(1.5, 1e9))
+def test_outliers_are_scaled_down_to_the_history(norms, factor):
+    machine, state = fresh()
+    for norm in norms:
+        state, _, scale = machine.guard(state, given_as(norm), OPTIONS)
+        assert 0 < float(scale) <= 1
+    limit = math.exp(float(state.log_norm) + 6 * math.sqrt(float(state.log_norm_var)))
+    norm = factor * limit
+    _, acts, scale = machine.guard(state, given_as(norm), OPTIONS)
+    assert bool(acts)
+    assert float(scale) * norm == pytest.approx(limit, rel=1e-9)
+    _, _, off = machine.guard(state, given_as(norm), OPTIONS._replace(max_norm=0.0))
+    assert float(off) == 1.0
+
+
+# should_stop ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=64))
+def test_should_stop_not_in_the_first_64_losses(losses):
+    machine = Emotion()
+    assert not any(bool(machine.should_stop(s)) for s in feel(losses))
+
+
+def test_should_stop_not_in_the_first_64_losses_of_a_plateau():
+    """The hardest case: everything is gained in the first step."""
+    machine = Emotion()
+    states = feel([1.0, *[0.0] * 300])
+    assert not any(bool(machine.should_stop(s)) for s in states[:64])
+    assert bool(machine.should_stop(states[-1]))
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 100.0), (1.0, -100.0), (1e-3, 7.0)])
+def test_should_stop_ignores_scale_and_shift(a, b):
+    losses = [math.exp(-t / 10) + 1e-3 * math.sin(9.7 * t * t) for t in range(300)]
+    machine = Emotion()
+    one, other = (
+        [bool(machine.should_stop(s)) for s in feel([k * x + c for x in losses])] for k, c in ((1, 0), (a, b))
+    )
+    assert one == other
+    assert any(one) and not all(one)
+
+
+def test_should_stop_after_a_plateau_and_back():
+    machine = Emotion()
+    falling = [math.exp(-t / 10) for t in range(60)]
+    flat = [falling[-1] + 1e-4 * math.sin(9.7 * t * t) for t in range(400)]
+    states = feel(falling + flat)
+    assert not any(bool(machine.should_stop(s)) for s in states[:64])
+    assert bool(machine.should_stop(states[-1]))
+    again = feel([flat[-1] - 0.01 * t for t in range(100)], state=states[-1])
+    assert not bool(machine.should_stop(again[-1]))
+    steady = feel([-0.01 * t for t in range(400)])
+    assert not any(bool(machine.should_stop(s)) for s in steady)
+
+
+@siblings
+@pytest.mark.parametrize("emotion", ["adaptive", "v1", "v3", "v4"])
+def test_should_stop_never_from_missing_losses(case, emotion):
+    params = weights(shapes=[(3,)])
+    optimizer = case.make(params, emotion=emotion)
+    for _ in range(200):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert not optimizer.should_stop
+    optimizer.step(loss=1.0)
+    assert not optimizer.should_stop
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(200):
+        optimizer.step(loss=1.0)
+    assert not optimizer.should_stop, "steps at lr 0 do not count"
+
+
+# Presets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@given(st.lists(st.tuples(st.floats(-2, 2), st.floats(0, 5)), min_size=1, max_size=80))
+def test_presets_are_their_formulas(name, steps):
+    machine, state = fresh(PRESETS[name])
+    reference = PresetFeeling(name, lr=1.0, min_lr=0.0)
+    options = OPTIONS._replace(use_trust=name == "v4", max_norm=1.0 if name == "v4" else 0.0)
+    for loss, norm in steps:
+        state = machine.feel(state, given_as(loss), 0)
+        reference.feel(loss)
+        state, acts, scale = machine.guard(state, given_as(norm), options)
+        mood = machine.mood(state, acts, scale, options)
+        assert float(state.scalar) == pytest.approx(reference.scalar, abs=1e-10)
+        assert float(mood.drive * mood.scale) == pytest.approx(reference.step_size, rel=1e-9, abs=1e-300)
+        assert float(state.ratio) == pytest.approx(reference.ratio, abs=1e-10)
+        if mood.trust is not None:
+            assert float(mood.trust) == pytest.approx(reference.trust, abs=1e-10)
+        assert float(scale) == 1.0
+        nothing = torch.zeros(1, dtype=torch.float64)
+        state = machine.reflect(state, Sums(nothing, nothing, nothing, nothing), acts, options)
+        reference.end_step(norm)
+        assert bool(machine.should_stop(state)) == reference.should_stop
+
+
+@pytest.mark.parametrize("name", ["adaptive", *PRESETS])
+def test_vector_roundtrip(name):
+    machine = PRESETS.get(name, Emotion())
+    values = torch.arange(float(len(machine.initial())), dtype=torch.float64)
+    state = machine.unpack(values)
+    assert torch.equal(machine.pack(state), values)
+    for i, entry in enumerate(type(state)._fields):
+        if state[i].dim() == 0:
+            assert machine.index(entry) == i == float(state[i])
+    codes = [m.code for m in (Emotion(), *PRESETS.values())]
+    assert len(set(codes)) == len(codes)
+
+
+@siblings
+def test_own_emotion_object(case):
+    """An Emotion of one's own is used: another start is another first drive."""
+    drives = []
+    for start in (1e-3, 1e-4):
+        params = weights()
+        optimizer = case.make(params, lr=1.0, emotion=Emotion(start=start))
+        train(optimizer, params, 1)
+        drives.append(drive(optimizer))
+        assert len(vector(optimizer)) == len(State._fields)
+        assert felt(optimizer, "code") == Emotion.code
+    assert drives[0] == pytest.approx(10 * drives[1], rel=1e-3)
+
+
+# Import --------------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import sys, torch
+from torch.amp import GradScaler
+def look():
+    kept = {"backward": torch.autograd.backward, "scale": GradScaler.scale, "tensor": torch.Tensor.backward}
+    kept |= {f"optimizer {k}": v for k, v in vars(torch.optim.Optimizer).items() if k != "_abc_impl"}
+    kept |= {f"torch {k}": v for k, v in vars(torch).items()}
+    kept |= {f"autograd {k}": v for k, v in vars(torch.autograd).items()}
+    return kept | {"dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled()}
+before, loaded = look(), set(sys.modules)
+import emonavi
+after = look()
+print(sorted(k for k in before if before[k] is not after.get(k) and before[k] != after.get(k)))
+new = {m for m in set(sys.modules) - loaded}
+heavy = "torch._dynamo torch._inductor rich matplotlib tensorboard typer sklearn plotly triton".split()
+print(sorted(m for m in new if any(m == h or m.startswith(h + ".") for h in heavy)))
+"""
+
+
+def test_import_changes_nothing_in_torch_and_imports_nothing_heavy():
+    """A failure here shows what it was: the names that changed, the modules that came along."""
+    result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "[]"]

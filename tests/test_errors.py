@@ -1,0 +1,212 @@
+"""Every refusal: its type, its words, and that it leaves everything as it was."""
+
+import gc
+import inspect
+import math
+import re
+
+import pytest
+import torch
+from cases import CASES, Valley, contents, differences, siblings, train, weights
+
+import emonavi
+
+SQUARE = object()
+CONSTRUCTOR = [
+    ({"lr": -1e-3}, ValueError, r"lr=-0\.001.*at least 0"),
+    ({"lr": math.nan}, ValueError, r"lr=nan"),
+    ({"lr": math.inf}, ValueError, r"lr=inf"),
+    ({"lr": "fast"}, ValueError, r"lr='fast'"),
+    ({"lr": None}, ValueError, r"lr=None"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr is a tensor of shape \(2,\)"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, r"lr=tensor\(-1"),
+    ({"betas": (1.0, 0.9)}, ValueError, r"betas=\(1\.0, 0\.9\)"),
+    ({"betas": (0.9, -0.1)}, ValueError, r"betas="),
+    ({"betas": (0.9,)}, ValueError, r"betas="),
+    ({"betas": (0.9, 0.9, 0.9)}, ValueError, r"betas="),
+    ({"betas": 0.9}, ValueError, r"betas=0\.9"),
+    ({"betas": (0.9, math.nan)}, ValueError, r"betas="),
+    ({"eps": -1e-8}, ValueError, r"eps=-1e-08"),
+    ({"weight_decay": -0.1}, ValueError, r"weight_decay=-0\.1"),
+    ({"weight_decay": math.inf}, ValueError, r"weight_decay=inf"),
+    ({"max_norm": -1.0}, ValueError, r"max_norm=-1\.0"),
+    ({"min_lr": -1.0}, ValueError, r"min_lr=-1\.0"),
+    ({"max_lr": -1.0}, ValueError, r"max_lr=-1\.0"),
+    ({"max_lr": 1e-5, "min_lr": 1e-4}, ValueError, r"max_lr=1e-05 is below min_lr=0\.0001"),
+    ({"emotion": "v2"}, ValueError, r"unknown emotion 'v2'.*'adaptive'.*'v4'"),
+    ({"emotion": 4}, ValueError, r"unknown emotion 4"),
+    ({"capture": "always"}, ValueError, r"capture='always'"),
+    ({"on_missing_loss": "shout"}, ValueError, r"on_missing_loss='shout'"),
+    ({"fused": True}, ValueError, r"fused=True"),
+    ({"writer": 3}, TypeError, r"writer=3 has no add_scalar"),
+    ({"writer": SQUARE}, TypeError, r"add_scalar"),
+    ({"learning_rate": 1e-3}, TypeError, r"unexpected keyword argument 'learning_rate'"),
+    ({"use_shadows": True}, TypeError, r"unexpected keyword argument"),
+    ({"amsgrad": True}, TypeError, r"unexpected keyword argument"),
+    # A preset is asked for what it lacks.
+    ({"emotion": "v1", "use_shadow": True}, ValueError, r"'v1' does not have use_shadow=True"),
+    ({"emotion": "v1", "max_norm": 1.0}, ValueError, r"'v1' does not have max_norm=1\.0"),
+    ({"emotion": "v3", "use_trust": True}, ValueError, r"'v3' does not have use_trust=True.*it has use_shadow"),
+    ({"emotion": "v3", "min_lr": 1e-6}, ValueError, r"'v3' does not have min_lr"),
+    ({"emotion": "v4", "max_lr": 1.0}, ValueError, r"'v4' does not have max_lr"),
+]
+
+
+@siblings
+@pytest.mark.parametrize(("kwargs", "kind", "words"), CONSTRUCTOR, ids=[str(k) for k, _, _ in CONSTRUCTOR])
+def test_constructor(case, kwargs, kind, words):
+    params = weights()
+    backward = torch.autograd.backward
+    with pytest.raises(kind, match=re.compile(words, re.DOTALL)) as error:
+        case.cls(params, **kwargs)
+    del error
+    if torch.autograd.backward is not backward:
+        gc.collect()  # the traceback held the half-made optimizer
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(params, weights(), strict=True))
+    assert torch.autograd.backward is backward, "a constructor that failed left its ears on"
+
+
+GROUP = [
+    (lambda p: p[0], TypeError, "iterable|Tensor"),
+    (lambda p: [], ValueError, "empty parameter list"),
+    (lambda p: [{"params": p}, {"params": p[:1]}], ValueError, "more than one parameter group"),
+    (lambda p: [{"params": p, "lr": -1.0}], ValueError, r"lr=-1\.0"),
+    (lambda p: [{"params": p[:1]}, {"params": p[1:], "betas": (2, 0)}], ValueError, "betas"),
+    (lambda p: [{"params": p, "max_lr": 1e-9}], ValueError, "below min_lr"),
+    (lambda p: [{"params": p, "fused": True}], ValueError, "fused=True"),
+    (lambda p: [{"lr": 0.1}], (KeyError, ValueError), "params"),
+    (lambda p: [("a", p[0]), p[1]], (ValueError, TypeError), "named|tuple|all optimizer params"),
+    (lambda p: ["weights"], TypeError, "Tensors"),
+    (lambda p: [p[0] * 2], ValueError, "non-leaf"),
+    (lambda p: [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))], ValueError, "complex64.*view_as_real"),
+    (lambda p: [torch.ones(2, dtype=torch.int64)], ValueError, "int64"),
+    (lambda p: [torch.ones(2, 2).to_sparse()], ValueError, "sparse|dense"),
+]
+
+
+@siblings
+@pytest.mark.parametrize(("bad", "kind", "words"), GROUP, ids=[str(i) for i in range(len(GROUP))])
+def test_parameters_and_groups(case, bad, kind, words):
+    with pytest.raises(kind, match=words):
+        case.make(bad(weights()))
+
+
+@siblings
+@pytest.mark.parametrize(
+    ("bad", "kind", "words"),
+    [
+        ({"lr": -1.0}, ValueError, r"lr=-1\.0"),
+        ({"betas": (1.0, 0.0)}, ValueError, "betas"),
+        ({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, ValueError, "complex64"),
+        ({"params": "same"}, ValueError, "more than one parameter group"),
+        ({"fused": True}, ValueError, "fused"),
+    ],
+    ids=str,
+)
+def test_add_param_group(case, bad, kind, words):
+    """The other shape of groups: added later. Nothing is added by halves."""
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    before = contents(optimizer)
+    group = {"params": [torch.nn.Parameter(torch.ones(3))]} | bad
+    if group["params"] == "same":
+        group["params"] = params[:1]
+    with pytest.raises(kind, match=words):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 2, start=3)
+
+
+@siblings
+def test_sparse_gradient(case):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    loss = Valley(params).fill(params, 3)
+    params[0].grad = params[0].grad.to_sparse()
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step(loss=loss)
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+def test_sparse_gradient_at_the_first_step(case):
+    params = weights()
+    optimizer = case.make(params)
+    loss = Valley(params).fill(params, 0)
+    params[2].grad = params[2].grad.to_sparse()
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step(loss=loss)
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+def test_bad_writer_leaves_the_old_one(case):
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            pass
+
+    good = Writer()
+    optimizer = case.make(weights(), writer=good)
+    with pytest.raises(TypeError, match="add_scalar"):
+        optimizer.writer = 3
+    assert optimizer.writer is good
+
+
+@siblings
+def test_a_closure_that_raises_leaves_everything(case):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    before = contents(optimizer)
+
+    def closure():
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        optimizer.step(closure)
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 1, start=3)
+
+
+def test_observe_and_create():
+    with pytest.raises(TypeError, match="holds no optimizer"):
+        emonavi.observe(torch.optim.SGD(weights(), lr=0.1), 1.0)
+    with pytest.raises(ValueError, match=r"no optimizer 'adam'.*emonavi"):
+        emonavi.create("adam", weights())
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        emonavi.create("emonavi", weights(), momentum=0.9)
+
+
+def test_siblings_take_the_same_options():
+    """The signatures are one, so that siblings can be exchanged; none swallows what it does not know."""
+    kinds = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    first = inspect.signature(CASES[0].cls).parameters
+    for case in CASES:
+        parameters = inspect.signature(case.cls).parameters
+        assert not {p.kind for p in parameters.values()} & kinds
+        assert set(first) <= set(parameters)
+        assert [p.kind for n, p in parameters.items() if n in first] == [p.kind for p in first.values()]
+        same = {n: p.default for n, p in parameters.items() if n in first and n != "betas"}
+        assert same == {n: p.default for n, p in first.items() if n != "betas"}
+        assert parameters["betas"].default == case.betas
+
+
+@siblings
+def test_the_published_usage_lines_run(case):
+    class SummaryWriter:
+        def add_scalar(self, tag, value, step):
+            pass
+
+    for kwargs in (
+        {"lr": 1e-4, "use_shadow": False},
+        {"use_trust": False},
+        {"max_norm": 0.0},
+        {"min_lr": 1e-6},
+        {"writer": SummaryWriter()},
+    ):
+        case.cls(torch.nn.Linear(2, 2).parameters(), **kwargs)
