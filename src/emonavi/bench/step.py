@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
+from emonavi.bench.runner import hardware, versions
 
 __all__ = ["LISTS", "measure", "report"]
 
@@ -74,9 +74,14 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
 
 def report(out: Path | None = None, rounds: int = 15) -> list[str]:
     """Measure all lists; returns the lines of a table and writes the figures as JSON where ``out`` says."""
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu(), "threads": 1}
-    figures: dict[str, Any] = {"machine": machine, "load": os.getloadavg()[0], "rounds": rounds, "lists": {}}
-    lines = [f"{machine['cpu']}, torch {machine['torch']}, 1 thread, load {figures['load']:.1f}"]
+    figures: dict[str, Any] = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "load": os.getloadavg()[0],
+        "rounds": rounds,
+        "lists": {},
+    }
+    lines = [f"{hardware()}, torch {torch.__version__}, 1 thread, load {figures['load']:.1f}"]
     for name, shapes in LISTS.items():
         result = figures["lists"][name] = measure(shapes, rounds)
         base = result["AdamW foreach"]["ms"]
@@ -85,9 +90,3 @@ def report(out: Path | None = None, rounds: int = 15) -> list[str]:
     if out is not None:
         out.write_text(json.dumps(figures, indent=1) + "\n")
     return lines
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -294,9 +294,9 @@ def _charlm(seed: int) -> Problem:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("digits", "digits, convolutional net", "cross entropy", 370, 74, _digits),
-        Task("charlm", "Python source, character transformer", "nats per character", 250, 50, _charlm),
-        Task("diabetes", "diabetes, MLP on raw targets", "mean squared error", 360, 72, _diabetes),
-        Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 74, _lora),
+        Task("digits", "digits, convolutional net", "cross entropy", 370, 124, _digits),
+        Task("charlm", "Python source, character transformer", "nats per character", 250, 84, _charlm),
+        Task("diabetes", "diabetes, MLP on raw targets", "mean squared error", 360, 120, _diabetes),
+        Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 124, _lora),
     )
 }
