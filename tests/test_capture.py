@@ -33,7 +33,8 @@ def alone():
         if capture._listeners:
             gc.collect()
         for stray in [*capture._listeners, intake.Intake(list)]:  # the last was none: torch is restored at any rate
-            capture.unlisten(stray)
+            capture._listeners.discard(stray)
+            capture._leave()
 
     silence()
     backward = torch.autograd.backward

@@ -129,7 +129,7 @@ def test_feeling_only_ever_brakes(losses):
     last = 0.0
     for state in feel(losses):
         now = float(state.log_drive)
-        assert last - Emotion().brake - 1e-12 <= now <= last
+        assert last - Emotion().pace - 1e-12 <= now <= last
         last = now
 
 
@@ -278,7 +278,7 @@ def test_panic_cuts_to_a_tenth_rests_and_heals(options, cause):
     for t in range(10 * (cause == "loss") * 3):
         state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), options=options)
     # Half of the drive as it was when the panic came: the spike itself may have braked it by one step before.
-    assert float(state.log_drive) >= was - math.log(2) - (machine.brake if cause == "loss" else 0) - 1e-6
+    assert float(state.log_drive) >= was - math.log(2) - (machine.pace if cause == "loss" else 0) - 1e-6
 
 
 def test_panic_needs_ten_losses():

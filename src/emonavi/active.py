@@ -52,8 +52,8 @@ class Active(NamedTuple):
             states=own,
             groups=owners,
             lr=lr,
-            floor=torch.minimum(lr, per_tensor([g["min_lr"] for g in groups], owners, home)),
-            wall=per_tensor([torch.inf if g["max_lr"] is None else g["max_lr"] for g in groups], owners, home),
+            floor=torch.minimum(lr, per_tensor([g["lr_floor"] for g in groups], owners, home)),
+            wall=per_tensor([torch.inf if g["lr_ceiling"] is None else g["lr_ceiling"] for g in groups], owners, home),
             decay=per_tensor([decay_rate(g) for g in groups], owners, home),
             steps=kept["step"] + 1,
             drive=kept["drive"],
@@ -70,7 +70,7 @@ class Active(NamedTuple):
             decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
         # From the highest lr, not today's: a warm-up or a dip must not move the drive.
         top = per_tensor(tops, self.groups, self.lr)
-        low = per_tensor([g["min_lr"] for g in groups], self.groups, self.lr)
+        low = per_tensor([g["lr_floor"] for g in groups], self.groups, self.lr)
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),

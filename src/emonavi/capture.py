@@ -3,8 +3,9 @@
 Trainers call ``optimizer.step()`` and keep the loss to themselves. While at least one optimizer listens,
 ``torch.autograd.backward`` and ``GradScaler.scale`` are wrapped, so that each listener learns *the sum of the scalar
 losses back-propagated since its gradients were last cleared*: the function whose gradient is in ``.grad``. That sum is
-what trainers log, with gradient accumulation, loss scaling and several optimizers. A sole listener hears every loss;
-among several, each hears those whose graph reaches its parameters. When the last one is gone, torch is as it was.
+what trainers log, with gradient accumulation, loss scaling and several optimizers. It is told at entry, since hooks may
+step inside the backward: to the one listener, or among several to those whose parameters the graph reaches. Where it
+then left all gradients as they were, it is taken back. When the last listener is gone, torch is as it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch._compile import _disable_dynamo
 
 from emonavi.intake import Intake
 
-__all__ = ["listen", "unlisten"]
+__all__ = ["listen"]
 
 _UNSCALED = "_emonavi_unscaled"
 
@@ -39,13 +40,6 @@ def listen(intake: Intake) -> None:
         # Freed by the garbage collector or by hand: either way the last one to go restores torch.
         weakref.finalize(intake, _leave)
         _install()
-
-
-def unlisten(intake: Intake) -> None:
-    """Stop hearing; torch is restored when nobody listens."""
-    with _lock:
-        _listeners.discard(intake)
-        _leave()
 
 
 def _leave() -> None:
@@ -84,13 +78,19 @@ class _Running:
     """A backward under way: its loss, and who was told of it, with what they held before."""
 
     value: Tensor
-    told: dict[Intake, tuple[Tensor | None, int]]
+    told: dict[Intake, tuple[tuple[Tensor | None, int], list[tuple[Tensor | None, int]], int]]
 
     def tell(self, intake: Intake) -> None:
         """Let an intake hear it, once."""
         if intake not in self.told:
-            self.told[intake] = intake.pending
+            self.told[intake] = intake.pending, intake.gradients, intake.steps
             intake.hear(self.value)
+
+    def take_back(self, failed: bool) -> None:
+        """Undo it after a backward that failed, and for whom it was not: the gradients stayed as they were."""
+        for intake, (pending, gradients, steps) in self.told.items():
+            if failed or not intake.touched(gradients, steps):
+                intake.take_back(*pending)
 
 
 _running: list[_Running] = []
@@ -142,9 +142,11 @@ def _heard(tensors: Any, grads: Any, inputs: Any) -> Iterator[None]:
     _inside.now = True
     try:
         yield
+        if running is not None:
+            running.take_back(failed=False)
     except BaseException:
-        for intake, pending in running.told.items() if running is not None else ():
-            intake.take_back(*pending)
+        if running is not None:
+            running.take_back(failed=True)
         raise
     finally:
         _inside.now = False

@@ -34,7 +34,7 @@ def emotion(given: str | Emotion | Preset) -> Machine:
     if isinstance(given, (Emotion, Preset)):
         return given
     known: dict[str, Machine] = {"adaptive": Emotion(), **PRESETS}
-    if given not in known:
+    if not isinstance(given, str) or given not in known:
         raise ValueError(
             f"unknown emotion {given!r}: choose from {', '.join(map(repr, known))}, or pass an emonavi.Emotion"
         )
@@ -47,7 +47,12 @@ def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         has = ", ".join(machine.defaults) or "none of these options"
         raise ValueError(f"emotion {machine.name!r} does not have {', '.join(unknown)}: it has {has}; leave it out")
+    for name in ("use_shadow", "use_trust"):
+        if felt[name] not in (None, False, True):
+            raise ValueError(f"{name}={felt[name]!r}: give True or False")
     own = NEUTRAL | machine.fixed | machine.defaults
+    if isinstance(felt["max_lr"], (int, float)) and own["min_lr"] > felt["max_lr"] >= 0:
+        own["min_lr"] = felt["max_lr"]  # a wall below the default floor takes the floor with it
     return {k: own[k] if v is None else v for k, v in felt.items()}
 
 

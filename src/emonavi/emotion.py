@@ -11,7 +11,7 @@ Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
     dev                   running mean of |x - short|, rate 0.02: the loss's own noise
     tension  = (short - medium) / dev         progress = (long - short) / dev
     scalar   = tanh((tension - progress) / 2)         > 0: the loss rises beyond its noise, < 0: it improves
-    log drive -= 0.05 clip((tension - 1) / 2, 0, 1)       the brake, while the loss rises: x > short + dev / 2
+    log drive -= min(0.05, 2/n) clip((tension - 1) / 2, 0, 1)    the brake, while the loss rises: x > short + dev / 2
 
 Reflection, for the cosine :math:`c_t` between today's gradient and the optimizer's last step, in the rule's metric::
 
@@ -23,7 +23,7 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
     log drive += sure where |sure| > |slow|, else slow                  only downwards where nothing is left to gain
 
 The target is 0, or a little below where the rule says so (EmoFact). The gain is the largest first-order improvement
-that the last step could have had, from the same sums; under a twentieth of its mean so far there is nothing to gain.
+that a step of lr 1 could have had, from the same sums; under a twentieth of its mean so far there is nothing to gain.
 
 Everything is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -49,7 +49,7 @@ LOG_HALF = math.log(0.5)
 NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
 DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 REST_STEPS = 3
-HEAL_STEPS = 7  # with the three of rest: back at half the earlier drive within ten
+HEAL_RATE = (LOG_HALF - LOG_TENTH) / 7  # with the three steps of rest: back at half the earlier drive within ten
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 PATIENCE = 10  # losses or norms heard before one can be called an outlier
 
@@ -109,6 +109,7 @@ class State(NamedTuple):
     scalar: Number
     tension: Number
     brake: Number  # cut of the log drive by today's tension
+    record: Number  # highest excess of a loss over its short memory, in deviations; forgotten as the run ages
     log_drive: Number
     log_drive_peak: Number  # highest before a schedule began to end the run
     goal: Number  # log drive to return to after a panic
@@ -224,8 +225,7 @@ class Emotion:
         nothing: the drive does not grow while the gain is under this share of its mean, or it would climb for ever once
             a training loss is at its floor.
         tensor_range: bound on one tensor's log drive.
-        brake: largest cut of the log drive per step by tension.
-        spike: a loss this many deviations above its short memory is a panic.
+        spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
         done: ``should_stop`` once the last stretch gave less than this share of all progress so far.
         shadow_horizon: the shadow averages over this share of the run so far.
@@ -245,7 +245,6 @@ class Emotion:
     tensor_pace: float = 0.4
     nothing: float = 0.05
     tensor_range: float = 2.0
-    brake: float = 0.05
     spike: float = 10.0
     outlier: float = 6.0
     done: float = 0.01
@@ -302,7 +301,10 @@ class Emotion:
         # Below the resolution of a float32 loss a deviation is rounding, not noise.
         dev = clamp(state.dev, ROUNDING * abs(loss))
         known = (state.losses >= PATIENCE) & (state.dev > 0)
-        panic = felt & known & (x - state.short > self.spike * dev)
+        # Heavy-tailed losses spike for ever: what the run has survived before is no panic.
+        excess = where(known, clamp((x - state.short) / clamp(dev, 1e-300), 0.0, 1e6), 0.0)
+        panic = felt & known & (excess > clamp(2 * state.record, self.spike))
+        record = clamp(state.record * (1 - 1 / clamp(n, 1.0)), excess)
         # One absurd loss must not own the memories; a new level is still reached fast, since dev grows with it.
         x = where(known, clamp(x, state.short - self.spike * dev, state.short + self.spike * dev), x)
 
@@ -321,11 +323,11 @@ class Emotion:
         # Tension outlasts a spike: a loss that already falls again, or has settled, is not punished. Nor is the same
         # spike twice, by a brake during rest.
         rises = (x - state.short > deviation / 2) & (state.rest == 0)
-        brake = where(rises, self.brake * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
+        brake = where(rises, self._pace(state) * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
 
         new = state._replace(
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
-            calm=calm, tension=tension, scalar=scalar, brake=brake, log_drive=state.log_drive - brake,
+            calm=calm, tension=tension, scalar=scalar, brake=brake, record=record, log_drive=state.log_drive - brake,
             panic=number(panic),
         )  # fmt: skip
         felt_state: State = keep(felt, new, state)
@@ -353,10 +355,15 @@ class Emotion:
         return self._alarm(new, finite), finite, grad_scale
 
     def _alarm(self, state: State, finite: Number) -> State:
-        """Panic: cut the drive to a tenth, remember where to return to, rest. A panic while resting cuts no deeper."""
+        """Panic: cut the drive to a tenth, remember where to return to, rest. A panic while resting cuts no deeper.
+
+        Heavy-tailed losses spike every few hundred steps, and the clock would not give back what each of them cost: the
+        drive returns whole. It returns to half only where the loss spikes again on the way.
+        """
         panic = (state.panic > 0) | negate(finite)
         fresh = panic & (state.rest == 0)
-        goal = where(state.log_drive >= state.goal, state.log_drive + LOG_HALF, state.goal)
+        again = (state.log_drive < state.goal) & (state.panic > 0)
+        goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, 0.0)
         return state._replace(
             panic=number(panic),
             goal=where(fresh, goal, state.goal),
@@ -377,7 +384,7 @@ class Emotion:
         words = {
             "done": stop,
             "resting": values["rest"] > 0,
-            "braking": values["brake"] > 0.01,
+            "braking": values["tension"] > 1.5 and values["scalar"] > 0,
             "growing": lean > 0.03,
             "easing": lean < -0.03,
         }
@@ -389,7 +396,9 @@ class Emotion:
         weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
         # Two roots: the product of two sums of squares may leave the range of numbers.
-        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0))
+        # Free of lr: a drive that was cut must not look like a run with nothing left to gain.
+        most = like(state.code, sums.weight.max()) if len(sums.weight) else like(state.code, 0.0)
+        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0)) / clamp(most, 1e-300)
         cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
         seen = acted & (gain > 0) & isfinite(gain) & isfinite(cosine)
         cosine, gain = where(seen, clamp(cosine, -1.0, 1.0), 0.0), where(seen, gain, 0.0)
@@ -403,7 +412,8 @@ class Emotion:
             gain=_mean(state.gain, gain, 0.1, n), gain_mean=_mean(state.gain_mean, gain, 0.0, n),
         )  # fmt: skip
         new = keep(seen, new, state)
-        return self._drive(new, seen, acted, options)
+        # A brake is for the loss of its own step: it must not outlast a loss that is heard no more.
+        return self._drive(new, seen, acted, options)._replace(brake=like(state.code, 0.0))
 
     def _drive(self, state: State, seen: Number, acted: Number, options: Options) -> State:
         """Move the drive: rest, return after a panic, or follow trust."""
@@ -421,7 +431,7 @@ class Emotion:
             change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
         resting = state.rest > 0
         healing = negate(resting) & (state.log_drive < state.goal - 1e-6)
-        heal = clamp(state.goal - state.log_drive, high=(LOG_HALF - LOG_TENTH) / HEAL_STEPS)
+        heal = clamp(state.goal - state.log_drive, high=HEAL_RATE)
         change = where(healing, heal * (state.brake == 0), change)
         change = where(resting, 0.0, change)
 

@@ -7,7 +7,9 @@ For a tensor of two or more dimensions with gradient :math:`g`::
     denom       = sqrt(exp_avg_row exp_avg_col) / bias + eps            bias = 1 - beta1^k (1 in the presets)
     param       = decay param - step_size g / denom                     step_size = lr drive
 
-with floor = eps^2, so that the scale of the loss does not matter (eps in the presets, as published). Vectors and
+with floor = eps^2, so that the scale of the loss does not matter (eps in the presets, as published). Unlike Adafactor's
+own, the product of the factors is not divided by the mean of the rows, and updates are not clipped: a coordinate whose
+row and column are mostly zero takes a step of many times lr. Vectors and
 scalars follow the Adam rule of ``navi.py``; there ``trust`` scales what the first memory takes in.
 
 Reflection has no momentum to compare g with, and the gradient of the step before alone is too noisy. It remembers a

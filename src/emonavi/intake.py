@@ -35,6 +35,7 @@ class Intake:
         self._captured: Tensor | None = None
         self._window = 0
         self._heard = 0  # backward calls ever
+        self._steps = 0
 
     def observe(self, loss: Tensor | float) -> None:
         """Set a loss aside for the next step; several are averaged."""
@@ -48,6 +49,20 @@ class Intake:
         self._window += 1
         self._heard += 1
 
+    def touched(self, gradients: list[tuple[Tensor | None, int]], steps: int) -> bool:
+        """Whether a backward changed the gradients since they were noted, as far as can be seen.
+
+        Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
+        """
+        now = self.gradients
+        same = all(a is b and m == n for (a, m), (b, n) in zip(now, gradients, strict=False))
+        return not same or self._steps != steps or all(grad is None for grad, _ in now)
+
+    @property
+    def gradients(self) -> list[tuple[Tensor | None, int]]:
+        """The gradients, each with the count of its changes."""
+        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._params()]
+
     def take_back(self, captured: Tensor | None, window: int) -> None:
         """As it was before a backward that failed."""
         self._captured, self._window = captured, window
@@ -56,6 +71,11 @@ class Intake:
     def pending(self) -> tuple[Tensor | None, int]:
         """The sum captured so far, and how many backward calls it is of."""
         return self._captured, self._window
+
+    @property
+    def steps(self) -> int:
+        """How often a step has used what was pending."""
+        return self._steps
 
     def owns(self, variables: set[int]) -> bool:
         """Whether any of these leaves (by id) is one of the parameters."""
@@ -83,6 +103,7 @@ class Intake:
         """Forget what is pending: a step has used it."""
         self._observed.clear()
         self._captured, self._window = None, 0
+        self._steps += 1
 
 
 def _detached(loss: Tensor | float) -> Tensor | float:

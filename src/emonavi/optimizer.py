@@ -230,9 +230,7 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        if not any(p.numel() for p, _ in found):
-            return False
-        rates = (group["lr"] for group in self.param_groups)
+        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel()})
         return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
 
     def _make_state(self, param: Tensor) -> None:
@@ -312,7 +310,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         groups = range(len(self.param_groups))
         lr, low, high = (
             per_tensor([g[k] if g[k] is not None else torch.inf for g in self.param_groups], groups, vector)
-            for k in ("lr", "min_lr", "max_lr")
+            for k in ("lr", "lr_floor", "lr_ceiling")
         )
         return torch.clamp(lr * drive, torch.minimum(lr, low), high)
 
@@ -406,6 +404,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             raise
         group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
         group.setdefault("lr_peak", 0.0)
+        # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
+        group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
@@ -424,6 +424,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._intake.clear()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_calm("copying")
         group = None if self._process_group is None else "auto"  # a process group cannot be copied
         settings = (self._emotion, self._capture, self._on_missing_loss, group)
         return {**super().__getstate__(), "_settings": settings}
@@ -444,7 +445,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The state vector before anything was felt."""
         device = self._home()
         vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
-        rates = [torch.as_tensor(group["lr"]).to(vector) for group in self.param_groups]
+        # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
+        rates = [torch.as_tensor(g[k]).to(vector) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 
