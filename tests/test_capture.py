@@ -846,3 +846,18 @@ def test_backward_of_others_is_untouched_by_a_listener():
         loss_of(model).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), without, strict=True))
     del optimizer
+
+
+def test_a_sole_listener_leaves_other_models_losses_out():
+    """A discriminator on torch's own optimizer: its loss does not reach the generator's gradients."""
+    mine, other = net(0), net(1)
+    optimizer = EmoNavi(mine.parameters())
+    stranger = torch.optim.AdamW(other.parameters())
+    for _ in range(3):
+        loss = loss_of(mine)
+        loss.backward()
+        (1000 + loss_of(other)).backward()
+        stranger.step()
+        assert float(optimizer.step()) == close(loss)
+        optimizer.zero_grad()
+        stranger.zero_grad()

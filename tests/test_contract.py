@@ -988,3 +988,38 @@ def test_deepcopy_is_another_run(case):
     train(twin, twin.param_groups[0]["params"], 5, start=5)
     assert differences(before, contents(optimizer)) == []
     assert twin.emotion.steps == 10
+
+
+@siblings
+def test_a_group_at_lr_zero_with_the_only_gradient_is_no_step(case):
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = case.make([{"params": [a], "lr": 0.0}, {"params": [b], "lr": 0.0}])
+    optimizer.param_groups[1]["lr"] = 1e-3
+    a.grad = torch.ones(2)
+    optimizer.step(loss=1.0)
+    assert a.tolist() == [1.0, 1.0]
+    assert optimizer.emotion.steps == 0
+
+
+@siblings
+def test_a_copy_inside_calm_is_refused(case):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = case.make([weight], use_shadow=True)
+    weight.grad = torch.ones(2)
+    optimizer.step(loss=1.0)
+    with optimizer.calm(), pytest.raises(RuntimeError, match="copying inside calm"):
+        copy.deepcopy(optimizer)
+
+
+@siblings
+def test_the_drive_heals_where_no_loss_is_heard_any_more(case):
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = case.make([weight], lr=1e-3, use_trust=False, capture=False, on_missing_loss="ignore")
+    for step in range(40):
+        weight.grad = torch.ones(4)
+        optimizer.step(loss=1.0 + 0.01 * math.sin(9.7 * step * step) + 0.02 * max(0, step - 20))
+    assert optimizer.emotion.drive < 0.99
+    for _ in range(60):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer.emotion.drive == pytest.approx(1.0)

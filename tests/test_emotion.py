@@ -456,3 +456,17 @@ def test_import_changes_nothing_in_torch_and_imports_nothing_heavy():
     """A failure here shows what it was: the names that changed, the modules that came along."""
     result = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == ["[]", "[]"]
+
+
+def test_heavy_tailed_losses_do_not_panic_for_ever():
+    """Every few hundred steps such a loss is ten deviations above its memory, though nothing is wrong."""
+    machine = Emotion()
+    state = machine.unpack(torch.tensor(machine.initial(), dtype=torch.float64), plain=True)
+    losses = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).pow(-0.4).tolist()
+    panics = 0
+    for loss in losses:
+        state = machine.feel(state, loss, 0)
+        panics += state.panic > 0
+        state = state._replace(panic=0.0)
+    assert 1 <= panics <= 12
+    assert machine.feel(state, 1e6, 0).panic > 0  # a true one still is

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emonavi import EmoNavi
+from emonavi import EmoFact, EmoLynx, EmoNavi
 
 pytest.importorskip("sklearn")
 from emonavi.bench.tasks import TASKS
@@ -65,3 +65,31 @@ def test_it_says_when_it_is_done():
         stops.append(optimizer.should_stop)
     assert not any(stops[:64])
     assert stops[-1]
+
+
+def stream(optimizer, model, target, steps, generator):
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(64, 16, generator=generator)
+        y = torch.sin(2 * x @ target) + 0.1 * torch.randn(64, 1, generator=generator)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("sibling", [EmoNavi, EmoFact, EmoLynx])
+def test_a_long_stream_does_not_freeze_and_a_new_task_is_learnt(sibling):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
+    optimizer = sibling(model.parameters(), lr=1e-3)
+    old, new = (torch.randn(16, 1, generator=generator) / 4 for _ in range(2))
+    first = stream(optimizer, model, old, 2000, generator)
+    assert sum(first[-50:]) / 50 < 0.06
+    assert optimizer.effective_lr[0] > 2e-6  # min_lr is 1e-6
+    second = stream(optimizer, model, new, 2000, generator)
+    assert sum(second[:10]) / 10 > 0.3
+    assert sum(second[-50:]) / 50 < 0.12

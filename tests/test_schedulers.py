@@ -316,3 +316,29 @@ def test_resuming_optimizer_and_scheduler_goes_on_as_if_nothing_had_happened():
     train(other, optimizer2, 25, lambda _: scheduler2.step())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert optimizer.emotion == optimizer2.emotion
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_one_cycle_does_not_move_the_walls(sibling):
+    """It writes its own plan into the groups under "min_lr" and "max_lr"."""
+    optimizer = sibling(net().parameters(), lr=1e-2, min_lr=1e-5, max_lr=0.5)
+    schedules.OneCycleLR(optimizer, max_lr=1e-2, total_steps=50)
+    assert (optimizer.param_groups[0]["lr_floor"], optimizer.param_groups[0]["lr_ceiling"]) == (1e-5, 0.5)
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_a_stage_that_begins_at_the_low_end_of_a_schedule_starts_gently(sibling):
+    model = net()
+    optimizer = sibling(model.parameters(), lr=1.0)
+    scheduler = schedules.CosineAnnealingWarmRestarts(optimizer, 30)
+    for step in range(90):
+        if step == 29:
+            optimizer.reset_emotion()
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step in (29, 30, 31):
+            assert optimizer.effective_lr[0] < 1e-2
+    assert float(loss.detach()) < 10
