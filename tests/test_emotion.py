@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import PresetFeeling, running_mean
 
-from emonavi.emotion import Emotion, Options, State, Sums
+from emonavi.emotion import Emotion, State
+from emonavi.machine import Options, Sums
 from emonavi.presets import PRESETS
 
 CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi.emotion import Mood, Options
+from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 

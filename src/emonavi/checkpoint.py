@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emonavi import checks
-from emonavi.emotion import Machine
+from emonavi.machine import Machine
 
 __all__ = ["load_exactly"]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.emotion import Emotion, Machine
+from emonavi.emotion import Emotion
+from emonavi.machine import Machine
 from emonavi.presets import PRESETS, Preset
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.emotion import Machine
+from emonavi.machine import Machine
 
 __all__ = ["Recorder", "Snapshot"]
 

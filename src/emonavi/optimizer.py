@@ -8,12 +8,9 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -25,8 +22,9 @@ from emonavi.active import Active, per_tensor
 from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
-from emonavi.emotion import Emotion, Machine, Mood, Options, Sums
-from emonavi.intake import Intake, Loss
+from emonavi.emotion import Emotion
+from emonavi.intake import Intake, Missing
+from emonavi.machine import Machine, Mood, Options, Sums
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
 from emonavi.scalars import Number
@@ -35,7 +33,6 @@ from emonavi.sweep import Reflected, Rule, gather, to_home, total_norm, wide
 __all__ = ["EmoOptimizer"]
 
 ParamsT: TypeAlias = Iterable[Any]
-UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
 
 class EmoOptimizer(torch.optim.Optimizer):
@@ -116,10 +113,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._begun = False
         self._emotion = machine
         self._capture = capture
-        self._on_missing_loss = on_missing_loss
+        self._missing = Missing(on_missing_loss)
         self._process_group = process_group
-        self._unfed = 0
-        self._warned = False
         self._is_calm = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -192,7 +187,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         moves = self._moves(found)
         if moves:
             heard = agreed_loss(heard, vector, self._process_group)
-            self._note_missing(heard)
+            self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
             self._make_state(p)
@@ -264,23 +259,6 @@ class EmoOptimizer(torch.optim.Optimizer):
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
-
-    def _note_missing(self, heard: Loss | None) -> None:
-        """Count real steps without a loss, and say so once."""
-        if heard is not None or self._on_missing_loss == "ignore":
-            self._unfed = 0
-            return
-        remedy = "pass step(loss=loss), call optimizer.observe(loss), or leave capture='auto' on"
-        if self._on_missing_loss == "error":
-            raise RuntimeError(f"step() has no loss: {remedy}")
-        self._unfed += 1
-        if self._unfed == UNFED_STEPS and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{type(self).__name__} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss "
-                f"is not felt and should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
-                stacklevel=_callers_level(),
-            )
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
         """The loss as the emotion takes it: a number to be made small."""
@@ -426,7 +404,7 @@ class EmoOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
         group = None if self._process_group is None else "auto"  # a process group cannot be copied
-        settings = (self._emotion, self._capture, self._on_missing_loss, group)
+        settings = (self._emotion, self._capture, self._missing.action, group)
         return {**super().__getstate__(), "_settings": settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -473,12 +451,3 @@ class EmoOptimizer(torch.optim.Optimizer):
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _callers_level() -> int:
-    """How far up the stack, for a warning, the code is that is neither torch's nor ours."""
-    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, checks))
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
-        level, frame = level + 1, frame.f_back
-    return level

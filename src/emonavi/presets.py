@@ -15,8 +15,8 @@ For a loss :math:`l`, with both memories starting at the first loss::
     norm control (v4): avg = 0.9 avg + 0.1 norm(g); avg > max_norm multiplies lr by 0.95^(avg / max_norm), for good
     should_stop: the last 32 scalars have a mean |s| below 0.05 and a variance below 0.005
 
-What these emotions do to training is measured in the documentation; the default is
-:class:`~emonavi.emotion.Emotion`. Source: muooon/EmoNavi (Apache-2.0), whose formulas these are.
+Where a loss is large or falls fast, |s| is about 1 and the step about 0: these emotions freeze such a training. The
+default is :class:`~emonavi.emotion.Emotion`. Source: muooon/EmoNavi (Apache-2.0), whose formulas these are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from emonavi.emotion import Mood, Options, Sums, keep, regular
+from emonavi.machine import Mood, Options, Sums, keep, regular
 from emonavi.scalars import Number, exp, isfinite, like, negate, number, tanh, where
 
 __all__ = ["PRESETS", "Preset", "PresetState"]

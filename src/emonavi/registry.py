@@ -29,7 +29,7 @@ SIBLINGS = {
     for s in (
         Sibling("emonavi", EmoNavi, "Adam", "8", "the default: from scratch and for fine-tuning"),
         Sibling("emofact", EmoFact, "Adafactor", "under 0.2 for matrices", "when memory is short"),
-        Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory; large batches"),
+        Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory"),
     )
 }
 

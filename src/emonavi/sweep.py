@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi.emotion import Sums
+from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
 
