@@ -1,9 +1,9 @@
-r"""The adaptive emotion: a pure state machine on 0-d tensors.
+r"""The adaptive emotion: a pure state machine on single numbers.
 
 It has two senses. *Feeling* hears the loss, *reflection* compares today's gradient with the step taken last. Both move
 one multiplier on the user's learning rate, the *drive*. Nothing here knows a parameter, a group or a device: each
-function takes a :class:`State` and returns a new one, without a branch on a value, so that a step never waits for an
-accelerator and one code path serves eager mode, ``torch.compile`` and CUDA graphs.
+function takes a :class:`State` and returns a new one. The numbers are 0-d tensors on a device, where no function
+branches on a value, so that a step never waits; on the CPU they are plain numbers (``scalars.py``).
 
 Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
 
@@ -26,7 +26,7 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
 The target is 0, or a little below where the rule says so (EmoFact). The gain is the largest first-order improvement
 that a step of lr 1 could have had, from the same sums; under a twentieth of its mean so far there is nothing to gain.
 
-Everything is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
+The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
 Source: the emotional scalar is an idea of muooon/EmoNavi. Reflection is hypergradient descent (Baydin et al. 2018,
 https://arxiv.org/abs/1703.04782), normalised to a cosine so that no scale enters.
@@ -57,7 +57,7 @@ PATIENCE = 10  # losses or norms heard before one can be called an outlier
 
 
 class State(NamedTuple):
-    """The adaptive emotion's memory: one 0-d tensor each, kept as one vector in ``param_groups[0]["emotion"]``."""
+    """The adaptive emotion's memory: one number each, kept as one vector in ``param_groups[0]["emotion"]``."""
 
     code: Number  # which emotion this is: a checkpoint of another one is refused
     version: Number

@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
 
 class Mood(NamedTuple):
-    """The ready scalars of one update (0-d tensors)."""
+    """The ready scalars of one update."""
 
     drive: Number  # multiplies lr, for the step and for weight decay
     scale: Number  # multiplies the step only
