@@ -13,7 +13,7 @@ from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
-__all__ = ["Active", "per_tensor"]
+__all__ = ["Active", "bounded", "per_tensor"]
 
 
 class Active(NamedTuple):
@@ -23,8 +23,9 @@ class Active(NamedTuple):
     grads: list[Tensor]
     states: list[dict[str, Any]]
     groups: list[int]
+    counts: list[int]  # of tensors in each group
     lr: Tensor
-    floor: Tensor  # the effective lr does not fall below this,
+    low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
     wall: Tensor  # nor rise above this
     decay: Tensor  # weight decay for each unit of effective lr
     steps: Tensor  # of each tensor, this one included
@@ -44,17 +45,19 @@ class Active(NamedTuple):
         found = [(p, i) for p, i in found if p.numel()]
         owners = [i for _, i in found]
         own = [states[p] for p, _ in found]
-        lr = per_tensor([g["lr"] for g in groups], owners, home)
+        counted = Counter(owners)
+        counts = [counted[i] for i in range(len(groups))]
         kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
             params=[p for p, _ in found],
             grads=[p.grad for p, _ in found if p.grad is not None],
             states=own,
             groups=owners,
-            lr=lr,
-            floor=torch.minimum(lr, per_tensor([g["lr_floor"] for g in groups], owners, home)),
-            wall=per_tensor([torch.inf if g["lr_ceiling"] is None else g["lr_ceiling"] for g in groups], owners, home),
-            decay=per_tensor([decay_rate(g) for g in groups], owners, home),
+            counts=counts,
+            lr=per_tensor([g["lr"] for g in groups], counts, home),
+            low=per_tensor([g["lr_floor"] for g in groups], counts, home),
+            wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
+            decay=per_tensor([decay_rate(g) for g in groups], counts, home),
             steps=kept["step"] + 1,
             drive=kept["drive"],
             trust=kept["trust"],
@@ -69,13 +72,12 @@ class Active(NamedTuple):
             tops.append(_highest(group["lr_peak"], group["lr_start"]))
             decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
         # From the highest lr, not today's: a warm-up or a dip must not move the drive.
-        top = per_tensor(tops, self.groups, self.lr)
-        low = per_tensor([g["lr_floor"] for g in groups], self.groups, self.lr)
+        top = per_tensor(tops, self.counts, self.lr)
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=torch.where(top > 0, torch.minimum(low, top) / top, 1.0).min(),
+            lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
             hold=hold,
             decayed=torch.stack(decayed).all(),
@@ -83,7 +85,7 @@ class Active(NamedTuple):
 
     def rates(self, mood: Mood) -> tuple[Tensor, Tensor, Tensor]:
         """For each tensor: its own effective lr, its step size, and its factor of weight decay."""
-        effective = torch.clamp(self.lr * mood.drive, self.floor, self.wall)
+        effective = bounded(self.lr, mood.drive, self.low, self.wall)
         own = torch.minimum(effective * self.drive, self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
@@ -122,11 +124,15 @@ def _stack(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])
 
 
-def per_tensor(values: Sequence[float | Tensor], owners: Sequence[int], home: Tensor) -> Tensor:
-    """One entry for each tensor from one value for each group, without a copy from the host that would wait."""
-    counts = Counter(owners)
+def bounded(lr: Tensor, drive: Number, low: Tensor, wall: Tensor) -> Tensor:
+    """The effective lr."""
+    return torch.clamp(lr * drive, torch.minimum(lr, low), wall)
+
+
+def per_tensor(values: Sequence[float | Tensor | None], counts: Sequence[int], home: Tensor) -> Tensor:
+    """Each group's value as often as it has tensors, without a copy from the host that would wait; None is no bound."""
     spread = [
-        to_home(v, home).expand(counts[i]) if isinstance(v, Tensor) else home.new_full((counts[i],), v)
-        for i, v in enumerate(values)
+        to_home(v, home).expand(n) if isinstance(v, Tensor) else home.new_full((n,), torch.inf if v is None else v)
+        for v, n in zip(values, counts, strict=True)
     ]
     return torch.cat(spread)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from emonavi.intake import Intake
+from emonavi.intake import Intake, Mark
 
 __all__ = ["listen"]
 
@@ -78,19 +78,19 @@ class _Running:
     """A backward under way: its loss, and who was told of it, with what they held before."""
 
     value: Tensor
-    told: dict[Intake, tuple[tuple[Tensor | None, int], list[tuple[Tensor | None, int]], int]]
+    told: dict[Intake, Mark]
 
     def tell(self, intake: Intake) -> None:
         """Let an intake hear it, once."""
         if intake not in self.told:
-            self.told[intake] = intake.pending, intake.gradients, intake.steps
+            self.told[intake] = intake.mark()
             intake.hear(self.value)
 
     def take_back(self, failed: bool) -> None:
         """Undo it after a backward that failed, and for whom it was not: the gradients stayed as they were."""
-        for intake, (pending, gradients, steps) in self.told.items():
-            if failed or not intake.touched(gradients, steps):
-                intake.take_back(*pending)
+        for intake, mark in self.told.items():
+            if failed or not intake.touched(mark):
+                intake.undo(mark)
 
 
 _running: list[_Running] = []
@@ -133,7 +133,7 @@ def _heard(tensors: Any, grads: Any, inputs: Any) -> Iterator[None]:
         # Inside a running backward (re-entrant checkpointing) the roots are no losses. But they lead to parameters
         # that the outer graph did not show: their owners hear the outer loss.
         if len(_running) == 1 and len(_listeners) > 1:
-            _tell(_running[0], _roots(tensors))
+            _tell(_running[0], [root for root in _listed(tensors) if isinstance(root, Tensor)])
         yield
         return
     running = _announced(tensors, grads, inputs)
@@ -174,20 +174,21 @@ def _tag(scaled: Any, outputs: Any) -> None:
             _tag(one, unscaled)
 
 
-def _roots(tensors: Any) -> list[Tensor]:
-    """The roots of a backward that are tensors; a GradientEdge has no value that could be a loss."""
-    return [root for root in ([tensors] if isinstance(tensors, Tensor) else list(tensors)) if isinstance(root, Tensor)]
+def _listed(given: Any) -> list[Any]:
+    """One or several roots or inputs as a list; a GradientEdge, though a tuple, is one."""
+    if isinstance(given, (Tensor, torch.autograd.graph.GradientEdge)):
+        return [given]
+    return list(given.values() if isinstance(given, dict) else given)
 
 
 def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
     """Tell the listeners that the roots reach what is about to be back-propagated."""
-    if isinstance(tensors, torch.autograd.graph.GradientEdge):
-        return None
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    roots = _listed(tensors)
     weights = [grads] * len(roots) if grads is None or isinstance(grads, Tensor) else list(grads)
     losses = [
         (root, weight)
         for root, weight in zip(roots, weights, strict=False)
+        # A GradientEdge has no value that could be a loss.
         if isinstance(root, Tensor) and root.requires_grad and root.numel() == 1 and root.is_floating_point()
     ]
     if not losses:
@@ -198,8 +199,7 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
         dtype = torch.promote_types(values[0].dtype, torch.float32)
         running = _Running(torch.stack([v.to(values[0].device, dtype) for v in values]).sum(), {})
         if inputs is not None:
-            given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
-            leaves = {id(t) for t in given}
+            leaves = {id(t) for t in _listed(inputs)}
             for intake in [one for one in _listeners if one.owns(leaves)]:
                 running.tell(intake)
         else:

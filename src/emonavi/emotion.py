@@ -289,9 +289,9 @@ class Emotion:
         state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted)
         weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
-        # Two roots: the product of two sums of squares may leave the range of numbers.
         # Free of lr: a drive that was cut must not look like a run with nothing left to gain.
         most = like(state.code, sums.weight.max()) if len(sums.weight) else like(state.code, 0.0)
+        # Two roots: the product of two sums of squares may leave the range of numbers.
         gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0)) / clamp(most, 1e-300)
         cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
         seen = acted & (gain > 0) & isfinite(gain) & isfinite(cosine)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Intake", "Loss", "Missing", "observe"]
+__all__ = ["Intake", "Loss", "Mark", "Missing", "observe"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
@@ -25,6 +25,15 @@ class Loss(NamedTuple):
 
     value: Tensor | float
     window: int | Tensor = 0
+
+
+class Mark(NamedTuple):
+    """Where an intake stood before a backward."""
+
+    captured: Tensor | None
+    window: int
+    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes
+    steps: int
 
 
 class Intake:
@@ -40,7 +49,7 @@ class Intake:
         self._captured: Tensor | None = None
         self._window = 0
         self._heard = 0  # backward calls ever
-        self._steps = 0
+        self._steps = 0  # that used what was pending
 
     def observe(self, loss: Tensor | float) -> None:
         """Set a loss aside for the next step; several are averaged."""
@@ -54,33 +63,25 @@ class Intake:
         self._window += 1
         self._heard += 1
 
-    def touched(self, gradients: list[tuple[Tensor | None, int]], steps: int) -> bool:
-        """Whether a backward changed the gradients since they were noted, as far as can be seen.
+    def mark(self) -> Mark:
+        """What is pending, and the gradients as they are, before a backward."""
+        return Mark(self._captured, self._window, self._gradients(), self._steps)
+
+    def touched(self, since: Mark) -> bool:
+        """Whether a backward changed the gradients, as far as can be seen.
 
         Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
         """
-        now = self.gradients
-        same = all(a is b and m == n for (a, m), (b, n) in zip(now, gradients, strict=False))
-        return not same or self._steps != steps or all(grad is None for grad, _ in now)
+        now = self._gradients()
+        same = all(a is b and m == n for (a, m), (b, n) in zip(now, since.gradients, strict=False))
+        return not same or self._steps != since.steps or all(grad is None for grad, _ in now)
 
-    @property
-    def gradients(self) -> list[tuple[Tensor | None, int]]:
-        """The gradients, each with the count of its changes."""
+    def undo(self, to: Mark) -> None:
+        """As it was before a backward that failed, or that was another's."""
+        self._captured, self._window = to.captured, to.window
+
+    def _gradients(self) -> list[tuple[Tensor | None, int]]:
         return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._params()]
-
-    def take_back(self, captured: Tensor | None, window: int) -> None:
-        """As it was before a backward that failed."""
-        self._captured, self._window = captured, window
-
-    @property
-    def pending(self) -> tuple[Tensor | None, int]:
-        """The sum captured so far, and how many backward calls it is of."""
-        return self._captured, self._window
-
-    @property
-    def steps(self) -> int:
-        """How often a step has used what was pending."""
-        return self._steps
 
     def owns(self, variables: set[int]) -> bool:
         """Whether any of these leaves (by id) is one of the parameters."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
 from emonavi import checks
-from emonavi.active import Active, per_tensor
+from emonavi.active import Active, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
@@ -285,12 +285,11 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _effective_lr(self, vector: Tensor) -> Tensor:
         drive = vector[self._emotion.index("log_drive")].exp() if self._begun else vector.new_ones(())
-        groups = range(len(self.param_groups))
-        lr, low, high = (
-            per_tensor([g[k] if g[k] is not None else torch.inf for g in self.param_groups], groups, vector)
-            for k in ("lr", "lr_floor", "lr_ceiling")
+        one_each = [1] * len(self.param_groups)
+        lr, low, wall = (
+            per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
         )
-        return torch.clamp(lr * drive, torch.minimum(lr, low), high)
+        return bounded(lr, drive, low, wall)
 
     # What can be told -------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ cache-sized pieces; parameters of 16 bits are computed in float32 and written ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
 
 __all__ = ["Bucket", "Reflected", "Rule", "dot", "gather", "to_home", "total_norm", "wide"]
+
+T = TypeVar("T")
 
 # <g, u>, <g, g> and <u, u> in the rule's metric, each of shape (n,); None where the rule was not asked for them.
 Reflected = tuple[Tensor, Tensor, Tensor]
@@ -100,16 +102,21 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
     """Add up the parts of each tensor. ``weight`` is 1-D with one entry for each tensor and sets device and dtype."""
     sums = weight.new_zeros((3, len(weight)))
-    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[list[int], Reflected]]] = {}
-    for part in parts:
-        by_kind.setdefault((part[1][0].device, part[1][0].dtype), []).append(part)
-    for some in by_kind.values():
+    for some in _by_kind(parts, lambda part: part[1][0]).values():
         places = torch.tensor([p for owned, _ in some for p in owned], device="cpu").to(
             weight.device, non_blocking=True
         )
         values = torch.stack([torch.cat(column) for column in zip(*(three for _, three in some), strict=True)])
         sums = sums.index_add(1, places, to_home(values, weight))
     return Sums(sums[0], sums[1], sums[2], weight)
+
+
+def _by_kind(items: Sequence[T], tensor: Callable[[T], Tensor]) -> dict[tuple[torch.device, torch.dtype], list[T]]:
+    """The items whose tensors share a device and a dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[T]] = {}
+    for item in items:
+        kinds.setdefault((tensor(item).device, tensor(item).dtype), []).append(item)
+    return kinds
 
 
 def to_home(value: Tensor, home: Tensor) -> Tensor:
@@ -119,11 +126,8 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
 
 def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
     """Norm of all gradients together; not finite where one element is not."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for g in grads:
-        by_kind.setdefault((g.device, g.dtype), []).append(g)
     norms = []
-    for (_, dtype), some in by_kind.items():
+    for (_, dtype), some in _by_kind(grads, lambda grad: grad).items():
         # Sums of squares of 16-bit numbers overflow in 16 bits.
         at_least = torch.promote_types(dtype, torch.float32)
         norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))

@@ -19,14 +19,13 @@ import torch
 
 import emonavi
 from emonavi.bench import lr_label
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.runner import EMOTIONAL, hardware, versions
 from emonavi.bench.tasks import TASKS
 
 __all__ = ["Cell", "measure", "report", "train"]
 
 ADAMW_LRS = [10.0 ** (e / 2) for e in range(-10, 1)]
 LRS = [1e-5, 1e-3, 1e-1]
-OURS = ["EmoNavi", "EmoFact", "EmoLynx"]
 # The same run, told another way: nothing may change when a loss is shifted or scaled.
 VARIANTS = {"": (1.0, 0.0), "loss - 1000": (1.0, -1000.0), "loss * 1e-6": (1e-6, 0.0)}
 
@@ -68,9 +67,9 @@ def measure(seeds: int, workers: int) -> Iterator[dict[str, Any]]:
     """Run the whole grid in parallel processes; yields the results as they come."""
     tasks, numbers = list(TASKS), range(seeds)
     cells = [Cell(t, "AdamW", lr, s) for t in tasks for lr in ADAMW_LRS for s in numbers]
-    cells += [Cell(t, o, lr, s) for t in tasks for o in OURS for lr in LRS for s in numbers]
+    cells += [Cell(t, o, lr, s) for t in tasks for o in EMOTIONAL for lr in LRS for s in numbers]
     told = [v for v in VARIANTS if v]
-    cells += [Cell("diabetes", o, 1e-3, s, v) for o in OURS for s in numbers for v in told]
+    cells += [Cell("diabetes", o, 1e-3, s, v) for o in EMOTIONAL for s in numbers for v in told]
     cells.sort(key=lambda c: c.task)  # a worker keeps what a task has to set up
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(train, cells, chunksize=4)
@@ -92,7 +91,7 @@ def report(out: Path | None, seeds: int, workers: int) -> Iterator[str]:
         swept = {lr: means[task, "AdamW", lr, ""]["raw"] for lr in ADAMW_LRS}
         best = min((lr for lr in swept if math.isfinite(swept[lr])), key=swept.__getitem__)
         yield f"\n{task}: AdamW {swept[best]:.4g} at lr {best:.0e}"
-        for name in OURS:
+        for name in EMOTIONAL:
             cells = [means[task, name, lr, ""] for lr in LRS]
             shown = "   ".join(
                 f"lr {lr_label(lr)} {c['raw'] / swept[best]:.2f} / {c['calm'] / swept[best]:.2f}"
