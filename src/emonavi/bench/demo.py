@@ -28,7 +28,7 @@ from rich.text import Text
 
 from emonavi.bench import Findings, Result, lr_label, report, sentences
 from emonavi.bench.runner import EMOTIONAL, Progress, Run, Worker, hardware, versions
-from emonavi.bench.tasks import TASKS, Task
+from emonavi.bench.tasks import DEMO, Task
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
 
@@ -39,7 +39,7 @@ _MOOD_STYLE = {"growing": "green", "easing": "cyan", "braking": "yellow", "resti
 
 
 def run_demo(
-    folder: Path, *, quick: bool, seed: int, workers: int, command: str, tasks: Mapping[str, Task] = TASKS
+    folder: Path, *, quick: bool, seed: int, workers: int, command: str, tasks: Mapping[str, Task] = DEMO
 ) -> int:
     """Train everything, write the folder and print the report; return the exit code (0, 1 failed runs, 130 Ctrl-C)."""
     steps = {name: task.quick_steps if quick else task.steps for name, task in tasks.items()}

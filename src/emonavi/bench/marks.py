@@ -20,7 +20,7 @@ import torch
 import emonavi
 from emonavi.bench import lr_label
 from emonavi.bench.runner import EMOTIONAL, hardware, versions
-from emonavi.bench.tasks import TASKS
+from emonavi.bench.tasks import DEMO
 
 __all__ = ["Cell", "measure", "report", "train"]
 
@@ -43,7 +43,7 @@ class Cell(NamedTuple):
 def train(cell: Cell) -> dict[str, Any]:
     """Train once; the final loss on held-out data, of the raw weights and, for ours, of the shadow's."""
     torch.set_num_threads(1)
-    task = TASKS[cell.task]
+    task = DEMO[cell.task]
     problem = task.build(cell.seed)
     params = [p for p in problem.model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -65,7 +65,7 @@ def train(cell: Cell) -> dict[str, Any]:
 
 def measure(seeds: int, workers: int) -> Iterator[dict[str, Any]]:
     """Run the whole grid in parallel processes; yields the results as they come."""
-    tasks, numbers = list(TASKS), range(seeds)
+    tasks, numbers = list(DEMO), range(seeds)
     cells = [Cell(t, "AdamW", lr, s) for t in tasks for lr in ADAMW_LRS for s in numbers]
     cells += [Cell(t, o, lr, s) for t in tasks for o in EMOTIONAL for lr in LRS for s in numbers]
     told = [v for v in VARIANTS if v]
@@ -87,7 +87,7 @@ def report(out: Path | None, seeds: int, workers: int) -> Iterator[str]:
         means[key] = {k: statistics.fmean(r[k] for r in some) for k in ("raw", "calm") if k in some[0]}
     yield f"{len(results)} runs, {seeds} seeds, {time.perf_counter() - start:.0f} s. Mean final loss on held-out data"
     yield "over that of AdamW (constant lr) at the best of 11 lrs from 1e-5 to 1: raw weights / the shadow's."
-    for task in TASKS:
+    for task in DEMO:
         swept = {lr: means[task, "AdamW", lr, ""]["raw"] for lr in ADAMW_LRS}
         best = min((lr for lr in swept if math.isfinite(swept[lr])), key=swept.__getitem__)
         yield f"\n{task}: AdamW {swept[best]:.4g} at lr {best:.0e}"

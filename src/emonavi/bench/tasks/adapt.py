@@ -1,0 +1,92 @@
+"""Adapters: low-rank corrections, zero at first, of a frozen network that was trained on something else."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emonavi.bench.tasks import data
+from emonavi.bench.tasks.classify import DIGITS, DigitNet, digits
+from emonavi.bench.tasks.problem import Problem, Task
+from emonavi.bench.tasks.text import CHARLM, CharTransformer, next_character
+
+__all__ = ["LORA", "TASKS", "LoRA"]
+
+
+class LoRA(nn.Module):
+    """A frozen layer plus a low-rank correction that is zero at first: ``base(x) + alpha / rank * up(down(x))``."""
+
+    def __init__(self, base: nn.Conv2d | nn.Linear, rank: int = 4, alpha: float = 8.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = alpha / rank
+        if isinstance(base, nn.Conv2d):
+            geometry: Any = {"stride": base.stride, "padding": base.padding, "bias": False}
+            self.down: nn.Module = nn.Conv2d(base.in_channels, rank, base.kernel_size, **geometry)  # type: ignore[arg-type]
+            self.up: nn.Conv2d | nn.Linear = nn.Conv2d(rank, base.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(base.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.base(x) + self.scale * self.up(self.down(x))
+        return adapted
+
+
+def _pretrain(problem: Problem, steps: int) -> dict[str, Tensor]:
+    """Return the weights after so many steps of AdamW."""
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        problem.loss(step).backward()
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in problem.model.state_dict().items()}
+
+
+@cache
+def _pretrained_digits() -> dict[str, Tensor]:
+    """Weights of the digits net after the budget of ``digits``; trained once per process."""
+    return _pretrain(digits(0), DIGITS.steps)
+
+
+def _digit_adapters() -> nn.Module:
+    model = DigitNet()
+    model.load_state_dict(_pretrained_digits())
+    return nn.Sequential(*(LoRA(m) if isinstance(m, (nn.Conv2d, nn.Linear)) else m for m in model))
+
+
+def _lora(seed: int) -> Problem:
+    return digits(seed, make=_digit_adapters, adapted=True)
+
+
+# --- From source code to English
+
+
+@cache
+def _pretrained_text() -> dict[str, Tensor]:
+    """Weights of the character transformer after some time on Python's source; trained once per process."""
+    return _pretrain(CHARLM.build(0), 150)
+
+
+def _text_adapters() -> nn.Module:
+    """Adapt every linear layer, the head too; embeddings and norms stay as they are."""
+    model = CharTransformer()
+    model.load_state_dict(_pretrained_text())
+    model.requires_grad_(False)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, LoRA(layer))
+    return model
+
+
+def _lora_text(seed: int) -> Problem:
+    return next_character(seed, _text_adapters, data.prose())
+
+
+LORA = Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 124, _lora, needs="sklearn")
+TASKS = (LORA, Task("lora-text", "LoRA: from source to English", "nats per character", 250, 84, _lora_text, "test"))

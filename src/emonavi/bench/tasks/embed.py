@@ -1,0 +1,165 @@
+"""Embeddings: words and ratings, where most rows are rarely met, and views of a photograph that belong together."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emonavi.bench.tasks import data
+from emonavi.bench.tasks.problem import Problem, Split, Task, epoch_batch, generator, initialised, split
+
+__all__ = ["TASKS"]
+
+
+# --- Skip-grams: which names occur near each other in source code
+
+_WORDS = 2000
+_NEGATIVES = 5
+_REACH = 3
+
+
+@cache
+def _word_indices() -> tuple[Tensor, Tensor, Tensor]:
+    """Train and held-out text as indices of its most frequent words, without the others; each word's count."""
+    parts = [re.findall(r"[a-z]+", bytes(text.tolist()).decode().lower()) for text in data.source_code()]
+    ranked = [word for word, _ in Counter(parts[0]).most_common(_WORDS)]
+    index = {word: rank for rank, word in enumerate(ranked)}
+    train, val = (torch.tensor([index[word] for word in part if word in index]) for part in parts)
+    return train, val, torch.bincount(train, minlength=_WORDS).float()
+
+
+class _SkipGram(nn.Module):
+    """Words (n) and candidates (n, k) to logits (n, k): does the candidate occur near the word?"""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.words, self.contexts = nn.Embedding(_WORDS, width), nn.Embedding(_WORDS, width)
+        for table in (self.words, self.contexts):
+            nn.init.normal_(table.weight, std=0.1)  # torch's default of 1 would start with logits of +-6
+
+    def forward(self, words: Tensor, candidates: Tensor) -> Tensor:
+        logits: Tensor = (self.contexts(candidates) @ self.words(words).unsqueeze(2)).squeeze(2)
+        return logits
+
+
+def _skip_grams(
+    text: Tensor, counts: Tensor, size: int, source: torch.Generator
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Draw words, for each one that is near and five drawn as word2vec does (count to the power 3/4), and labels."""
+    places = torch.randint(_REACH, len(text) - _REACH, (size,), generator=source)
+    distance = torch.randint(1, _REACH + 1, (size,), generator=source)
+    side = 2 * torch.randint(2, (size,), generator=source) - 1
+    others = torch.multinomial(counts.pow(0.75), size * _NEGATIVES, replacement=True, generator=source)
+    candidates = torch.cat([text[places + side * distance].unsqueeze(1), others.view(size, _NEGATIVES)], dim=1)
+    labels = torch.zeros(candidates.shape)
+    labels[:, 0] = 1
+    return (text[places], candidates), labels
+
+
+def _word2vec(seed: int) -> Problem:
+    train, val, counts = _word_indices()
+
+    def batch(step: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        return _skip_grams(train, counts, 512, generator(seed, 0, step))
+
+    held_out = _skip_grams(val, counts, 8192, generator(0, 1, 0))
+    return Problem(initialised(seed, _SkipGram), F.binary_cross_entropy_with_logits, batch, held_out)
+
+
+# --- Ratings
+
+_USERS, _ITEMS = 500, 300
+
+
+@cache
+def _ratings() -> Split:
+    """Synthetic stars (n, 2) to (n): three tastes, Zipf's law for both users and items, noise of 0.5 stars."""
+    source = generator(0, 0, 1)
+    tastes = [torch.randn(count, 3, generator=source) for count in (_USERS, _ITEMS)]
+    biases = [0.4 * torch.randn(count, generator=source) for count in (_USERS, _ITEMS)]
+    ranks = [torch.arange(1, count + 1).pow(-0.8) for count in (_USERS, _ITEMS)]
+    user, item = (torch.multinomial(weights, 30_000, replacement=True, generator=source) for weights in ranks)
+    stars = 3.5 + biases[0][user] + biases[1][item] + 0.5 * (tastes[0][user] * tastes[1][item]).sum(1)
+    return split(torch.stack([user, item], dim=1), stars + 0.5 * torch.randn(len(stars), generator=source))
+
+
+class _Ratings(nn.Module):
+    """Matrix factorisation with biases: (n, 2) users and items to (n) stars."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(_USERS, width), nn.Embedding(_ITEMS, width)
+        self.user_bias, self.item_bias = nn.Embedding(_USERS, 1), nn.Embedding(_ITEMS, 1)
+        self.mean = nn.Parameter(torch.zeros(()))
+        for table in (self.users, self.items, self.user_bias, self.item_bias):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        user, item = pairs.unbind(1)
+        agreement = (self.users(user) * self.items(item)).sum(1)
+        stars: Tensor = self.mean + agreement + (self.user_bias(user) + self.item_bias(item)).squeeze(1)
+        return stars
+
+
+def _factorisation(seed: int) -> Problem:
+    x, y, x_val, y_val = _ratings()
+    batch = partial(epoch_batch, seed, inputs=x, targets=y, size=256)
+    return Problem(initialised(seed, _Ratings), F.mse_loss, batch, (x_val, y_val))
+
+
+# --- Contrast: two noisy, shifted views of the same place in a photograph
+
+_VIEW = 12  # pixels
+_SHIFT = 4
+
+
+@cache
+def _flower() -> tuple[Tensor, Tensor]:
+    """The flower at half its resolution in [-1, 1], (3, height, width); the right third is held out."""
+    image = F.avg_pool2d(2 * data.photograph("flower.jpg") - 1, 2)
+    return image[:, :, :210], image[:, :, 210:]
+
+
+def _views(image: Tensor, size: int, source: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Two crops (size, 432) of each random place, a few pixels apart and noisy; the target of each is its own place."""
+    windows = image.unfold(1, _VIEW, 1).unfold(2, _VIEW, 1)  # (3, rows, columns, 12, 12)
+    rows, columns = windows.shape[1] - _SHIFT, windows.shape[2] - _SHIFT
+    row, column = (torch.randint(count, (size,), generator=source) for count in (rows, columns))
+    views = []
+    for _ in range(2):
+        down, right = torch.randint(_SHIFT + 1, (2, size), generator=source)
+        crop = windows[:, row + down, column + right].transpose(0, 1).flatten(1)
+        views.append(crop + 0.2 * torch.randn(crop.shape, generator=source))
+    return (views[0], views[1]), torch.arange(size)
+
+
+class _Similarity(nn.Module):
+    """Two batches of views (n, 432) to the cosines (n, n) of their embeddings over a temperature of 0.1."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(3 * _VIEW * _VIEW, 128), nn.ReLU(), nn.Linear(128, width))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return F.normalize(self.embed(left)) @ F.normalize(self.embed(right)).T / 0.1
+
+
+def _contrast(seed: int) -> Problem:
+    train, val = _flower()
+
+    def batch(step: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        return _views(train, 64, generator(seed, 0, step))
+
+    return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 512, generator(0, 1, 0)))
+
+
+TASKS = (
+    Task("word2vec", "Python source, skip-grams", "binary cross entropy", 400, 134, _word2vec),
+    Task("ratings", "matrix factorisation of stars", "mean squared error", 400, 134, _factorisation, "test"),
+    Task("contrast", "flower, contrastive embedding", "cross entropy", 400, 134, _contrast, "test", "sklearn"),
+)
