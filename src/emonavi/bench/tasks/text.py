@@ -50,20 +50,23 @@ class _CharGRU(nn.Module):
         return logits.transpose(1, 2)
 
 
-def _windows(text: Tensor, count: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(text) - _CONTEXT, (count, 1), generator=source)
-    window = text[starts + torch.arange(_CONTEXT + 1)]
+def _windows(text: Tensor, count: int, source: torch.Generator, context: int) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(text) - context, (count, 1), generator=source)
+    window = text[starts + torch.arange(context + 1)]
     return window[:, :-1], window[:, 1:]
 
 
-def next_character(seed: int, make: Callable[[], nn.Module], corpus: tuple[Tensor, Tensor]) -> Problem:
+def next_character(
+    seed: int, make: Callable[[], nn.Module], corpus: tuple[Tensor, Tensor], context: int = _CONTEXT
+) -> Problem:
     """Train ``make()`` on random windows of the corpus' first part; 256 windows of the second are held out."""
     train, val = corpus
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        return _windows(train, 16, generator(seed, 0, step))
+        return _windows(train, 16, generator(seed, 0, step), context)
 
-    return Problem(initialised(seed, make), F.cross_entropy, batch, _windows(val, 256, generator(0, 1, 0)))
+    held_out = _windows(val, 256, generator(0, 1, 0), context)
+    return Problem(initialised(seed, make), F.cross_entropy, batch, held_out)
 
 
 def _charlm(seed: int) -> Problem:
@@ -71,7 +74,7 @@ def _charlm(seed: int) -> Problem:
 
 
 def _gru(seed: int) -> Problem:
-    return next_character(seed, _CharGRU, data.prose())
+    return next_character(seed, _CharGRU, data.prose(), context=32)
 
 
 CHARLM = Task("charlm", "Python source, character transformer", "nats per character", 250, 84, _charlm)
