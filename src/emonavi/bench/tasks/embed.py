@@ -114,48 +114,56 @@ def _factorisation(seed: int) -> Problem:
 
 # --- Contrast: two noisy, shifted views of the same place in a photograph
 
-_VIEW = 12  # pixels
+_VIEW = 16  # pixels
 _SHIFT = 4
+_PLACES = 64  # that each view is told from
 
 
 @cache
 def _china() -> tuple[Tensor, Tensor]:
-    """The photograph below its sky, at half its resolution in [-1, 1], (3, height, width); the right third is held out."""
+    """China below its sky at half its resolution in [-1, 1], (3, height, width); the right third is held out."""
     image = F.avg_pool2d(2 * data.photograph("china.jpg")[:, 140:] - 1, 2)
     return image[:, :, :210], image[:, :, 210:]
 
 
-def _views(image: Tensor, size: int, source: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Two crops (size, 432) of each random place, a few pixels apart and noisy; the target of each is its own place."""
-    windows = image.unfold(1, _VIEW, 1).unfold(2, _VIEW, 1)  # (3, rows, columns, 12, 12)
-    rows, columns = windows.shape[1] - _SHIFT, windows.shape[2] - _SHIFT
-    row, column = (torch.randint(count, (size,), generator=source) for count in (rows, columns))
+def _views(image: Tensor, groups: int, source: torch.Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Two crops (groups, 64, 768) of each random place, a few pixels apart and noisy; the target is their own place."""
+    windows = image.unfold(1, _VIEW, 1).unfold(2, _VIEW, 1)  # (3, rows, columns, 16, 16)
+    count = groups * _PLACES
+    row, column = (
+        torch.randint(places - _SHIFT, (count,), generator=source) for places in (windows.shape[1], windows.shape[2])
+    )
     views = []
     for _ in range(2):
-        down, right = torch.randint(_SHIFT + 1, (2, size), generator=source)
-        crop = windows[:, row + down, column + right].transpose(0, 1).flatten(1)
-        views.append(crop + 0.2 * torch.randn(crop.shape, generator=source))
-    return (views[0], views[1]), torch.arange(size)
+        down, right = torch.randint(_SHIFT + 1, (2, count), generator=source)
+        crop = windows[:, row + down, column + right].transpose(0, 1).reshape(groups, _PLACES, -1)
+        views.append(crop + 0.1 * torch.randn(crop.shape, generator=source))
+    return (views[0], views[1]), torch.arange(_PLACES).expand(groups, -1)
 
 
 class _Similarity(nn.Module):
-    """Two batches of views (n, 432) to the cosines (n, n) of their embeddings over a temperature of 0.1."""
+    """Two batches of views (groups, 64, 768) to the cosines of their embeddings over a temperature of 0.1.
+
+    They are (groups, 64, 64), each row a candidate from the second batch and each column a view of the first, because
+    cross entropy wants the candidates in dimension 1.
+    """
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(3 * _VIEW * _VIEW, 128), nn.ReLU(), nn.Linear(128, width))
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return F.normalize(self.embed(left)) @ F.normalize(self.embed(right)).T / 0.1
+    def forward(self, views: Tensor, candidates: Tensor) -> Tensor:
+        views, candidates = (F.normalize(self.embed(part), dim=-1) for part in (views, candidates))
+        return candidates @ views.mT / 0.1
 
 
 def _contrast(seed: int) -> Problem:
     train, val = _china()
 
     def batch(step: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return _views(train, 64, generator(seed, 0, step))
+        return _views(train, 1, generator(seed, 0, step))
 
-    return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 512, generator(0, 1, 0)))
+    return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 16, generator(0, 1, 0)))
 
 
 TASKS = (
