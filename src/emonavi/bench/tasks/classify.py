@@ -131,11 +131,18 @@ def mnist(seed: int, make: Callable[[], nn.Module], size: int = 32, classes: ran
 
 # --- A policy that is told rewards only
 
+_ENTROPY_BONUS = 0.1
+
 
 def _negative_value(logits: Tensor, told: tuple[Tensor, Tensor]) -> Tensor:
-    """Minus the policy's value, estimated from the actions of another policy; told: those, reward over propensity."""
+    """Minus the policy's value, estimated from the actions of another policy; told: those, reward over propensity.
+
+    A bonus for entropy, as is usual: without it some seeds never try one or two of the classes again.
+    """
     actions, weights = told
-    return -(weights * logits.softmax(1).gather(1, actions[:, None]).squeeze(1)).mean()
+    policy = logits.softmax(1)
+    entropy = -(policy * logits.log_softmax(1)).sum(1)
+    return -(weights * policy.gather(1, actions[:, None]).squeeze(1) + _ENTROPY_BONUS * entropy).mean()
 
 
 def _regret(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

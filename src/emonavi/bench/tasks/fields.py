@@ -61,9 +61,9 @@ _EDGE_WEIGHT = 3.0
 
 
 def _temperature(points: Tensor) -> Tensor:
-    """Exact solution at points (n, 2) of x and t, from sin(pi x) + sin(3 pi x) / 2 at t = 0."""
+    """Exact solution at points (n, 2) of x and t, from sin(pi x) + sin(2 pi x) / 2 at t = 0."""
     x, t = points.unbind(1)
-    modes = ((1, 1.0), (3, 0.5))
+    modes = ((1, 1.0), (2, 0.5))
     parts = [a * (k * math.pi * x).sin() * (-_DIFFUSION * (k * math.pi) ** 2 * t).exp() for k, a in modes]
     return torch.stack(parts).sum(0)
 
