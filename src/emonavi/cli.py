@@ -1,4 +1,4 @@
-"""The command line: ``emonavi demo``, ``emonavi bench step``, ``emonavi list``.
+"""The command line: ``emonavi demo``, ``emonavi bench``, ``emonavi report``, ``emonavi list``.
 
 Only typer is imported here. What a command needs beyond it is looked for before it begins, so that a missing package
 is one line with its remedy and no traceback.
@@ -31,6 +31,7 @@ _DEMO_NEEDS = {
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
 }
+_BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
 
 
 def app() -> None:
@@ -51,13 +52,21 @@ def build() -> typer.Typer:
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
     benches.command()(step)
     benches.command()(marks)
+    benches.command("lr")(learning_rates)
     commands.add_typer(benches, name="bench")
     return commands
 
 
-def _refuse(command: str, missing: list[str]) -> int:
-    print(f'{command} needs {", ".join(missing)}: pip install "emonavi[demo]"', file=sys.stderr)
+def _refuse(command: str, missing: list[str], extra: str = "demo") -> int:
+    print(f'{command} needs {", ".join(missing)}: pip install "emonavi[{extra}]"', file=sys.stderr)
     return 2
+
+
+def _need(command: str, packages: dict[str, str], extra: str = "demo") -> None:
+    """Leave with one line where a package is missing."""
+    missing = [package for module, package in packages.items() if find_spec(module) is None]
+    if missing:
+        raise typer.Exit(_refuse(command, missing, extra))
 
 
 def _version(wanted: bool) -> None:
@@ -85,9 +94,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and batches.")] = 0,
 ) -> None:
     """Train four small tasks with EmoNavi, EmoFact, EmoLynx and AdamW at three learning rates, and compare."""
-    missing = [package for module, package in _DEMO_NEEDS.items() if find_spec(module) is None]
-    if missing:
-        raise typer.Exit(_refuse("emonavi demo", missing))
+    _need("emonavi demo", _DEMO_NEEDS)
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,3 +143,50 @@ def marks(
 
     for line in report(out, seeds, workers):
         print(line, flush=True)
+
+
+def learning_rates(
+    quick: Annotated[bool, typer.Option("--quick", help="Two tasks, few optimizers: under five minutes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All half decades from 1e-5 to 1, three seeds.")] = False,
+    tasks: Annotated[str, typer.Option(help="Names separated by commas; a trailing * matches the rest.")] = "",
+    optimizers: Annotated[str, typer.Option(help="Likewise.")] = "",
+    split: Annotated[
+        str, typer.Option(help="Only the tasks that were seen while designing (dev), or the others (test).")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Results, one line each; what is there already is not run again.")] = Path(
+        "runs/lr.jsonl"
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
+    rerun_ours: Annotated[
+        bool, typer.Option("--rerun-ours", help="Run ours again where its sources have changed.")
+    ] = False,
+) -> None:
+    """Final losses over a grid of tasks, optimizers and learning rates; may be stopped and continued at any time."""
+    _need("emonavi bench lr", _BENCH_NEEDS, "bench")
+    from rich.console import Console
+
+    from emonavi.bench import lr
+    from emonavi.bench.ledger import Ledger
+    from emonavi.bench.peers import CONTENDERS, missing
+    from emonavi.bench.tasks import TASKS
+
+    if split not in ("", "dev", "test") or (quick and full):
+        problem = "--quick or --full, not both" if quick and full else f"--split is dev or test, not {split!r}"
+        raise typer.BadParameter(problem)
+    try:
+        names = lr.choose(tasks, list(TASKS), "task") or (list(lr.QUICK_TASKS) if quick else list(TASKS))
+        contenders = lr.choose(optimizers, list(CONTENDERS), "optimizer")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    names = [name for name in names if split in ("", getattr(TASKS[name], "split", "dev"))]
+    contenders = contenders or (list(lr.QUICK_OPTIMIZERS) if quick else list(CONTENDERS))
+    cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
+    if absent := missing(sorted({cell.optimizer for cell in cells})):
+        raise typer.Exit(_refuse("emonavi bench lr", absent, "bench"))
+    try:
+        ledger = Ledger(out, lr.Cell)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+    command = shlex.join(["emonavi", *sys.argv[1:]])
+    console = Console(highlight=False)
+    raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=command, console=console))

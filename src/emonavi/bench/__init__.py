@@ -33,8 +33,15 @@ def lr_label(lr: float) -> str:
 
 def json_line(row: dict[str, Any]) -> str:
     """Write one line of strict JSON, with null for what is no finite number: JSON knows neither nan nor infinity."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(line: str) -> dict[str, Any]:

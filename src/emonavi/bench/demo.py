@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -27,8 +26,9 @@ from rich.table import Table
 from rich.text import Text
 
 from emonavi.bench import Findings, Result, lr_label, report, sentences
-from emonavi.bench.runner import EMOTIONAL, Progress, Run, Worker, hardware, versions
+from emonavi.bench.runner import EMOTIONAL, Progress, Run, hardware, train, versions
 from emonavi.bench.tasks import DEMO, Task
+from emonavi.bench.workers import Failure, Worker, stop_on_sigint
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
 
@@ -69,7 +69,7 @@ def run_demo(
 
     console = Console(highlight=False)
     board = Board(runs, min(workers, len(runs)), quick)
-    with _stop_on_sigint() as stopped:
+    with stop_on_sigint() as stopped:
         with board.shown(console):
             _execute(runs, folder, board, stopped)
         return _finish(folder, console, len(runs), bool(stopped))
@@ -94,56 +94,41 @@ def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
     return 1 if failed else 0
 
 
-@contextlib.contextmanager
-def _stop_on_sigint() -> Iterator[list[int]]:
-    """Yield a list that is empty until Ctrl-C. A second Ctrl-C interrupts at once.
-
-    Set explicitly, because a process that a shell starts in the background ignores SIGINT from birth.
-    """
-    seen: list[int] = []
-
-    def note(signum: int, _frame: FrameType | None) -> None:
-        seen.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 # --- Runs
 
 
 def _execute(runs: list[Run], folder: Path, board: Board, stopped: list[int]) -> None:
     """Keep all workers busy until everything is done or Ctrl-C."""
     waiting = list(runs)
-    crew = [Worker(folder) for _ in board.slots]
+    begin = partial(Worker, partial(train, folder=folder), folder / "worker.log")
+    crew = [begin() for _ in board.slots]
+    last_task = ["" for _ in crew]
     try:
         while not stopped:
             for slot, worker in enumerate(crew):
-                if worker.run is None and waiting:
-                    run = _take(waiting, worker.last_task)
+                if worker.job is None and waiting:
+                    run = _take(waiting, last_task[slot])
+                    last_task[slot] = run.task.name
                     worker.begin(run)
                     board.begin(slot, run)
-            busy = [w for w in crew if w.run is not None]
+            busy = [w for w in crew if w.job is not None]
             if not busy:
                 return
             ready = wait([w.connection for w in busy], timeout=0.1)
             for slot, worker in enumerate(crew):
-                if worker.run is None or worker.connection not in ready:
+                if worker.job is None or worker.connection not in ready:
                     continue
-                event = worker.receive(worker.run)
+                event = worker.receive()
                 if isinstance(event, Progress):
                     board.progress(slot, event)
                     continue
-                event.append(folder / "results.jsonl")
-                board.finish(slot, event)
-                worker.run = None
+                result = worker.job.failed(event.reason) if isinstance(event, Failure) else event
+                result.append(folder / "results.jsonl")
+                board.finish(slot, result)
+                worker.job = None
                 if not worker.process.is_alive():
                     worker.end()
-                    crew[slot] = Worker(folder)
+                    crew[slot] = begin()
     finally:
         for worker in crew:
             worker.end()

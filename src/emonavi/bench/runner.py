@@ -1,24 +1,20 @@
 """One run: a task of ``tasks.py``, an optimizer and a learning rate, in the plain loop that every user writes.
 
 ``train`` is a generator: it yields a ``Progress`` now and then, and at the end one ``Result``. Beside it lie two
-records of every step: a JSON-lines file under ``history/`` and TensorBoard event files under ``tb/``. ``Worker`` is a
-process that does the same, run after run.
+records of every step: a JSON-lines file under ``history/`` and TensorBoard event files under ``tb/``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-import multiprocessing
 import os
 import platform
-import signal
 import time
-import traceback
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,7 +27,7 @@ from emonavi.bench.tasks import Problem, Task
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["EMOTIONAL", "Progress", "Run", "Worker", "hardware", "train", "versions"]
+__all__ = ["EMOTIONAL", "Progress", "Run", "hardware", "sources", "train", "versions"]
 
 EMOTIONAL = ("EmoNavi", "EmoFact", "EmoLynx")
 
@@ -75,6 +71,15 @@ class Progress:
 def versions() -> dict[str, str]:
     """Versions that the figures depend on."""
     return {"emonavi": emonavi.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def sources() -> str:
+    """Short hash of the library's own source files, without the benches: tells two states of a version apart."""
+    digest = hashlib.sha256()
+    folder = Path(emonavi.__file__).parent
+    for path in sorted(p for p in folder.rglob("*.py") if p.name != "cli.py" and "bench" not in p.parts):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def hardware() -> str:
@@ -162,62 +167,3 @@ def _learning_rate(optimizer: Any) -> float:
     """Return the rate that acts in the first group (the tasks have one group only)."""
     rates = getattr(optimizer, "effective_lr", None) or [group["lr"] for group in optimizer.param_groups]
     return float(rates[0])
-
-
-# --- The process that it runs in
-
-
-def _work(connection: Connection, folder: Path) -> None:
-    """Train what the parent sends until it sends None or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal signals the whole group; the parent decides
-    with (folder / "worker.log").open("a") as log:
-        os.dup2(log.fileno(), 2)  # warnings would tear the live display apart
-    torch.set_num_threads(1)
-    # Either end of the pipe may go first: then nobody is left to tell.
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while (run := connection.recv()) is not None:
-            try:
-                for event in train(run, folder):
-                    connection.send(event)
-            except Exception as error:
-                traceback.print_exc()
-                connection.send(run.failed(f"{type(error).__name__}: {error}"))
-
-
-class Worker:
-    """A process, its pipe and the run it is at."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.run: Run | None = None
-        self.last_task = ""
-        self.connection, theirs = multiprocessing.get_context("spawn").Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, folder), daemon=True)
-        # Inherited by the child, which has to survive a Ctrl-C while it still imports torch.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.process.start()
-        finally:
-            signal.signal(signal.SIGINT, before)
-        theirs.close()
-
-    def begin(self, run: Run) -> None:
-        """Send a run; Progress and its Result come back."""
-        self.run, self.last_task = run, run.task.name
-        with contextlib.suppress(BrokenPipeError):  # a dead worker is found at the next receive
-            self.connection.send(run)
-
-    def receive(self, run: Run) -> Progress | Result:
-        """Return the next message; of a dead process, the failure of its run."""
-        try:
-            message: Progress | Result = self.connection.recv()
-            return message
-        except (EOFError, ConnectionResetError):
-            self.process.join(5)
-            return run.failed(f"the worker process died (exit code {self.process.exitcode})")
-
-    def end(self) -> None:
-        """Stop at once: an unfinished run leaves its history so far, and no result."""
-        self.process.terminate()
-        self.process.join(5)
-        self.connection.close()

@@ -1,0 +1,249 @@
+"""A grid of measurements that may be killed at any time: an append-only file of results, and what fills it.
+
+A *cell* is a ``NamedTuple`` of what defines a measurement, and a function makes a dict of a cell. The ledger holds one
+line of JSON for each finished cell: the cell's fields, the function's figures and the seconds it took. Whoever starts
+again measures what is missing. A line that a kill has torn is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from emonavi.bench import json_line
+from emonavi.bench.workers import Failure, Worker, stop_on_sigint
+
+__all__ = ["Ledger", "Outcome", "Row", "execute", "read_rows"]
+
+C = TypeVar("C", bound=tuple[Any, ...])  # a NamedTuple
+Row = dict[str, Any]
+
+_LINE_EVERY = 5.0  # seconds between two lines where there is no terminal: a log of thousands of runs is not read
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the finished measurements, in the order of writing; a torn last line is not one of them.
+
+    Raises:
+        ValueError: a line within the file is no JSON object.
+    """
+    return _parse(path)[0]
+
+
+def _parse(path: Path) -> tuple[list[Row], int]:
+    """Rows, and how many bytes of the file hold them."""
+    rows: list[Row] = []
+    sound = 0
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if line.endswith(b"\n") and isinstance(row, dict):
+            rows.append(row)
+            sound += len(line)
+        elif sound + len(line) < len(content):
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; remove that line, or the file")
+    return rows, sound
+
+
+class Ledger(Generic[C]):
+    """The results of a grid, by cell: the last row of a cell counts. One process writes at a time.
+
+    Raises:
+        ValueError: the file holds something else.
+        RuntimeError: another process writes to it.
+    """
+
+    def __init__(self, path: Path, cell: type[C]) -> None:
+        self.path = path
+        self._cell = cell
+        self._fields: tuple[str, ...] = cell._fields  # type: ignore[attr-defined]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        _lock(self._file, path)
+        rows, sound = _parse(path)
+        os.ftruncate(self._file, sound)  # a torn last line
+        self.rows: dict[C, Row] = {}
+        for row in rows:
+            self._note(row)
+
+    def _note(self, row: Row) -> None:
+        try:
+            self.rows[self._cell(**{name: row[name] for name in self._fields})] = row
+        except KeyError as error:
+            what = f"{self.path} is a ledger of something else: a row lacks {error}; name another file"
+            raise ValueError(what) from error
+
+    def append(self, row: Row) -> None:
+        """Write a row; when this returns, a kill cannot take it back."""
+        os.write(self._file, json_line(row).encode())
+        os.fsync(self._file)
+        self._note(row)
+
+    def missing(self, cells: Sequence[C]) -> list[C]:
+        """Return those of the cells that have no row yet."""
+        return [cell for cell in cells if cell not in self.rows]
+
+    def close(self) -> None:
+        """Let another process write."""
+        os.close(self._file)
+
+
+def _lock(file: int, path: Path) -> None:
+    """Keep a second writer out; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        raise RuntimeError(f"another process writes to {path}: wait for it, or name another file") from error
+
+
+# --- Execution
+
+
+@dataclass
+class Outcome:
+    """How an execution ended."""
+
+    finished: int = 0
+    failures: list[str] = field(default_factory=list)  # cells that gave no row, with the reason
+    stopped: bool = False
+
+
+def execute(
+    cells: Sequence[C],
+    measure: Callable[[C], Row],
+    ledger: Ledger[C],
+    *,
+    workers: int,
+    title: str,
+    kind: Callable[[C], str],
+    console: Console,
+) -> Outcome:
+    """Measure cells in their order, in spawned processes, and append what comes to the ledger until Ctrl-C.
+
+    Args:
+        cells: what to measure, whether or not the ledger has it already.
+        measure: picklable, so of a module's top level. What it raises gives no row: the next start tries again.
+        ledger: where the rows go.
+        workers: processes.
+        title: stands before the bar.
+        kind: cells of one kind take about the same time; for the estimate of the time left.
+        console: where progress is shown: a bar in a terminal, else a line now and then.
+    """
+    outcome = Outcome()
+    clock = _Clock(kind, cells, ledger.rows, workers)
+    log = ledger.path.with_suffix(".log")
+    waiting = list(reversed(cells))
+    crew = [Worker(partial(_measured, measure), log) for _ in range(min(workers, len(cells)))]
+    with stop_on_sigint() as stopped, _shown(title, len(cells), clock, console) as show:
+        try:
+            while not stopped and (waiting or any(worker.job for worker in crew)):
+                for slot, worker in enumerate(crew):
+                    if worker.job is not None or not waiting:
+                        continue
+                    if not worker.process.is_alive():
+                        worker.end()
+                        worker = crew[slot] = Worker(partial(_measured, measure), log)
+                    worker.begin(waiting.pop())
+                ready = wait([worker.connection for worker in crew if worker.job], timeout=0.2)
+                for worker in crew:
+                    if worker.connection in ready:
+                        answer, cell, worker.job = worker.receive(), worker.job, None
+                        show(_settle(cell, answer, ledger, clock, outcome))
+                show("")
+        finally:
+            for worker in crew:
+                worker.end()
+    outcome.stopped = bool(stopped)
+    return outcome
+
+
+def _measured(measure: Callable[[C], Row], cell: C) -> Iterator[Row]:
+    """In the worker: the whole row of a cell."""
+    started = time.perf_counter()
+    figures = measure(cell)
+    yield {**cell._asdict(), **figures, "seconds": round(time.perf_counter() - started, 3)}  # type: ignore[attr-defined]
+
+
+def _settle(cell: C, answer: Row | Failure, ledger: Ledger[C], clock: _Clock, outcome: Outcome) -> str:
+    """Book a worker's answer, and say what it was."""
+    name = " ".join(map(str, cell))
+    if isinstance(answer, Failure):
+        clock.note(cell, None)
+        outcome.failures.append(f"{name}: {answer.reason}")
+        return outcome.failures[-1]
+    ledger.append(answer)
+    outcome.finished += 1
+    clock.note(cell, answer["seconds"])
+    return f"{name}  {answer['seconds']:.1f} s"
+
+
+class _Clock:
+    """Estimates the time left: each waiting cell takes as long as its kind usually does, as far as that is known."""
+
+    def __init__(self, kind: Callable[[C], str], cells: Sequence[C], rows: dict[C, Row], workers: int) -> None:
+        self.kind: Callable[[Any], str] = kind
+        self.workers = workers
+        self.ahead = Counter(map(kind, cells))
+        self.seconds: dict[str, list[float]] = {}
+        self.done = 0
+        for cell, row in rows.items():  # of earlier starts
+            self.seconds.setdefault(kind(cell), []).append(row["seconds"])
+
+    def note(self, cell: Any, seconds: float | None) -> None:
+        """Note that a cell is finished, and how long it took (None: it failed)."""
+        self.ahead[self.kind(cell)] -= 1
+        self.done += 1
+        if seconds is not None:
+            self.seconds.setdefault(self.kind(cell), []).append(seconds)
+
+    def left(self) -> str:
+        """Write the time left as hours, minutes and seconds."""
+        if not self.seconds:
+            return "-:--"
+        usual = {kind: statistics.mean(some) for kind, some in self.seconds.items()}
+        unknown = statistics.mean(usual.values())
+        total = sum(count * usual.get(kind, unknown) for kind, count in self.ahead.items()) / self.workers
+        hours, rest = divmod(int(total), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+@contextlib.contextmanager
+def _shown(title: str, total: int, clock: _Clock, console: Console) -> Iterator[Callable[[str], None]]:
+    """Yield what shows progress, given what has just happened ("" is nothing)."""
+    if console.is_terminal and console.file.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.completed}/{task.total}"))
+        with Progress(*columns, TextColumn("left {task.fields[left]}"), console=console, transient=True) as bar:
+            only = bar.add_task(title, total=total, left="-:--")
+            yield lambda _: bar.update(only, completed=clock.done, left=clock.left())
+        return
+    console.print(f"{title}: {total} runs", soft_wrap=True)
+    said = time.monotonic()
+
+    def line(what: str) -> None:
+        nonlocal said
+        if what and (time.monotonic() - said > _LINE_EVERY or clock.done == total):
+            said = time.monotonic()
+            console.print(f"[{clock.done}/{total}] left {clock.left()}  {what}", markup=False, soft_wrap=True)
+
+    yield line

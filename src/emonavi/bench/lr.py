@@ -1,0 +1,195 @@
+"""``emonavi bench lr``: tasks x optimizers x learning rates x seeds, one line of a ledger each.
+
+"At its best lr" must not be decided by a coarse grid: the yardsticks are always searched over half decades.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from emonavi.bench import running_mean
+from emonavi.bench.ledger import Ledger, Row, execute
+from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
+from emonavi.bench.runner import hardware, versions
+from emonavi.bench.tasks import TASKS, Problem
+
+__all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run", "train"]
+
+HALF_DECADES = tuple(float(f"{10 ** (e / 2):.2e}") for e in range(-10, 1))  # 1e-5 to 1
+STANDARD = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
+# Under five minutes on two cores.
+QUICK_TASKS = ("digits", "diabetes")
+QUICK_OPTIMIZERS = (YARDSTICK, "EmoNavi", "EmoFact", "EmoLynx", "AdamW", "Prodigy")
+
+_POINTS = 60  # of a trace
+_TRAIN_MEAN = 20  # steps
+_LOST = 20  # losses in a row that are no finite number: no weight comes back from that
+
+
+class Cell(NamedTuple):
+    """What defines a run. A change of the budget is another run."""
+
+    task: str
+    optimizer: str
+    lr: float
+    seed: int
+    steps: int
+
+
+def train(cell: Cell) -> Row:
+    """Train once and return the figures. A run that diverges is a result; only a task that cannot be built raises."""
+    contender = CONTENDERS[cell.optimizer]
+    torch.manual_seed(cell.seed)
+    problem = TASKS[cell.task].build(cell.seed)
+    figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
+    figures |= {"made_by": contender.version(), "versions": versions()}
+    losses: list[float] = []
+    rates: list[float] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peers, about their own options
+            optimizer = contender.build([p for p in problem.model.parameters() if p.requires_grad], cell.lr)
+            figures["reason"] = _loop(cell, contender, problem, optimizer, losses, rates)
+            figures |= _evaluate(contender, problem, optimizer)
+    except Exception as error:
+        figures["reason"] = f"{type(error).__name__}: {error}"[:200]
+    if losses:
+        figures["train"] = sum(losses[-_TRAIN_MEAN:]) / len(losses[-_TRAIN_MEAN:])
+        figures["trace"] = _trace(cell.steps, losses, rates)
+    if not math.isfinite(figures["raw"]):
+        figures["reason"] = figures["reason"] or f"the validation loss is {figures['raw']}"
+        figures["raw"] = figures["calm"] = None
+    return figures
+
+
+def _loop(
+    cell: Cell, contender: Contender, problem: Problem, optimizer: Any, losses: list[float], rates: list[float]
+) -> str:
+    """Train, and note losses and effective lrs. Returns why the run is lost, or nothing."""
+    bad = 0
+    _mode(optimizer, "train")
+    for step in range(cell.steps):
+        if contender.warm_up is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = cell.lr * contender.factor(step, cell.steps)
+        optimizer.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()
+        contender.step(optimizer, loss)
+        losses.append(loss.item())
+        if step in _shown(cell.steps):
+            rates.append(contender.rate(optimizer))
+        bad = 0 if math.isfinite(losses[-1]) else bad + 1
+        if bad == _LOST:
+            return f"the training loss is {losses[-1]} from step {step + 2 - _LOST} on"
+    return ""
+
+
+def _evaluate(contender: Contender, problem: Problem, optimizer: Any) -> Row:
+    _mode(optimizer, "eval")
+    found: Row = {"raw": problem.val()}
+    if contender.ours:
+        found["skipped_steps"] = optimizer.emotion.skipped_steps
+    if contender.shadow:
+        with optimizer.calm():
+            found["calm"] = problem.val()
+    return found
+
+
+def _mode(optimizer: Any, mode: str) -> None:
+    """ScheduleFree keeps two sets of weights and wants to know which are needed."""
+    if callable(switch := getattr(optimizer, mode, None)):
+        switch()
+
+
+def _shown(steps: int) -> range:
+    """Steps, counted from 0, that a trace shows; the last one is among them."""
+    stride = math.ceil(steps / _POINTS)
+    return range((steps - 1) % stride, steps, stride)
+
+
+def _trace(steps: int, losses: list[float], rates: list[float]) -> Row:
+    """A thinned course, with four digits: it is drawn, not computed with."""
+    smooth = running_mean(losses)
+    at = [step for step in _shown(steps) if step < len(losses)]
+    columns = {"step": [step + 1 for step in at], "lr": rates, "loss": [smooth[step] for step in at]}
+    return {name: [float(f"{value:.4g}") for value in values] for name, values in columns.items()}
+
+
+# --- The grid
+
+
+def choose(wanted: str, known: Sequence[str], what: str) -> list[str]:
+    """Read a list of names separated by commas; in any case, and ``name*`` stands for all that begin so.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    chosen: list[str] = []
+    for word in filter(None, (part.strip().lower() for part in wanted.split(","))):
+        found = [k for k in known if k.lower() == word or (word.endswith("*") and k.lower().startswith(word[:-1]))]
+        if not found:
+            raise ValueError(f"no {what} {word!r}: choose from {', '.join(known)}")
+        chosen += [name for name in found if name not in chosen]
+    return chosen
+
+
+def grid(tasks: Sequence[str], optimizers: Sequence[str], lrs: Sequence[float], seeds: int) -> list[Cell]:
+    """Return the cells of a grid, yardsticks first.
+
+    An optimizer also runs at its own default lr, and the yardsticks that the chosen are measured by run whether or not
+    they are chosen.
+    """
+    needed = {YARDSTICK, *optimizers, *(OWN_RULE[name] for name in optimizers if name in OWN_RULE)}
+    cells = []
+    for contender in (c for c in CONTENDERS.values() if c.name in needed):
+        rates: Sequence[float] = HALF_DECADES if contender.tuned else (*lrs, contender.default_lr)
+        cells += [
+            Cell(task, contender.name, lr, seed, TASKS[task].steps)
+            for task in tasks
+            for seed in range(seeds)
+            for lr in dict.fromkeys(rates)
+        ]
+    # Task by task within each stage: a worker keeps what a task had to set up.
+    places = {name: place for place, name in enumerate(tasks)}
+    return sorted(cells, key=lambda cell: (not CONTENDERS[cell.optimizer].tuned, places[cell.task]))
+
+
+def run(
+    cells: Sequence[Cell], ledger: Ledger[Cell], *, workers: int, rerun_ours: bool, command: str, console: Console
+) -> int:
+    """Fill the ledger; return the exit code (0, 1 some cells gave no row, 130 Ctrl-C)."""
+    out = ledger.path
+    try:
+        todo = ledger.missing(cells)
+        old = [c for c in cells if c in ledger.rows and CONTENDERS[c.optimizer].ours]
+        now = CONTENDERS["EmoNavi"].version()
+        old = [cell for cell in old if ledger.rows[cell].get("made_by") != now]
+        if old and rerun_ours:
+            todo = [cell for cell in cells if cell in {*todo, *old}]
+        elif old:
+            console.print(f"{len(old)} rows of ours are of other sources than {now}: --rerun-ours makes them anew")
+        console.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {out}; {hardware()}", soft_wrap=True)
+        outcome = execute(
+            todo, train, ledger, workers=workers, title="bench lr", kind=lambda cell: cell.task, console=console
+        )
+    finally:
+        ledger.close()
+    for failure in outcome.failures[:10]:
+        console.print(f"no result: {failure}", markup=False, soft_wrap=True)
+    if outcome.stopped:
+        left = len(todo) - outcome.finished
+        console.print(f"Stopped, {left} runs are left; everything finished is in {out}. To go on:", soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
+        return 130
+    if outcome.failures:
+        console.print(f"{len(outcome.failures)} runs gave no result; tracebacks: {out.with_suffix('.log')}")
+    console.print(f"emonavi report {out}  shows what was found", soft_wrap=True)
+    return 1 if outcome.failures else 0

@@ -1,0 +1,138 @@
+"""Who is compared: a frozen table of optimizers, as they come from PyPI, at their defaults.
+
+All are used as their documentation says: those that want a schedule get it (linear warm-up over 5 % of the steps, then
+a cosine to 0, so they know the horizon; Prodigy's documentation wants the cosine without the warm-up), those that want
+the loss get it, ScheduleFree is switched to its average for evaluation, Prodigy's lr is a multiplier of its own
+estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import emonavi
+from emonavi.bench.runner import sources
+
+__all__ = ["CONTENDERS", "OWN_RULE", "YARDSTICK", "Contender", "missing"]
+
+WARM_UP = 0.05
+
+Params = list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer, how it is built and what it is given.
+
+    ``package`` is what has to be installed; ``warm_up`` is None for a constant lr, else the share of the steps before
+    the cosine; ``tuned`` marks the yardsticks, whose lr is always searched over half decades; ``shadow`` those that
+    have a calm figure, too.
+    """
+
+    name: str
+    package: str
+    default_lr: float
+    build: Callable[[Params, float], Any]
+    step: Callable[[Any, Tensor], Any] = lambda optimizer, loss: optimizer.step()
+    rate: Callable[[Any], float] = lambda optimizer: float(optimizer.param_groups[0]["lr"])
+    warm_up: float | None = None
+    tuned: bool = False
+    shadow: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is made by this library."""
+        return self.package == "emonavi"
+
+    def version(self) -> str:
+        """Name its package with the version, ours with the state of the sources too."""
+        mark = f" {sources()}" if self.ours else ""
+        return f"{self.package} {version(self.package)}{mark}"
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the schedule's factor on the lr for a step, counted from 0."""
+        if self.warm_up is None:
+            return 1.0
+        first = math.ceil(self.warm_up * steps)
+        if step < first:
+            return (step + 1) / first
+        return 0.5 * (1 + math.cos(math.pi * (step - first) / (steps - first)))
+
+
+def _peer(module: str, name: str, **options: Any) -> Callable[[Params, float], Any]:
+    """Build a class of another package, imported only when it is wanted."""
+
+    def build(params: Params, lr: float) -> Any:
+        return getattr(__import__(module), name)(params, lr=lr, **options)
+
+    return build
+
+
+def _ours(name: str, **options: Any) -> Callable[[Params, float], Any]:
+    return lambda params, lr: emonavi.create(name, params, lr=lr, **options)
+
+
+def _adaptive(name: str) -> Contender:
+    """A sibling as it comes, with a shadow for the calm figure."""
+    return Contender(name, "emonavi", 1e-3, _ours(name, use_shadow=True), rate=_effective, shadow=True)
+
+
+def _effective(optimizer: Any) -> float:
+    return float(optimizer.effective_lr[0])
+
+
+_COSINE: dict[str, Any] = {"warm_up": WARM_UP, "tuned": True}
+_PRODIGY: dict[str, Any] = {
+    "build": _peer("prodigyopt", "Prodigy"),
+    "rate": lambda optimizer: float(optimizer.param_groups[0]["d"] * optimizer.param_groups[0]["lr"]),
+}
+_LION = _peer("pytorch_optimizer", "Lion")
+
+# Yardsticks first: a run that is cut short then has what the others are measured by.
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("AdamW + cosine", "torch", 1e-3, torch.optim.AdamW, **_COSINE),
+        Contender("Lion + cosine", "pytorch_optimizer", 1e-4, _LION, **_COSINE),
+        Contender("EmoFact rule + cosine", "emonavi", 1e-3, _ours("EmoFact", use_trust=False), **_COSINE),
+        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx")),
+        Contender("AdamW", "torch", 1e-3, torch.optim.AdamW),
+        Contender("Prodigy", "prodigyopt", 1.0, **_PRODIGY),
+        Contender("Prodigy + cosine", "prodigyopt", 1.0, **_PRODIGY, warm_up=0.0),
+        Contender("ScheduleFree AdamW", "schedulefree", 2.5e-3, _peer("schedulefree", "AdamWScheduleFree")),
+        Contender(
+            *("MoMo-Adam", "momo-opt", 1e-2, _peer("momo", "MomoAdam")),
+            step=lambda optimizer, loss: optimizer.step(loss=loss.detach()),
+        ),
+        Contender("Adafactor", "torch", 1e-2, torch.optim.Adafactor),
+        Contender("Lion", "pytorch_optimizer", 1e-4, _LION),
+        Contender(
+            *("EmoNavi (pytorch_optimizer)", "pytorch_optimizer", 1e-3, _peer("pytorch_optimizer", "EmoNavi")),
+            step=lambda optimizer, loss: optimizer.step(lambda: loss.detach()),  # no other way to hand the loss over
+        ),
+        *(
+            Contender(f"EmoNavi {generation}", "emonavi", 1e-3, _ours("EmoNavi", emotion=generation), rate=_effective)
+            for generation in ("v1", "v3", "v4")
+        ),
+    )
+}
+
+YARDSTICK = "AdamW + cosine"
+# The siblings' own rules, tuned: what the emotion is worth, apart from the rule.
+OWN_RULE = {"EmoNavi": YARDSTICK, "EmoLynx": "Lion + cosine", "EmoFact": "EmoFact rule + cosine"}
+
+_MODULES = {"momo-opt": "momo"}  # where the module is not named like the package
+
+
+def missing(names: list[str]) -> list[str]:
+    """Packages that these contenders need and that are not installed."""
+    packages = {CONTENDERS[name].package for name in names}
+    return sorted(p for p in packages if find_spec(_MODULES.get(p, p)) is None)
