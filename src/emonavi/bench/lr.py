@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +45,11 @@ class Cell(NamedTuple):
 def train(cell: Cell) -> Row:
     """Train once and return the figures. A run that diverges is a result; only a task that cannot be built raises."""
     contender = CONTENDERS[cell.optimizer]
+    task = TASKS[cell.task]
     torch.manual_seed(cell.seed)
-    problem = TASKS[cell.task].build(cell.seed)
+    problem = task.build(cell.seed)
     figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
-    figures |= {"made_by": contender.version(), "versions": versions()}
+    figures |= {"split": getattr(task, "split", "dev"), "made_by": contender.version(), "versions": versions()}
     losses: list[float] = []
     rates: list[float] = []
     try:
@@ -119,8 +119,8 @@ def _trace(steps: int, losses: list[float], rates: list[float]) -> Row:
     """A thinned course, with four digits: it is drawn, not computed with."""
     smooth = running_mean(losses)
     at = [step for step in _shown(steps) if step < len(losses)]
-    columns = {"step": [step + 1 for step in at], "lr": rates, "loss": [smooth[step] for step in at]}
-    return {name: [float(f"{value:.4g}") for value in values] for name, values in columns.items()}
+    lrs, means = ([float(f"{value:.4g}") for value in values] for values in (rates, (smooth[step] for step in at)))
+    return {"step": [step + 1 for step in at], "lr": lrs, "loss": means}
 
 
 # --- The grid
