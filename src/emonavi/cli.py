@@ -48,6 +48,7 @@ def build() -> typer.Typer:
     )
     commands.callback()(_root)
     commands.command()(demo)
+    commands.command()(report)
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
     benches.command()(step)
@@ -114,6 +115,35 @@ def demo(
     raise typer.Exit(code)
 
 
+def report(
+    file: Annotated[Path, typer.Argument(help="What `emonavi bench lr` has written.", exists=True, dir_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="FILE without its ending")] = None,
+) -> None:
+    """Say what `emonavi bench lr` has found, and write an HTML page and PNGs; the bench may still be running."""
+    _need("emonavi report", _BENCH_NEEDS, "bench")
+    from rich.console import Console
+
+    from emonavi.bench import lr_report
+    from emonavi.bench.ledger import read_rows
+    from emonavi.bench.summary import Study
+
+    folder = out or file.with_suffix("")
+    try:
+        study = Study(read_rows(file))
+    except KeyError as error:
+        raise typer.BadParameter(f"{file} is not of `emonavi bench lr`: a row lacks {error}") from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not study.rows:
+        raise typer.BadParameter(f"{file} has no result yet")
+    console = Console(highlight=False)
+    console.print(lr_report.table(study))
+    for sentence in lr_report.verdicts(study):
+        console.print(sentence, markup=False)
+    for path in lr_report.write(study, folder, str(file)):
+        console.print(str(path), markup=False, soft_wrap=True)
+
+
 def siblings() -> None:
     """List the optimizers: name, type, bytes of state per float32 parameter, when to choose it."""
     from emonavi.registry import SIBLINGS
@@ -128,9 +158,9 @@ def step(
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each optimizer.")] = 15,
 ) -> None:
     """Time one step beside torch's AdamW: ratios of medians, taken in turns, with one thread."""
-    from emonavi.bench.step import report
+    from emonavi.bench import step as bench
 
-    print("\n".join(report(out, rounds)))
+    print("\n".join(bench.report(out, rounds)))
 
 
 def marks(
@@ -139,9 +169,9 @@ def marks(
     workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
 ) -> None:
     """Compare final losses with AdamW's at its best of eleven learning rates: about eight minutes."""
-    from emonavi.bench.marks import report
+    from emonavi.bench import marks as bench
 
-    for line in report(out, seeds, workers):
+    for line in bench.report(out, seeds, workers):
         print(line, flush=True)
 
 

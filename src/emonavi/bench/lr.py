@@ -49,7 +49,12 @@ def train(cell: Cell) -> Row:
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
     figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
-    figures |= {"split": getattr(task, "split", "dev"), "made_by": contender.version(), "versions": versions()}
+    figures |= {
+        "split": getattr(task, "split", "dev"),
+        "made_by": contender.version(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
     losses: list[float] = []
     rates: list[float] = []
     try:

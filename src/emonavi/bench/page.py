@@ -6,11 +6,19 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["facts", "finish", "page", "plot", "said"]
+__all__ = ["Chip", "facts", "finish", "legend", "page", "plot", "said"]
+
+
+class Chip(NamedTuple):
+    """A name in the key of the plots, with its line: ``dash`` as plotly says it."""
+
+    name: str
+    colour: str
+    dash: str = "solid"
 
 
 def page(title: str, body: str, style: str = "", script: str = "") -> str:
@@ -34,6 +42,17 @@ def _unbroken(words: str) -> str:
 def facts(pairs: Mapping[str, Any]) -> str:
     """List terms and what is to be said of them."""
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{html.escape(str(words))}</dd>' for name, words in pairs.items())}</dl>"
+
+
+def legend(chips: Iterable[Chip]) -> str:
+    """Return the key of all plots, which stays in sight; a click on a name hides its lines, or shows them again."""
+    kinds = {"solid": "solid", "dot": "dotted"}  # CSS knows one kind of dashes
+    buttons = (
+        f'<button aria-pressed="true"><i style="border-color: {chip.colour}; border-top-style: '
+        f'{kinds.get(chip.dash, "dashed")}"></i>{html.escape(chip.name)}</button>'
+        for chip in chips
+    )
+    return f'<div class="key">{"".join(buttons)}</div>'
 
 
 def finish(figure: Any, heading: str, height: int) -> None:
@@ -68,25 +87,35 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { 
 td, th { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 tr > :first-child { text-align: left; padding-left: 0; color: var(--ink) } .missing { color: var(--soft) }
 .whole { white-space: nowrap } .near { background: var(--near) } .far, .bad { background: var(--bad) }
-.key { position: sticky; top: 0; z-index: 1; background: var(--page); padding: 8px 0 } .key span { margin-right: 18px }
-.key i { display: inline-block; width: 20px; height: 4px; margin-right: 6px; vertical-align: middle }
+.key { position: sticky; top: 0; z-index: 2; background: var(--page); padding: 8px 0; display: flex; gap: 4px 16px;
+  flex-wrap: wrap } .key button { all: unset; cursor: pointer; white-space: nowrap; font-size: 14px }
+.key button:focus-visible { outline: 2px solid #0072b2 } .key [aria-pressed=false] { opacity: .35 }
+.key i { display: inline-block; width: 24px; border-top: 3px; margin-right: 6px; vertical-align: middle }
 .plots { display: grid; gap: 12px; margin-top: 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
 .plot { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
 dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 600px) {
+  .key { flex-wrap: nowrap; overflow-x: auto }
   td, th { padding: 5px 4px; font-size: 14px } th { white-space: normal } }
 $style</style></head><body><main>
 $body</main><script>$plotly</script><script>
 const ink = () => ({ "font.color": getComputedStyle(document.documentElement).getPropertyValue("--soft").trim() });
-const drawn = [];
+const drawn = [], hidden = new Set();
 const near = new IntersectionObserver(seen => seen.filter(e => e.isIntersecting).forEach(({ target }) => {
   near.unobserve(target);
   const { data, layout } = JSON.parse(target.firstChild.textContent);
   layout.font.color = ink()["font.color"];
+  data.forEach(trace => trace.visible = !hidden.has(trace.name));
   Plotly.newPlot(target, data, layout, { responsive: true, displayModeBar: false });
   drawn.push(target);
 }), { rootMargin: "600px" });
 document.querySelectorAll(".plot").forEach(plot => near.observe(plot));
 matchMedia("(prefers-color-scheme: dark)").onchange = () => drawn.forEach(plot => Plotly.relayout(plot, ink()));
+document.querySelectorAll(".key button").forEach(button => button.onclick = () => {
+  const name = button.textContent;
+  hidden.delete(name) || hidden.add(name);
+  button.setAttribute("aria-pressed", !hidden.has(name));
+  drawn.forEach(plot => Plotly.restyle(plot, { visible: plot.data.map(trace => !hidden.has(trace.name)) }));
+});
 $script</script></body></html>
 """

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emonavi.bench import Curves, Findings, Result, axis_range, factor, log_ticks, lr_label, sentences
-from emonavi.bench.page import facts, finish, page, plot, said
+from emonavi.bench.page import Chip, facts, finish, legend, page, plot, said
 
 __all__ = ["contents", "loss_text", "short", "table", "write"]
 
@@ -190,7 +190,7 @@ def _plot(found: Findings, lr: float, curves: Curves) -> str:
 
 def _page(found: Findings, curves: dict[str, Curves]) -> str:
     plan = found.plan
-    key = "".join(f'<span><i style="background:{COLOURS[n]}"></i>{n}</span>' for n in plan["optimizers"])
+    chips = (Chip(name, COLOURS[name], "dash" if name == "AdamW" else "solid") for name in plan["optimizers"])
     made = {
         "Command": plan["command"],
         "Started": plan["started"],
@@ -204,7 +204,7 @@ def _page(found: Findings, curves: dict[str, Curves]) -> str:
         said=said(sentences(found) + _reasons(found)),
         facts=facts(made),
         sections="".join(_section(found, task, curves[task["name"]]) for task in found.begun()),
-        key=key,
+        key=legend(chips),
     )
     return page("emonavi demo", body)
 
@@ -235,7 +235,7 @@ $said
 <p class="soft">Tables: final loss on held-out data, lower is better; ★ best of its row; green: within 10 % of the best
 of its task; red: more than half as high again, diverged (nan) or failed. Short runs with one seed: differences of a
 few per cent may be chance.</p>
-<div class="key">$key</div>
+$key
 $sections
 <h2>How to read the curves</h2><dl>
 <dt>train loss</dt><dd>running mean; a run that explodes leaves through the top</dd>

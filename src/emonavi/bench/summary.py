@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from emonavi.bench import lr_label
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK
 
 __all__ = ["CAP", "NEAR", "Entry", "Line", "Study", "marks", "width"]
@@ -96,6 +97,14 @@ class Study:
         """Loss of an optimizer at its best lr; nan where there is none above 0, so that nothing can be a multiple."""
         best = min(self.losses(task, Entry(optimizer)).values(), default=math.nan)
         return best if 0 < best < math.inf else math.nan
+
+    def at_best(self, task: str) -> str:
+        """Say what the yardstick reaches."""
+        losses = self.losses(task, Entry(YARDSTICK))
+        if not losses:
+            return f"no run of {YARDSTICK}"
+        lr = min(losses, key=losses.__getitem__)
+        return f"{YARDSTICK} {losses[lr]:.4g} at lr {lr_label(lr)}"
 
     @cached_property
     def lrs(self) -> list[float]:
@@ -199,6 +208,8 @@ def marks(study: Study) -> list[tuple[bool, str]]:
                 f"{len(ratios)} {split} pairs (mark: 75 %)"
             )
             said.append((near >= 0.75, words))
+    if not said:
+        return [(False, f"no mark can be judged without runs of {YARDSTICK} and of ours")]
     for rival in ("Prodigy", "Prodigy + cosine"):
         said += _against(study, rival, tasks, split)
     return said
@@ -219,4 +230,4 @@ def times(ratio: float) -> str:
     """Write a ratio."""
     if math.isnan(ratio):
         return "-"
-    return "diverged" if math.isinf(ratio) else f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"
+    return "inf" if math.isinf(ratio) else f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"

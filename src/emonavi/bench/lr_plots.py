@@ -1,0 +1,243 @@
+"""The pictures of a learning-rate study: what is drawn, once, and how plotly and matplotlib draw it.
+
+A chart is a few curves and how its axes run; the page shows it interactively, and a PNG holds many of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emonavi.bench import lr_label
+from emonavi.bench.page import finish
+from emonavi.bench.peers import YARDSTICK
+from emonavi.bench.summary import Entry, Study, share
+
+__all__ = ["STYLES", "Chart", "Style", "figure", "profile", "style", "sweep", "traces", "write_png"]
+
+TOP = 3.0  # times the yardstick: what is worse is drawn here
+
+_BLUE, _ORANGE, _GREEN, _RED, _PINK, _SKY, _GREY = (
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#808080"),
+)  # Okabe and Ito's palette: distinct for every kind of colour vision; the baseline is grey
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour, kind of line and marker; no two entries share all three, and ours are thick."""
+
+    colour: str = _GREY
+    dash: str = "longdash"
+    marker: str = "star"
+    thick: bool = False
+
+
+STYLES = {
+    "AdamW + cosine": Style(_GREY, "dash", "square", thick=True),
+    "Lion + cosine": Style(_GREEN, "dash", "square"),
+    "EmoFact rule + cosine": Style(_ORANGE, "dash", "square"),
+    "EmoNavi raw": Style(_BLUE, "dot", "circle", thick=True),
+    "EmoNavi calm": Style(_BLUE, "solid", "circle", thick=True),
+    "EmoFact raw": Style(_ORANGE, "dot", "circle", thick=True),
+    "EmoFact calm": Style(_ORANGE, "solid", "circle", thick=True),
+    "EmoLynx raw": Style(_GREEN, "dot", "circle", thick=True),
+    "EmoLynx calm": Style(_GREEN, "solid", "circle", thick=True),
+    "AdamW": Style(_GREY, "dot", "diamond"),
+    "Prodigy": Style(_RED, "solid", "diamond"),
+    "Prodigy + cosine": Style(_RED, "dash", "square"),
+    "ScheduleFree AdamW": Style(_PINK, "solid", "diamond"),
+    "MoMo-Adam": Style(_PINK, "dash", "triangle-up"),
+    "Adafactor": Style(_ORANGE, "dashdot", "triangle-down"),
+    "Lion": Style(_GREEN, "dashdot", "triangle-down"),
+    "EmoNavi (pytorch_optimizer)": Style(_SKY, "solid", "x"),
+    "EmoNavi v1": Style(_SKY, "dot", "triangle-up"),
+    "EmoNavi v3": Style(_SKY, "dash", "triangle-down"),
+    "EmoNavi v4": Style(_SKY, "dashdot", "diamond"),
+}
+_MATPLOTLIB: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
+_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "x": "x",
+    "star": "*",
+}
+
+
+def style(label: str) -> Style:
+    """Return the style of an entry; an optimizer that is not in the table is grey with stars."""
+    return STYLES.get(label, Style())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart; ``words`` are what a pointer on it shows."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    words: list[str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves and their axes. A range that is None fits the data."""
+
+    title: str
+    x_title: str
+    y_title: str
+    curves: list[Curve] = field(default_factory=list)
+    x_log: bool = False
+    y_log: bool = False
+    x_ticks: dict[float, str] = field(default_factory=dict)
+    y_ticks: dict[float, str] = field(default_factory=dict)
+    y_range: tuple[float, float] | None = None
+    markers: bool = False
+    line: float | None = None  # a horizontal one
+
+
+# --- What is drawn
+
+
+def profile(study: Study, split: str) -> Chart:
+    """Share of the pairs that are within a factor of the tuned yardstick."""
+    taus = [0.9 * (TOP / 0.9) ** (i / 80) for i in range(81)]
+    chart = Chart(
+        f"Share of the {split} pairs within a factor of {YARDSTICK} at its best lr",
+        *("factor", "share of pairs"),
+        x_log=True,
+        x_ticks={tau: f"{tau:g}" for tau in (0.9, 1.0, 1.1, 1.25, 1.4, 1.7, 2.0, 2.5, 3.0)},
+        y_ticks={i / 5: f"{i / 5:.0%}" for i in range(6)},
+        y_range=(-0.02, 1.02),
+    )
+    for entry in study.entries:
+        if pairs := study.pairs(entry, study.tasks(split)):
+            shares = [share(pairs, tau) for tau in taus]
+            words = [f"{y:.0%} within {tau:.2f}" for y, tau in zip(shares, taus, strict=True)]
+            chart.curves.append(Curve(entry.label, taus, shares, words))
+    return chart
+
+
+def sweep(study: Study, task: str) -> Chart:
+    """Loss over the yardstick's best against the lr."""
+    curves = []
+    for entry in study.entries:
+        ratios = study.ratios(entry, [task]).get(task, {})
+        words = [f"lr {lr_label(lr)}: {ratio:.3g}" for lr, ratio in ratios.items()]
+        curves.append(Curve(entry.label, list(ratios), [min(ratio, TOP) for ratio in ratios.values()], words))
+    low = min((y for curve in curves for y in curve.y), default=1.0)
+    return Chart(
+        *(task, "lr", f"loss / best {YARDSTICK}", curves),
+        x_log=True,
+        y_log=True,
+        markers=True,
+        line=1.0,
+        x_ticks={10.0**e: lr_label(10.0**e) for e in range(-5, 1)},
+        y_ticks={y: f"{y:g}" for y in (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, TOP)},
+        y_range=(min(low, 0.95) / 1.03, TOP * 1.04),
+    )
+
+
+def traces(study: Study, task: str, key: str) -> Chart:
+    """Effective lr (``lr``) or train loss (``loss``) against the step: ours at each lr, the yardstick at its best."""
+    curves = []
+    tuned = study.losses(task, Entry(YARDSTICK))
+    for row in (row for row in study.rows if row["task"] == task and row["seed"] == 0 and row["trace"]):
+        shadowed = Entry(row["optimizer"], "calm", shadow=True)
+        best = row["optimizer"] == YARDSTICK and row["lr"] == min(tuned, key=tuned.__getitem__)
+        if best or (shadowed in study.entries and row["lr"] in study.lrs):
+            points = [
+                (float(x), y) for x, y in zip(row["trace"]["step"], row["trace"][key], strict=True) if y and y > 0
+            ]
+            label = YARDSTICK if best else shadowed.label
+            words = [f"from lr {lr_label(row['lr'])}: {y:.3g}" for _, y in points]
+            curves.append(Curve(label, [x for x, _ in points], [y for _, y in points], words))
+    title = {"lr": "effective lr", "loss": "train loss"}[key]
+    ticks = {10.0**e: lr_label(10.0**e) for e in range(-9, 2)} if key == "lr" else {}
+    return Chart(title, "step", title, curves, y_log=True, y_ticks=ticks)
+
+
+# --- How it is drawn
+
+
+def figure(chart: Chart, height: int = 400) -> Any:
+    """Return a chart as a plotly figure."""
+    from plotly.graph_objects import Figure
+
+    made = Figure()
+    for curve in chart.curves:
+        look = style(curve.label)
+        made.add_scatter(
+            **{"x": curve.x, "y": curve.y, "name": curve.label, "text": curve.words},
+            mode="lines+markers" if chart.markers else "lines",
+            line={"color": look.colour, "width": 2.4 if look.thick else 1.3, "dash": look.dash},
+            marker={"symbol": look.marker, "size": 7 if look.thick else 5},
+            hovertemplate="%{text}<extra>%{fullData.name}</extra>",
+        )
+    for update, title, log, ticks in (
+        (made.update_xaxes, chart.x_title, chart.x_log, chart.x_ticks),
+        (made.update_yaxes, chart.y_title, chart.y_log, chart.y_ticks),
+    ):
+        update(title=title, type="log" if log else "linear")
+        if ticks:
+            update(tickvals=list(ticks), ticktext=list(ticks.values()))
+    if chart.y_range:
+        made.update_yaxes(range=[math.log10(y) for y in chart.y_range] if chart.y_log else chart.y_range)
+    if chart.line is not None:
+        made.add_hline(chart.line, line={"color": _GREY, "width": 1})
+    made.update_layout(hovermode="closest")
+    finish(made, chart.title, height)
+    return made
+
+
+def write_png(charts: Sequence[Chart], path: Path, columns: int) -> None:
+    """Draw charts side by side with one legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(charts) / columns)
+    sheet = Figure(figsize=(5 * columns, 3.6 * rows + 1), dpi=100, layout="constrained")
+    FigureCanvasAgg(sheet)
+    axes = sheet.subplots(rows, columns, squeeze=False).flatten()
+    for axis, chart in zip(axes, charts, strict=False):
+        _draw(axis, chart)
+    for axis in axes[len(charts) :]:
+        axis.set_axis_off()
+    lines = {line.get_label(): line for axis in axes for line in axis.lines if not line.get_label().startswith("_")}
+    columns = max(2, min(len(lines), 2 * columns))
+    sheet.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, frameon=False)
+    sheet.savefig(path)
+
+
+def _draw(axis: Any, chart: Chart) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    for curve in chart.curves:
+        look = style(curve.label)
+        mark = {"marker": _MARKERS[look.marker], "markersize": 4} if chart.markers else {}
+        wide, dash = 2.0 if look.thick else 1.0, _MATPLOTLIB[look.dash]
+        axis.plot(curve.x, curve.y, color=look.colour, lw=wide, ls=dash, label=curve.label, **mark)
+    axis.set(title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title)
+    xs, ys = ([v for curve in chart.curves for v in getattr(curve, name)] for name in ("x", "y"))
+    for direction, log, ticks, values, fixed in (
+        ("x", chart.x_log, chart.x_ticks, xs, None),
+        ("y", chart.y_log, chart.y_ticks, ys, chart.y_range),
+    ):
+        if log:
+            getattr(axis, f"set_{direction}scale")("log")
+        low, high = fixed or (min(values, default=0.1), max(values, default=1.0))
+        if not fixed:
+            low, high = (low / 1.15, high * 1.15) if log else (low, high)
+        if ticks:  # ticks widen the axis: the limits come after them
+            getattr(axis, f"set_{direction}ticks")(list(ticks), list(ticks.values()))
+            getattr(axis, f"{direction}axis").set_minor_formatter(NullFormatter())
+        getattr(axis, f"set_{direction}lim")(low, high)
+    if chart.line is not None:
+        axis.axhline(chart.line, color=_GREY, lw=0.8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
