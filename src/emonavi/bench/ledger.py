@@ -75,12 +75,16 @@ class Ledger(Generic[C]):
         self._fields: tuple[str, ...] = cell._fields  # type: ignore[attr-defined]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        _lock(self._file, path)
-        rows, sound = _parse(path)
-        os.ftruncate(self._file, sound)  # a torn last line
         self.rows: dict[C, Row] = {}
-        for row in rows:
-            self._note(row)
+        try:
+            _lock(self._file, path)
+            rows, sound = _parse(path)
+            for row in rows:
+                self._note(row)
+            os.ftruncate(self._file, sound)  # a torn last line; after all is known to be a ledger
+        except (RuntimeError, ValueError):
+            self.close()
+            raise
 
     def _note(self, row: Row) -> None:
         try:
@@ -113,7 +117,6 @@ def _lock(file: int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(file)
         raise RuntimeError(f"another process writes to {path}: wait for it, or name another file") from error
 
 

@@ -1,0 +1,420 @@
+"""``bench lr`` and its report: the ledger and what may happen to it, the contenders, and figures worked out by hand."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from rich.console import Console
+from test_demo import LINE, NAN, text_of
+from torch import nn
+from typer.testing import CliRunner
+
+from emonavi import cli
+from emonavi.bench import json_line, lr, lr_report, peers, summary
+from emonavi.bench.ledger import Ledger, Outcome, execute, read_rows
+from emonavi.bench.peers import CONTENDERS
+from emonavi.bench.summary import Entry, Study
+
+# --- The ledger
+
+
+class Spot(NamedTuple):
+    place: int
+    size: float
+
+
+def measure(spot: Spot) -> dict:
+    """Slow enough to be killed in the middle."""
+    if spot.place < 0:
+        raise RuntimeError("no such place")
+    time.sleep(0.1)
+    return {"twice": 2 * spot.place}
+
+
+SPOTS = [Spot(place, 0.1) for place in range(20)]
+
+
+def fill(path: Path, spots: list[Spot] = SPOTS):
+    """What a bench does; called in another process, too."""
+    ledger = Ledger(path, Spot)
+    try:
+        return execute(
+            *(ledger.missing(spots), measure, ledger),
+            **{"workers": 1, "title": "fill", "kind": lambda spot: "", "console": Console(highlight=False)},
+        )
+    finally:
+        ledger.close()
+
+
+def spawn(call: str) -> subprocess.Popen:
+    code = f"import test_bench_lr as t; from pathlib import Path; {call}"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=env, **pipes)
+
+
+def await_rows(path: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "new" / "spots.jsonl"
+    process = spawn(f"t.fill(Path({str(path)!r}))")
+    await_rows(path, 4, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)  # until its worker, an orphan now, has noticed and left
+    before = path.read_bytes()
+    done = len(read_rows(path))
+    assert 4 <= done < len(SPOTS)
+    path.write_bytes(before + b'{"place": 19, "si')  # what a power cut leaves
+    assert len(read_rows(path)) == done, "a torn line is no row"
+
+    process = spawn(f"t.fill(Path({str(path)!r}))")
+    await_rows(path, done + 3, process)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in out, out
+    assert f"fill: {len(SPOTS) - done} runs" in out
+    assert path.read_bytes().startswith(before + b'{"'), "healed, and all that was there is kept"
+
+    outcome = fill(path, [Spot(-1, 0.1), *SPOTS])
+    rows = read_rows(path)
+    assert sorted(row["place"] for row in rows) == list(range(len(SPOTS))), "all of them, none twice"
+    assert all(row["twice"] == 2 * row["place"] and row["seconds"] >= 0.1 and row["size"] == 0.1 for row in rows)
+    # What raises gives no row: it is tried again at the next start.
+    assert not outcome.stopped and outcome.failures == ["-1 0.1: RuntimeError: no such place"]
+    assert "RuntimeError: no such place" in path.with_suffix(".log").read_text()
+    ledger = Ledger(path, Spot)
+    assert ledger.missing([Spot(-1, 0.1), Spot(3, 0.1), Spot(3, 0.6)]) == [Spot(-1, 0.1), Spot(3, 0.6)]
+    ledger.close()
+
+
+def test_a_ledger_refuses_what_it_cannot_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"place": 1, "size": 2.0, "seconds": 1}\nrubbish\n{"place": 2, "size": 2.0, "seconds": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is no JSON object: b'rubbish.*remove"):
+        Ledger(path, Spot)
+    path.write_text('{"other": 1}\n')
+    with pytest.raises(ValueError, match="a ledger of something else: a row lacks 'place'; name another file"):
+        Ledger(path, Spot)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file locks")
+def test_one_writer_at_a_time(tmp_path):
+    first = Ledger(tmp_path / "a.jsonl", Spot)
+    with pytest.raises(RuntimeError, match="another process writes to"):
+        Ledger(tmp_path / "a.jsonl", Spot)
+    first.close()
+    Ledger(tmp_path / "a.jsonl", Spot).close()
+
+
+def test_json_of_what_is_no_number():
+    assert json.loads(json_line({"a": math.inf, "b": {"c": [1.0, math.nan]}})) == {"a": None, "b": {"c": [1.0, None]}}
+
+
+# --- Runs
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(lr, "TASKS", {"line": LINE, "nan": NAN})
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_each_contender_trains(tiny, name):
+    if absent := peers.missing([name]):
+        pytest.skip(f"{absent[0]} is not installed")
+    row = lr.train(lr.Cell("line", name, 1e-2, 0, 3))
+    assert row["reason"] == ""
+    assert math.isfinite(row["raw"]) and math.isfinite(row["train"])
+    assert (row["calm"] is not None) == (name in ("EmoNavi", "EmoFact", "EmoLynx"))
+    assert row["trace"]["step"] == [1, 2, 3] and len(row["trace"]["lr"]) == len(row["trace"]["loss"]) == 3
+    assert row["raw"] != LINE.build(0).val(), "nothing has moved"
+    assert row["made_by"].startswith(CONTENDERS[name].package)
+    json_line(row)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_default_lrs_are_those_of_the_packages(name):
+    contender = CONTENDERS[name]
+    if peers.missing([name]):
+        pytest.skip(f"{contender.package} is not installed")
+    built = type(contender.build([nn.Parameter(LINE.build(0).model.weight.detach())], 1e-3))
+    assert inspect.signature(built).parameters["lr"].default == contender.default_lr
+
+
+def test_schedules():
+    cosine, prodigy, constant = (CONTENDERS[name] for name in ("AdamW + cosine", "Prodigy + cosine", "AdamW"))
+    assert [cosine.factor(step, 100) for step in (0, 1, 4, 5)] == pytest.approx([0.2, 0.4, 1.0, 1.0])
+    assert cosine.factor(5 + 95 / 2, 100) == pytest.approx(0.5)
+    assert 0 < cosine.factor(99, 100) < 1e-3
+    assert prodigy.factor(0, 100) == 1 and prodigy.factor(50, 100) == pytest.approx(0.5)
+    assert constant.factor(70, 100) == 1
+
+
+def test_the_loss_reaches_those_who_want_it():
+    heard = []
+
+    class Fake:
+        def step(self, closure=None, loss=None):
+            heard.append(closure() if closure else loss)
+
+    loss = LINE.build(0).loss(0)
+    for name in ("MoMo-Adam", "EmoNavi (pytorch_optimizer)", "AdamW"):
+        CONTENDERS[name].step(Fake(), loss)
+    assert heard == [loss, loss, None]
+
+
+def test_divergence_is_a_result(tiny, monkeypatch):
+    row = lr.train(lr.Cell("nan", "AdamW", 1e-3, 0, 3))
+    assert row["raw"] is None and row["reason"] == "the validation loss is nan"
+
+    row = lr.train(lr.Cell("line", "AdamW", 1e30, 0, 40))
+    assert row["raw"] is None and row["reason"].startswith("the training loss is ")
+    assert len(row["trace"]["step"]) < 40, "hopeless runs end early"
+
+    def refuse(optimizer, loss):
+        raise RuntimeError("too steep")
+
+    monkeypatch.setitem(CONTENDERS, "AdamW", peers.Contender("AdamW", "torch", 1e-3, CONTENDERS["AdamW"].build, refuse))
+    row = lr.train(lr.Cell("line", "AdamW", 1e-3, 0, 3))
+    assert row["raw"] is None and row["reason"] == "RuntimeError: too steep"
+
+
+def test_grid(tiny):
+    cells = lr.grid(["line", "nan"], ["EmoLynx", "Lion"], lr.STANDARD, seeds=2)
+    names = list(dict.fromkeys(cell.optimizer for cell in cells))
+    assert names == ["AdamW + cosine", "Lion + cosine", "EmoLynx", "Lion"], "what they are measured by runs first"
+    own = [cell.lr for cell in cells if cell[:2] == ("line", "Lion + cosine") and cell.seed == 0]
+    assert own == [1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2, 1e-1, 3.16e-1, 1]
+    assert [c.lr for c in cells if c[:2] == ("line", "EmoLynx") and c.seed == 1] == [1e-5, 1e-3, 1e-2, 1e-1, 1]
+    assert {c.lr for c in cells if c.optimizer == "Lion"} == {*lr.STANDARD, 1e-4}, "its own default, too"
+    assert len(cells) == len(set(cells)) == 2 * 2 * (11 + 11 + 5 + 6)
+
+
+def test_choose():
+    known = ["EmoNavi", "EmoNavi v1", "Prodigy"]
+    assert lr.choose("emonavi", known, "optimizer") == ["EmoNavi"]
+    assert lr.choose("prodigy, EmoNavi*", known, "optimizer") == ["Prodigy", "EmoNavi", "EmoNavi v1"]
+    with pytest.raises(ValueError, match="no optimizer 'adam': choose from EmoNavi, EmoNavi v1, Prodigy"):
+        lr.choose("adam", known, "optimizer")
+
+
+def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):
+    cells = [lr.Cell("line", name, 1e-3, 0, 12) for name in ("AdamW", "EmoNavi")]
+    asked = []
+
+    def note(todo, *_, **__):
+        asked.append(list(todo))
+        return Outcome()
+
+    path = tmp_path / "lr.jsonl"
+    path.write_text("".join(json_line({**cell._asdict(), "seconds": 1.0, "made_by": "emonavi 0"}) for cell in cells))
+    monkeypatch.setattr(lr, "execute", note)
+    for rerun in (False, True):
+        options = {"workers": 1, "rerun_ours": rerun, "command": "again", "console": Console(quiet=True)}
+        assert lr.run(cells, Ledger(path, lr.Cell), **options) == 0
+    assert asked == [[], [cells[1]]]
+
+
+# --- What is said of them
+
+
+def row(task, optimizer, rate, raw, calm=None, seed=0, split="test", **more):
+    values = {"task": task, "optimizer": optimizer, "lr": rate, "seed": seed, "steps": 90, "raw": raw, "calm": calm}
+    trace = {"step": [1.0, 90.0], "lr": [rate, 2 * rate], "loss": [9.0, raw]}
+    made = {"made_by": "x 1", "versions": {"torch": "9"}, "hardware": "a machine", "seconds": 1.0, "reason": ""}
+    return {**values, "split": split, "trace": trace, **made, **more}
+
+
+ROWS = [
+    row("alpha", "AdamW + cosine", 1e-3, 2.0),
+    row("alpha", "AdamW + cosine", 1e-2, 3.0),  # few ran there: no pair
+    row("alpha", "AdamW + cosine", 1e-1, 4.0),
+    row("alpha", "EmoNavi", 1e-3, 2.0, 1.9, seed=0),
+    row("alpha", "EmoNavi", 1e-3, 2.4, 2.1, seed=1),
+    row("alpha", "EmoNavi", 1e-1, 2.4, 2.1),
+    row("alpha", "Prodigy", 1e-3, None, reason="it <burst>", trace={}),
+    row("alpha", "Prodigy", 1e-1, 2.4),
+    row("alpha", "Prodigy", 1.0, 2.6),
+    row("beta-3x", "AdamW + cosine", 1e-3, 10.0, split="dev"),
+    row("beta-3x", "EmoNavi", 1e-3, 13.0, 11.0, split="dev"),
+]
+
+
+def lines(rows, split="test"):
+    return {line.entry.label: line for line in Study(rows).lines(split)}
+
+
+def test_summary_by_hand():
+    found = lines(ROWS)
+    assert list(found) == ["AdamW + cosine", "EmoNavi raw", "EmoNavi calm", "Prodigy"]
+    ours = found["EmoNavi raw"]  # over 2.0: 1.1 at 1e-3 (the mean of two seeds), 1.2 at 1e-1
+    assert ours.pairs == 2
+    assert ours.mean == pytest.approx(math.sqrt(1.32))
+    assert ours.shares == (0.5, 1.0, 1.0)
+    assert ours.worst == pytest.approx(1.2)
+    assert ours.widths == pytest.approx((1.0, 2.0)), "each lr stands for the decade up to 1e-2"
+    assert (ours.at_default, ours.at_best) == pytest.approx((1.1, 1.1))
+    calm = found["EmoNavi calm"]  # 1.0, 1.05
+    assert calm.mean == pytest.approx(math.sqrt(1.05)) and calm.shares[0] == 1.0
+    tuned = found["AdamW + cosine"]  # 1.0, (1.5,) 2.0
+    assert tuned.pairs == 2 and tuned.mean == pytest.approx(math.sqrt(2.0))
+    assert tuned.widths == pytest.approx((0.5, 0.5)), "from 1e-3 to the middle of 1e-3 and 1e-2"
+    prodigy = found["Prodigy"]  # diverged, 1.2; 1.3 at its default lr, which is no pair
+    assert prodigy.mean == pytest.approx(math.sqrt(100 * 1.2))
+    assert math.isinf(prodigy.worst) and prodigy.shares == (0.0, 0.5, 0.5)
+    assert prodigy.widths == pytest.approx((0.0, 1.5)), "1e-1 stands for 1e-2 to 10^-0.5"
+    assert (prodigy.at_default, prodigy.at_best) == pytest.approx((1.3, 1.2))
+
+    assert lines(ROWS, "dev")["EmoNavi raw"].mean == pytest.approx(1.3)
+    assert lines(ROWS, "long")["EmoNavi calm"].mean == pytest.approx(1.1)
+
+
+def test_a_later_row_and_a_later_budget_count():
+    again = [*ROWS, row("alpha", "EmoNavi", 1e-1, 2.0, 2.0), row("beta-3x", "EmoNavi", 1e-3, 5.0, 5.0) | {"steps": 99}]
+    assert lines(again)["EmoNavi raw"].worst == pytest.approx(1.1)
+    assert "beta-3x" in Study(again).steps and not Study(again).lines("dev")
+
+
+def test_siblings_are_measured_by_their_own_rules_too():
+    rows = [row("alpha", "AdamW + cosine", 1e-3, 2.0), row("alpha", "Lion + cosine", 1e-3, 4.0)]
+    rows += [row("alpha", "EmoLynx", 1e-3, 5.0, 4.4)]
+    study = Study(rows)
+    assert [(line.entry.label, round(line.mean, 9)) for line in study.own_lines("test")] == [
+        *(("EmoLynx raw", 1.25), ("EmoLynx calm", 1.1))
+    ]
+    assert study.line(Entry("EmoLynx", "calm"), ["alpha"]).mean == pytest.approx(2.2)
+    (verdict,) = summary.marks(study)
+    assert verdict[0] and "EmoLynx calm is within 1.15 of Lion + cosine at its best lr on 100% of 1" in verdict[1]
+
+
+def test_marks():
+    said = dict(reversed(mark) for mark in summary.marks(Study(ROWS)))
+    assert list(said.values()) == [True, False, True]
+    a, b, d = said
+    assert a.startswith("(a) EmoNavi calm is within 1.10 of AdamW + cosine at its best lr on 100% of 2 test pairs")
+    assert b.startswith("(b) EmoNavi raw is within 1.10") and "on 50% of 2" in b and "within 1.25 on 100%" in b
+    assert d == (
+        "(d) EmoNavi raw has a geometric mean of 1.149 over the test pairs and 1.100 at its default lr, "
+        "Prodigy 11 and 1.300"
+    )
+    assert "no mark can be judged" in summary.marks(Study(ROWS[6:9]))[0][1]
+
+
+def test_table_fits_a_terminal():
+    text = text_of(lr_report.table(Study(ROWS)))
+    cells = [re.split(r"\s{1,}", line.strip()) for line in text.splitlines()]
+    assert ["EmoNavi", "raw", "1.149", "50%", "100%", "100%", "1.200", "1.0", "2.0", "1.100", "1.100"] in cells
+    assert max(map(len, text.splitlines())) <= 80
+    said = lr_report.verdicts(Study(ROWS))
+    assert said[0].startswith("Reached: (a)") and said[1].startswith("Missed: (b)")
+    # 4 entries on 2 tasks at 2 lrs are 16; alpha has 8 of them, beta-3x has 3
+    assert said[-1].startswith("Incomplete: 5 of 16 figures are missing")
+
+
+# --- The page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lr")
+    file = folder / "lr.jsonl"
+    file.write_text("".join(map(json_line, ROWS)) + '{"torn')
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    return folder / "lr", result
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.links, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+
+def test_report_command(written):
+    folder, result = written
+    assert result.exit_code == 0, result.output
+    assert "Reached: (a)" in result.output and "report.html" in result.output
+    page = (folder / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.links == [] and "link" not in links.tags
+    assert page.count('class="plot"') == 3 + 2 * 3
+    assert "it &lt;burst&gt;" in page and "three times the steps" in page
+    for name in ("profiles", "loss-vs-lr", "effective-lr"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_something_else(tmp_path):
+    file = tmp_path / "other.jsonl"
+    for content, words in (
+        ('{"place": 1}\n', "is not of"),
+        ("", "has no result yet"),
+        ("x\n{}\n", "line 1 is no JSON"),
+    ):
+        file.write_text(content)
+        result = CliRunner().invoke(cli.build(), ["report", str(file)])
+        assert result.exit_code == 2
+        assert words in " ".join(re.sub(r"[│╭╰─]", "", result.output).split())
+
+
+PROBE = """<script>
+const found = { errors: [] };
+addEventListener("error", event => found.errors.push(event.message));
+console.error = (...words) => found.errors.push(words.join(" "));
+let tries = 0;
+const look = () => {
+  const plots = document.querySelectorAll(".plot").length;
+  if (drawn.length < plots && ++tries < 100) return setTimeout(look, 200);
+  const table = document.querySelector(".sorts"), button = table.querySelectorAll("thead button")[1];
+  const column = () => [...table.tBodies[0].rows].map(row => row.cells[1].textContent);
+  found.plots = document.querySelectorAll(".plot .main-svg").length > 0 && drawn.length;
+  found.wide = document.documentElement.scrollWidth > innerWidth;
+  button.click(); found.up = column(); button.click(); found.down = column();
+  document.querySelector(".key button").click();
+  found.hidden = drawn[0]?.data[0].visible;
+  document.documentElement.dataset.found = JSON.stringify(found);
+};
+addEventListener("load", look);
+</script>"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_report_in_a_browser(written, tmp_path, width):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    page = tmp_path / "page.html"
+    page.write_text((written[0] / "report.html").read_text().replace("<head>", f"<head>{PROBE}", 1))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    command += [f"--window-size={width},9000", "--virtual-time-budget=30000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    assert found["errors"] == []
+    assert found["plots"] == 9
+    assert not found["wide"], "the page scrolls sideways"
+    assert found["up"] == ["1.025", "1.149", "1.414", "11"] and found["down"] == found["up"][::-1]
+    assert found["hidden"] is False, "a tap on a name hides its lines"
