@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emonavi.bench import lr_label
+from emonavi.bench import log_ticks, lr_label
 from emonavi.bench.page import finish
 from emonavi.bench.peers import YARDSTICK
 from emonavi.bench.summary import Entry, Study, share
@@ -39,12 +39,12 @@ STYLES = {
     "AdamW + cosine": Style(_GREY, "dash", "square", thick=True),
     "Lion + cosine": Style(_GREEN, "dash", "square"),
     "EmoFact rule + cosine": Style(_ORANGE, "dash", "square"),
-    "EmoNavi raw": Style(_BLUE, "dot", "circle", thick=True),
-    "EmoNavi calm": Style(_BLUE, "solid", "circle", thick=True),
-    "EmoFact raw": Style(_ORANGE, "dot", "circle", thick=True),
-    "EmoFact calm": Style(_ORANGE, "solid", "circle", thick=True),
-    "EmoLynx raw": Style(_GREEN, "dot", "circle", thick=True),
-    "EmoLynx calm": Style(_GREEN, "solid", "circle", thick=True),
+    "EmoNavi raw": Style(_BLUE, "solid", "circle", thick=True),
+    "EmoNavi calm": Style(_BLUE, "dot", "circle", thick=True),
+    "EmoFact raw": Style(_ORANGE, "solid", "circle", thick=True),
+    "EmoFact calm": Style(_ORANGE, "dot", "circle", thick=True),
+    "EmoLynx raw": Style(_GREEN, "solid", "circle", thick=True),
+    "EmoLynx calm": Style(_GREEN, "dot", "circle", thick=True),
     "AdamW": Style(_GREY, "dot", "diamond"),
     "Prodigy": Style(_RED, "solid", "diamond"),
     "Prodigy + cosine": Style(_RED, "dash", "square"),
@@ -108,8 +108,7 @@ def profile(study: Study, split: str) -> Chart:
     """Share of the pairs that are within a factor of the tuned yardstick."""
     taus = [0.9 * (TOP / 0.9) ** (i / 80) for i in range(81)]
     chart = Chart(
-        f"Share of the {split} pairs within a factor of {YARDSTICK} at its best lr",
-        *("factor", "share of pairs"),
+        *(f"{split} tasks", f"loss / best {YARDSTICK}", "share of pairs within"),
         x_log=True,
         x_ticks={tau: f"{tau:g}" for tau in (0.9, 1.0, 1.1, 1.25, 1.4, 1.7, 2.0, 2.5, 3.0)},
         y_ticks={i / 5: f"{i / 5:.0%}" for i in range(6)},
@@ -132,7 +131,7 @@ def sweep(study: Study, task: str) -> Chart:
         curves.append(Curve(entry.label, list(ratios), [min(ratio, TOP) for ratio in ratios.values()], words))
     low = min((y for curve in curves for y in curve.y), default=1.0)
     return Chart(
-        *(task, "lr", f"loss / best {YARDSTICK}", curves),
+        *(f"{task}: loss / best {YARDSTICK}", "lr", "", curves),
         x_log=True,
         y_log=True,
         markers=True,
@@ -154,12 +153,15 @@ def traces(study: Study, task: str, key: str) -> Chart:
             points = [
                 (float(x), y) for x, y in zip(row["trace"]["step"], row["trace"][key], strict=True) if y and y > 0
             ]
-            label = YARDSTICK if best else shadowed.label
+            label = YARDSTICK if best else Entry(row["optimizer"], shadow=True).label
             words = [f"from lr {lr_label(row['lr'])}: {y:.3g}" for _, y in points]
             curves.append(Curve(label, [x for x, _ in points], [y for _, y in points], words))
-    title = {"lr": "effective lr", "loss": "train loss"}[key]
-    ticks = {10.0**e: lr_label(10.0**e) for e in range(-9, 2)} if key == "lr" else {}
-    return Chart(title, "step", title, curves, y_log=True, y_ticks=ticks)
+    name = {"lr": "effective lr", "loss": "train loss"}[key]
+    values = [y for curve in curves for y in curve.y] or [1.0]
+    ticks = {10.0**e: lr_label(10.0**e) for e in range(-9, 2)}
+    if key == "loss":
+        ticks = {y: f"{y:,g}" for y in log_ticks(min(values), max(values))}
+    return Chart(f"{task}: {name}", "step", "", curves, y_log=True, y_ticks=ticks)
 
 
 # --- How it is drawn

@@ -230,4 +230,4 @@ def times(ratio: float) -> str:
     """Write a ratio."""
     if math.isnan(ratio):
         return "-"
-    return "inf" if math.isinf(ratio) else f"{ratio:.3f}" if ratio < 10 else f"{ratio:,.0f}"
+    return "inf" if math.isinf(ratio) else f"{ratio:.3f}" if ratio < 10 else f"{ratio:.3g}".replace("e+0", "e")
