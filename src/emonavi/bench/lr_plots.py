@@ -150,18 +150,17 @@ def traces(study: Study, task: str, key: str) -> Chart:
         shadowed = Entry(row["optimizer"], "calm", shadow=True)
         best = row["optimizer"] == YARDSTICK and row["lr"] == min(tuned, key=tuned.__getitem__)
         if best or (shadowed in study.entries and row["lr"] in study.lrs):
-            points = [
-                (float(x), y) for x, y in zip(row["trace"]["step"], row["trace"][key], strict=True) if y and y > 0
-            ]
+            points = [(x, y) for x, y in zip(row["trace"]["step"], row["trace"][key], strict=True) if y is not None]
             label = YARDSTICK if best else Entry(row["optimizer"], shadow=True).label
             words = [f"from lr {lr_label(row['lr'])}: {y:.3g}" for _, y in points]
             curves.append(Curve(label, [x for x, _ in points], [y for _, y in points], words))
     name = {"lr": "effective lr", "loss": "train loss"}[key]
     values = [y for curve in curves for y in curve.y] or [1.0]
+    log = min(values) > 0  # a policy's loss is not
     ticks = {10.0**e: lr_label(10.0**e) for e in range(-9, 2)}
     if key == "loss":
-        ticks = {y: f"{y:,g}" for y in log_ticks(min(values), max(values))}
-    return Chart(f"{task}: {name}", "step", "", curves, y_log=True, y_ticks=ticks)
+        ticks = {y: f"{y:,g}" for y in log_ticks(min(values), max(values))} if log else {}
+    return Chart(f"{task}: {name}", "step", "", curves, y_log=log, y_ticks=ticks)
 
 
 # --- How it is drawn
