@@ -208,7 +208,9 @@ def learning_rates(
         contenders = lr.choose(optimizers, list(CONTENDERS), "optimizer")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    names = [name for name in names if split in ("", getattr(TASKS[name], "split", "dev"))]
+    names = [name for name in names if split in ("", TASKS[name].split)]
+    needs = {TASKS[name].needs for name in names} - {""}
+    _need("emonavi bench lr", {module: _DEMO_NEEDS.get(module, module) for module in sorted(needs)}, "bench")
     contenders = contenders or (list(lr.QUICK_OPTIMIZERS) if quick else list(CONTENDERS))
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
     if absent := missing(sorted({cell.optimizer for cell in cells})):

@@ -50,7 +50,7 @@ def train(cell: Cell) -> Row:
     problem = task.build(cell.seed)
     figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
     figures |= {
-        "split": getattr(task, "split", "dev"),
+        "split": task.split,
         "made_by": contender.version(),
         "versions": versions(),
         "hardware": hardware(),
@@ -68,8 +68,9 @@ def train(cell: Cell) -> Row:
     if losses:
         figures["train"] = sum(losses[-_TRAIN_MEAN:]) / len(losses[-_TRAIN_MEAN:])
         figures["trace"] = _trace(cell.steps, losses, rates)
-    if not math.isfinite(figures["raw"]):
-        figures["reason"] = figures["reason"] or f"the validation loss is {figures['raw']}"
+    if not figures["reason"] and not math.isfinite(figures["raw"]):
+        figures["reason"] = f"the validation loss is {figures['raw']}"
+    if figures["reason"]:  # a run that was given up has weights, but is not the run that was asked for
         figures["raw"] = figures["calm"] = None
     return figures
 
