@@ -32,7 +32,7 @@ class Mark(NamedTuple):
 
     captured: Tensor | None
     window: int
-    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes
+    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes; empty where none is there
     steps: int
 
 
@@ -65,23 +65,28 @@ class Intake:
 
     def mark(self) -> Mark:
         """What is pending, and the gradients as they are, before a backward."""
-        return Mark(self._captured, self._window, self._gradients(), self._steps)
+        grads = [p.grad for p in self._params()]
+        there = [(g, 0 if g is None else g._version) for g in grads] if any(g is not None for g in grads) else []
+        return Mark(self._captured, self._window, there, self._steps)
 
     def touched(self, since: Mark) -> bool:
         """Whether a backward changed the gradients, as far as can be seen.
 
         Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
         """
-        now = self._gradients()
-        same = all(a is b and m == n for (a, m), (b, n) in zip(now, since.gradients, strict=False))
-        return not same or self._steps != since.steps or all(grad is None for grad, _ in now)
+        if not since.gradients or self._steps != since.steps:
+            return True
+        # The first one that changed settles it, and most often that is the first of all.
+        grads = (p.grad for p in self._params())
+        same = all(
+            now is before and (now is None or now._version == version)
+            for now, (before, version) in zip(grads, since.gradients, strict=False)
+        )
+        return not same or all(p.grad is None for p in self._params())
 
     def undo(self, to: Mark) -> None:
         """As it was before a backward that failed, or that was another's."""
         self._captured, self._window = to.captured, to.window
-
-    def _gradients(self) -> list[tuple[Tensor | None, int]]:
-        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._params()]
 
     def owns(self, variables: set[int]) -> bool:
         """Whether any of these leaves (by id) is one of the parameters."""
