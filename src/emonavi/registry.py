@@ -40,17 +40,17 @@ def available() -> list[str]:
 
 
 def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
-    """Construct a sibling by its name, in any case.
+    """Construct a sibling by its name, in any case; options may be spelled as strings.
 
     Raises:
-        ValueError: there is no sibling of that name.
+        ValueError: there is no sibling of that name, or an option is out of range.
 
     Example:
         >>> import torch, emonavi
         >>> type(emonavi.create("emolynx", [torch.nn.Parameter(torch.ones(2))], lr=1e-4)).__name__
         'EmoLynx'
     """
-    sibling = SIBLINGS.get(name.lower())
+    sibling = SIBLINGS.get(str(name).lower())
     if sibling is None:
         raise ValueError(f"no optimizer {name!r}: choose from {', '.join(SIBLINGS)}")
     return sibling.cls(params, **options)

@@ -98,7 +98,7 @@ def report(out: Path | None = None, rounds: int = 100) -> list[str]:
     lines = [
         f"{hardware()}, torch {torch.__version__}, 1 thread, load {load:.1f}",
         "",
-        f"{"listeners":>9} {"ms":>8} {'ratio':>8} {'quartiles':>17} {'mark':>7}",
+        f"{'listeners':>9} {'ms':>8} {'ratio':>8} {'quartiles':>17} {'mark':>7}",
     ]
     for n, r in result.items():
         mark = f"{MARKS[n]:7.2f}" if n in MARKS else ""
