@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Intake", "Loss", "Mark", "Missing", "observe"]
+__all__ = ["Intake", "Loss", "Mark", "Missing", "listening", "observe"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
@@ -94,12 +94,16 @@ class Intake:
 
     def take(self, told: Tensor | float | None, closure: Callable[[], Any] | None) -> tuple[Loss | None, Any]:
         """The loss that counts for this step, and what the step is to return."""
-        if told is not None:
-            return Loss(_detached(told)), told
+        outright = None if told is None else Loss(_detached(told))
         before, returned = self._heard, None
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
+        if outright is not None:
+            # A closure without a loss is no second one: Lightning's manual optimization puts one around its hooks.
+            if returned is not None:
+                raise ValueError("step() got both a closure and loss=: pass the one that should count")
+            return outright, told
         if self._observed:
             mean = _mean_of_finite(self._observed)
             return Loss(mean), mean
@@ -197,6 +201,15 @@ def observe(optimizer: Any, loss: Tensor | float) -> None:
         >>> optimizer.step()
         0.25
     """
+    listening(optimizer).observe(loss)
+
+
+def listening(optimizer: Any) -> Any:
+    """The emonavi optimizer that this is, or that it wraps.
+
+    Raises:
+        TypeError: there is none.
+    """
     inner = optimizer
     for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
         below = next((vars(inner)[k] for k in ("optimizer", "_optimizer") if k in getattr(inner, "__dict__", {})), None)
@@ -207,4 +220,4 @@ def observe(optimizer: Any, loss: Tensor | float) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} holds no optimizer that listens to a loss: pass the emonavi optimizer itself"
         )
-    inner.observe(loss)
+    return inner

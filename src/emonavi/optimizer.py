@@ -176,11 +176,9 @@ class EmoOptimizer(torch.optim.Optimizer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``closure`` and ``loss`` are given, or the loss is not one number.
+            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
             RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
         """
-        if closure is not None and loss is not None:
-            raise ValueError("step() got both a closure and loss=: pass the one that should count")
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
         found, vector = self._found(), self._vector()
