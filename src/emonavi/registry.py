@@ -10,7 +10,7 @@ from emonavi.lynx import EmoLynx
 from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["SIBLINGS", "Sibling", "available", "create"]
+__all__ = ["SIBLINGS", "Sibling", "available", "create", "named"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
         >>> type(emonavi.create("emolynx", [torch.nn.Parameter(torch.ones(2))], lr=1e-4)).__name__
         'EmoLynx'
     """
+    return named(name).cls(params, **options)
+
+
+def named(name: str) -> Sibling:
+    """The sibling of a name, in any case."""
     sibling = SIBLINGS.get(str(name).lower())
     if sibling is None:
         raise ValueError(f"no optimizer {name!r}: choose from {', '.join(SIBLINGS)}")
-    return sibling.cls(params, **options)
+    return sibling
