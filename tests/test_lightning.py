@@ -82,7 +82,7 @@ def test_the_loss_arrives(sibling, precision, tmp_path):
 
 
 def half():
-    """16-mixed on a CPU, where Lightning makes no scaler: the plugin is given torch's own."""
+    """16-mixed on a CPU, where the Trainer would turn it into bf16: the plugin itself is given, with torch's scaler."""
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
 
 

@@ -24,7 +24,8 @@ __all__ = ["EmotionCallback"]
 class EmotionCallback(Callback):
     """Logs what each emonavi optimizer feels to the Trainer's loggers, every ``log_every_n_steps``.
 
-    Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed over.
+    Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed over. Under
+    a schedule the effective lr is that of the step to come.
 
     Args:
         stop: end the training once all of them say ``should_stop``; looked at after each step, which waits for the

@@ -69,7 +69,7 @@ class EmotionCallback(TrainerCallback):
 
     Callbacks of the user run after those that report to TensorBoard, W&B or MLflow, too late to add to what these
     get. :meth:`attach` puts this one before them. In ``Trainer(callbacks=[...])`` it reaches the log history and the
-    console only, and says so.
+    console only, and says so. Under a schedule the effective lr is that of the step to come.
 
     Args:
         stop: end the training once ``optimizer.should_stop``; looked at after each step, which waits for the device.
