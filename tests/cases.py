@@ -219,6 +219,22 @@ def contents(optimizer: Any) -> dict[str, Any]:
     return found
 
 
+def keeping(sibling: type) -> type:
+    """A sibling that keeps what each of its steps returned, the loss that counted, in ``losses``."""
+
+    class Keeping(sibling):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.losses: list[float] = []
+
+        def step(self, closure: Any = None, *, loss: Any = None) -> Any:
+            counted = super().step(closure, loss=loss)
+            self.losses.append(math.nan if counted is None else float(counted))
+            return counted
+
+    return Keeping
+
+
 def differences(a: dict[str, Any], b: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
     """Names under which two contents are not bitwise equal (NaN equals NaN)."""
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from emonavi import EmoFact, EmoLynx, EmoNavi, capture, intake
@@ -861,3 +862,27 @@ def test_a_sole_listener_leaves_other_models_losses_out():
         assert float(optimizer.step()) == close(loss)
         optimizer.zero_grad()
         stranger.zero_grad()
+
+
+def test_hearing_reads_no_value():
+    """Reading one would wait for the device. Parts, a weight and a scaler's loss are heard on the way."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+            return func(*args, **(kwargs or {}))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    models = [net(), net(1)]
+    optimizers = [EmoNavi(m.parameters()) for m in models]  # two: the graph is walked, too
+    losses = [loss_of(m) for m in (*models, *models)]
+    scaled = scaler.scale(losses[3])  # the scaler's own business
+    with NoReading():
+        losses[0].backward()
+        torch.autograd.backward([losses[1], losses[2]], [None, torch.tensor(0.5)])
+        scaled.backward()
+    with pytest.raises(AssertionError, match="a value was read"), NoReading():
+        losses[0].detach().item()
+    pair = losses[1] + 0.5 * losses[2]  # back-propagated together, and so heard together
+    assert heard(optimizers[0]) == close(losses[0] + pair)
+    assert heard(optimizers[1]) == close(pair + losses[3])

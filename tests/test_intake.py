@@ -257,13 +257,23 @@ def test_the_captured_window_counts_where_there_is_nothing_else():
     assert felt(optimizer) == close(loss)
 
 
-def test_both_a_closure_and_a_loss_are_refused_before_anything_runs():
+def test_both_a_closures_loss_and_a_told_one_are_refused():
+    model = net()
+    optimizer = EmoNavi(model.parameters())
+    give_gradients(model)
+    with pytest.raises(ValueError, match="both a closure and loss="):
+        optimizer.step(lambda: 2.0, loss=1.0)
+    assert optimizer.emotion.steps == 0
+
+
+def test_a_closure_that_returns_none_runs_beside_a_told_loss():
+    """So does Lightning: in manual optimization step(loss=...) comes with a closure around its hooks."""
     model = net()
     optimizer = EmoNavi(model.parameters())
     ran = []
-    with pytest.raises(ValueError, match="both a closure and loss="):
-        optimizer.step(lambda: ran.append(1), loss=1.0)
-    assert not ran
+    assert felt(optimizer, closure=lambda: ran.append(give_gradients(model)), loss=7.0) == 7.0
+    assert len(ran) == 1
+    assert optimizer.emotion.steps == 1
 
 
 @pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), torch.tensor(1j)], ids=["two", "none", "complex"])

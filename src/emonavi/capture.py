@@ -236,8 +236,9 @@ def _leaves(roots: Sequence[Tensor]) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
+        below = node.next_functions
+        if below:
+            stack.extend([one for one, _ in below if one is not None])
+        elif (variable := getattr(node, "variable", None)) is not None:  # asked of ends only: a miss is slow
             leaves.add(id(variable))
-        stack.extend(below for below, _ in node.next_functions if below is not None)
     return leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,20 @@ __all__ = [
     "on_missing_loss",
     "options",
     "parameters",
+    "process_group",
+    "spelled",
     "writer",
 ]
 
 # What an option is where the emotion does not have it.
 NEUTRAL: dict[str, Any] = {"use_shadow": False, "use_trust": False, "max_norm": 0.0, "min_lr": 0.0, "max_lr": None}
+NUMBERS = ("lr", "eps", "weight_decay", "max_norm", "min_lr", "max_lr")
+# Whether None is a choice, too: that of the emotion, or of the version.
+FLAGS = {
+    **{"use_shadow": True, "use_trust": True, "foreach": True, "fused": True},
+    **{"maximize": False, "capturable": False, "decoupled_weight_decay": False},
+}
+WORDS = {"true": True, "1": True, "false": False, "0": False}
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,20 +58,80 @@ def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         has = ", ".join(machine.defaults) or "none of these options"
         raise ValueError(f"emotion {machine.name!r} does not have {', '.join(unknown)}: it has {has}; leave it out")
-    for name in ("use_shadow", "use_trust"):
-        if felt[name] not in (None, False, True):
-            raise ValueError(f"{name}={felt[name]!r}: give True or False")
     own = NEUTRAL | machine.fixed | machine.defaults
-    if isinstance(felt["max_lr"], (int, float)) and own["min_lr"] > felt["max_lr"] >= 0:
+    if own["min_lr"] > _as_float(felt["max_lr"]) >= 0:
         own["min_lr"] = felt["max_lr"]  # a wall below the default floor takes the floor with it
     return {k: own[k] if v is None else v for k, v in felt.items()}
 
 
+def spelled(given: dict[str, Any]) -> dict[str, Any]:
+    """Options in their own types where they are spelled as strings, or as 0 and 1, as command lines have them.
+
+    Numbers that are none stay as they are: :func:`group` names them together with what they should be.
+
+    Raises:
+        ValueError: a flag is neither true nor false.
+
+    Example:
+        >>> spelled({"lr": "1e-3", "betas": "0.9,0.99", "use_shadow": "True", "foreach": 0, "max_lr": "None"})
+        {'lr': 0.001, 'betas': (0.9, 0.99), 'use_shadow': True, 'foreach': False, 'max_lr': None}
+    """
+    meant = dict(given)
+    for name, value in given.items():
+        if name in FLAGS:
+            meant[name] = _flag(name, value)
+        elif name in NUMBERS:
+            meant[name] = _number(value, none=name in ("max_norm", "min_lr", "max_lr"))
+        elif name == "betas" and isinstance(value, str):
+            parts = value.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
+            numbers = tuple(_number(part) for part in parts)
+            meant[name] = value if any(isinstance(n, str) for n in numbers) else numbers
+    return meant
+
+
+def _flag(name: str, given: Any) -> bool | None:
+    none = FLAGS[name]
+    word = given.strip().lower() if isinstance(given, str) else None
+    if none and (given is None or word == "none"):
+        return None
+    if word in WORDS:
+        return WORDS[word]
+    if isinstance(given, (bool, int)) and given in (0, 1):
+        return bool(given)
+    raise ValueError(f"{name}={given!r}: give True or False{', or None to leave the choice' if none else ''}")
+
+
+def _number(given: Any, none: bool = False) -> Any:
+    if not isinstance(given, str):
+        return given
+    if none and given.strip().lower() == "none":
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        return given
+
+
 def capture(given: str | bool) -> bool:
     """Whether to hear the loss at backward."""
-    if given not in ("auto", True, False):
-        raise ValueError(f"capture={given!r}: choose 'auto' (hear the loss at backward) or False")
-    return bool(given)
+    word = given.strip().lower() if isinstance(given, str) else given
+    if word == "auto":
+        return True
+    if isinstance(word, str) and word in WORDS:
+        return WORDS[word]
+    if isinstance(word, (bool, int)) and word in (0, 1):
+        return bool(word)
+    raise ValueError(f"capture={given!r}: choose 'auto' (hear the loss at backward) or False")
+
+
+def process_group(given: Any) -> Any:
+    """Over which replicas the loss is averaged."""
+    word = given.strip().lower() if isinstance(given, str) else given
+    if word in ("auto", "none") or word is None:
+        return "auto" if word == "auto" else None
+    if torch.distributed.is_available() and isinstance(given, torch.distributed.ProcessGroup):
+        return given
+    raise ValueError(f"process_group={given!r}: choose 'auto' (the default group), None (never), or a process group")
 
 
 def on_missing_loss(given: str) -> str:
@@ -79,7 +149,8 @@ def group(merged: dict[str, Any]) -> None:
     # A device's lr is the user's own schedule: reading it here would wait for it.
     _at_least_zero("lr", 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr)
     betas = merged["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    if not pair or not all(0 <= _as_float(b) < 1 for b in betas):
         raise ValueError(f"betas={betas!r}: give two numbers from 0 up to, but not including, 1")
     for name in ("eps", "weight_decay", "max_norm", "min_lr"):
         _at_least_zero(name, merged[name])
@@ -94,13 +165,16 @@ def group(merged: dict[str, Any]) -> None:
 
 
 def _at_least_zero(name: str, value: Any, otherwise: str = "") -> None:
-    number = math.nan
-    if isinstance(value, (int, float, Tensor)):
-        number = float(value)
-    if not 0 <= number < math.inf:
+    if not 0 <= _as_float(value) < math.inf:
         raise ValueError(
             f"{name}={value!r}: give a finite number of at least 0{', or ' + otherwise if otherwise else ''}"
         )
+
+
+def _as_float(value: Any) -> float:
+    """A number as one; NaN for what is none. True is a slip, and not 1."""
+    is_number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
 
 
 def parameters(params: Sequence[Tensor]) -> None:
@@ -140,13 +214,18 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
 
 
 def writer(given: Any) -> Any:
-    """An object with ``add_scalar``; a string becomes a TensorBoard writer on that directory."""
-    if isinstance(given, str):
+    """An object with ``add_scalar``; a path becomes a TensorBoard writer on that directory."""
+    if isinstance(given, (str, os.PathLike)):
+        path = os.fspath(given)
+        if path.strip().lower() == "none":
+            return None
+        if not path.strip() or path.strip().lower() in WORDS:
+            raise ValueError(f"writer={given!r}: name a log directory for TensorBoard, or leave it out")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(f"writer={given!r} needs TensorBoard: pip install tensorboard") from error
-        return SummaryWriter(log_dir=given)
+        return SummaryWriter(log_dir=path)
     if not callable(getattr(given, "add_scalar", None)):
         raise TypeError(
             f"writer={given!r} has no add_scalar(tag, value, step): pass a SummaryWriter or a log directory"

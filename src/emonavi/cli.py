@@ -52,6 +52,7 @@ def build() -> typer.Typer:
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
     benches.command()(step)
+    benches.command()(capture)
     benches.command()(marks)
     benches.command("lr")(learning_rates)
     commands.add_typer(benches, name="bench")
@@ -161,6 +162,16 @@ def step(
     from emonavi.bench import step as bench
 
     print("\n".join(bench.report(out, rounds)))
+
+
+def capture(
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed backward passes of each variant.")] = 100,
+) -> None:
+    """Time the backward of 100 M parameters with 0, 1 and 4 optimizers listening: about a minute."""
+    from emonavi.bench.capture import report
+
+    print("\n".join(report(out, rounds)))
 
 
 def marks(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Intake", "Loss", "Mark", "Missing", "observe"]
+__all__ = ["Intake", "Loss", "Mark", "Missing", "listening", "observe"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
@@ -32,7 +32,7 @@ class Mark(NamedTuple):
 
     captured: Tensor | None
     window: int
-    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes
+    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes; empty where none is there
     steps: int
 
 
@@ -65,23 +65,28 @@ class Intake:
 
     def mark(self) -> Mark:
         """What is pending, and the gradients as they are, before a backward."""
-        return Mark(self._captured, self._window, self._gradients(), self._steps)
+        grads = [p.grad for p in self._params()]
+        there = [(g, 0 if g is None else g._version) for g in grads] if any(g is not None for g in grads) else []
+        return Mark(self._captured, self._window, there, self._steps)
 
     def touched(self, since: Mark) -> bool:
         """Whether a backward changed the gradients, as far as can be seen.
 
         Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
         """
-        now = self._gradients()
-        same = all(a is b and m == n for (a, m), (b, n) in zip(now, since.gradients, strict=False))
-        return not same or self._steps != since.steps or all(grad is None for grad, _ in now)
+        if not since.gradients or self._steps != since.steps:
+            return True
+        # The first one that changed settles it, and most often that is the first of all.
+        grads = (p.grad for p in self._params())
+        same = all(
+            now is before and (now is None or now._version == version)
+            for now, (before, version) in zip(grads, since.gradients, strict=False)
+        )
+        return not same or all(p.grad is None for p in self._params())
 
     def undo(self, to: Mark) -> None:
         """As it was before a backward that failed, or that was another's."""
         self._captured, self._window = to.captured, to.window
-
-    def _gradients(self) -> list[tuple[Tensor | None, int]]:
-        return [(p.grad, 0 if p.grad is None else p.grad._version) for p in self._params()]
 
     def owns(self, variables: set[int]) -> bool:
         """Whether any of these leaves (by id) is one of the parameters."""
@@ -89,12 +94,16 @@ class Intake:
 
     def take(self, told: Tensor | float | None, closure: Callable[[], Any] | None) -> tuple[Loss | None, Any]:
         """The loss that counts for this step, and what the step is to return."""
-        if told is not None:
-            return Loss(_detached(told)), told
+        outright = None if told is None else Loss(_detached(told))
         before, returned = self._heard, None
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()
+        if outright is not None:
+            # A closure without a loss is no second one: Lightning's manual optimization puts one around its hooks.
+            if returned is not None:
+                raise ValueError("step() got both a closure and loss=: pass the one that should count")
+            return outright, told
         if self._observed:
             mean = _mean_of_finite(self._observed)
             return Loss(mean), mean
@@ -192,6 +201,15 @@ def observe(optimizer: Any, loss: Tensor | float) -> None:
         >>> optimizer.step()
         0.25
     """
+    listening(optimizer).observe(loss)
+
+
+def listening(optimizer: Any) -> Any:
+    """The emonavi optimizer that this is, or that it wraps.
+
+    Raises:
+        TypeError: there is none.
+    """
     inner = optimizer
     for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
         below = next((vars(inner)[k] for k in ("optimizer", "_optimizer") if k in getattr(inner, "__dict__", {})), None)
@@ -202,4 +220,4 @@ def observe(optimizer: Any, loss: Tensor | float) -> None:
         raise TypeError(
             f"{type(optimizer).__name__} holds no optimizer that listens to a loss: pass the emonavi optimizer itself"
         )
-    inner.observe(loss)
+    return inner

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emonavi import checks
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
@@ -72,15 +73,16 @@ class EmoLynx(EmoOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
     ) -> None:
+        own = checks.spelled({"decoupled_weight_decay": decoupled_weight_decay})
         super().__init__(
             params, lr, betas, eps, weight_decay, emotion=emotion, use_shadow=use_shadow, use_trust=use_trust,
             max_norm=max_norm, min_lr=min_lr, max_lr=max_lr, writer=writer, capture=capture,
             on_missing_loss=on_missing_loss, process_group=process_group, maximize=maximize, foreach=foreach,
             fused=fused, capturable=capturable,
         )  # fmt: skip
-        self.defaults["decoupled_weight_decay"] = bool(decoupled_weight_decay)
+        self.defaults.update(own)
         for group in self.param_groups:
-            group.setdefault("decoupled_weight_decay", bool(decoupled_weight_decay))
+            group.setdefault("decoupled_weight_decay", own["decoupled_weight_decay"])
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         rate = super()._decay_rate(group)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emonavi.machine import Machine
 
-__all__ = ["Recorder", "Snapshot"]
+__all__ = ["Recorder", "Snapshot", "tagged"]
 
 RING = 50  # steps that wait on a device before they are written
 
@@ -111,12 +111,16 @@ def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> 
     vectors = torch.stack([vector for vector, _ in waiting]).cpu()
     for vector, (_, rates) in zip(vectors, waiting, strict=True):
         felt = Snapshot.of(emotion, vector)
-        values = {f"emo/lr/group_{i}": rate for i, rate in enumerate(rates.tolist())}
-        values |= {
-            "emo/scalar": felt.scalar, "emo/trust": felt.trust, "emo/drive": felt.drive, "emo/tension": felt.tension,
-            "emo/loss_short": felt.short, "emo/loss_long": felt.long, "emo/grad_norm": felt.grad_norm,
-            "emo/should_stop": float(felt.should_stop),
-        }  # fmt: skip
-        for tag, value in values.items():
-            if not math.isnan(value):
-                writer.add_scalar(tag, value, felt.steps)
+        for tag, value in tagged(felt, rates.tolist()).items():
+            writer.add_scalar(tag, value, felt.steps)
+
+
+def tagged(felt: Snapshot, effective_lr: list[float]) -> dict[str, float]:
+    """The numbers worth a curve, by tag; what an emotion does not have is left out."""
+    values = {f"emo/lr/group_{i}": rate for i, rate in enumerate(effective_lr)}
+    values |= {
+        "emo/scalar": felt.scalar, "emo/trust": felt.trust, "emo/drive": felt.drive, "emo/tension": felt.tension,
+        "emo/loss_short": felt.short, "emo/loss_long": felt.long, "emo/grad_norm": felt.grad_norm,
+        "emo/should_stop": float(felt.should_stop),
+    }  # fmt: skip
+    return {tag: value for tag, value in values.items() if not math.isnan(value)}

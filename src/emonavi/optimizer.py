@@ -63,7 +63,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
 
     Raises:
-        ValueError: an option is out of range, or the emotion does not have it.
+        ValueError: an option is out of range, or the emotion does not have it. Strings that spell a number, a flag or
+            None are taken for it, since command lines know nothing else.
         TypeError: an option is unknown or of the wrong type.
     """
 
@@ -91,19 +92,18 @@ class EmoOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         machine = checks.emotion(emotion)
-        felt = {
-            "use_shadow": use_shadow,
-            "use_trust": use_trust,
-            "max_norm": max_norm,
-            "min_lr": min_lr,
-            "max_lr": max_lr,
-        }
-        defaults = {
+        felt = checks.spelled({
+            "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
+        })  # fmt: skip
+        defaults = checks.spelled({
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
-        }  # fmt: skip
+        })  # fmt: skip
+        hears, missing, group = (
+            checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
+        )  # fmt: skip
         super().__init__(params, defaults)
-        self._setup(machine, checks.capture(capture), checks.on_missing_loss(on_missing_loss), process_group)
+        self._setup(machine, hears, missing, group)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
@@ -176,11 +176,9 @@ class EmoOptimizer(torch.optim.Optimizer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``closure`` and ``loss`` are given, or the loss is not one number.
+            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
             RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
         """
-        if closure is not None and loss is not None:
-            raise ValueError("step() got both a closure and loss=: pass the one that should count")
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
         found, vector = self._found(), self._vector()
@@ -358,9 +356,10 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     @writer.setter
     def writer(self, writer: Any) -> None:
+        given = None if writer is None else checks.writer(writer)
         if self._recorder is not None:
             self._recorder.close()
-        self._recorder = None if writer is None else Recorder(checks.writer(writer), self._emotion)
+        self._recorder = None if given is None else Recorder(given, self._emotion)
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
@@ -371,6 +370,7 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
+        param_group.update(checks.spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -10,7 +10,7 @@ from emonavi.lynx import EmoLynx
 from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["SIBLINGS", "Sibling", "available", "create"]
+__all__ = ["SIBLINGS", "Sibling", "available", "create", "named"]
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,22 @@ def available() -> list[str]:
 
 
 def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
-    """Construct a sibling by its name, in any case.
+    """Construct a sibling by its name, in any case; options may be spelled as strings.
 
     Raises:
-        ValueError: there is no sibling of that name.
+        ValueError: there is no sibling of that name, or an option is out of range.
 
     Example:
         >>> import torch, emonavi
         >>> type(emonavi.create("emolynx", [torch.nn.Parameter(torch.ones(2))], lr=1e-4)).__name__
         'EmoLynx'
     """
-    sibling = SIBLINGS.get(name.lower())
+    return named(name).cls(params, **options)
+
+
+def named(name: str) -> Sibling:
+    """The sibling of a name, in any case."""
+    sibling = SIBLINGS.get(str(name).lower())
     if sibling is None:
         raise ValueError(f"no optimizer {name!r}: choose from {', '.join(SIBLINGS)}")
-    return sibling.cls(params, **options)
+    return sibling

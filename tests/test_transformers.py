@@ -1,0 +1,248 @@
+"""Hugging Face Trainer: the loss arrives unedited, runs resume exactly, and the Trainer's reports show the emotion."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from cases import contents, differences, keeping
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from emonavi import EmoFact, EmoLynx, EmoNavi
+from emonavi.integrations.transformers import EmotionCallback, optimizer_cls_and_kwargs
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data", "ignore::FutureWarning")
+# 22 samples in batches of 2: eleven micro-batches, so that with 4 in a group the last group of an epoch has 3.
+TOKENS = torch.randint(0, 32, (22, 9), generator=torch.Generator().manual_seed(3))
+DATA = [{"input_ids": row, "labels": row} for row in TOKENS]
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=16, **sizes))
+
+
+Told = keeping(EmoNavi)
+
+
+class Witness(Trainer):
+    """Keeps the loss of each micro-batch as the Trainer itself adds it up."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.seen = [*getattr(self, "seen", []), float(loss)]
+        return loss
+
+
+def arguments(folder, **settings):
+    how = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
+        "lr_scheduler_type": "cosine", "seed": 7,
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **how | settings)
+
+
+def trainer_of(folder, cls=Told, callbacks=(), kind=Witness, options=None, data=DATA, **settings):
+    args = arguments(folder, **settings)
+    how = optimizer_cls_and_kwargs(cls, args, **(options or {}))
+    trainer = kind(llama(), args, train_dataset=data, optimizer_cls_and_kwargs=how, callbacks=list(callbacks))
+    return trainer
+
+
+def inner(trainer):
+    return trainer.optimizer.optimizer
+
+
+def logged(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def grouped(values, sizes):
+    values = iter(values)
+    return [sum(itertools.islice(values, size)) for size in sizes]
+
+
+# The loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("average_tokens", [True, False], ids=["by tokens", "by batches"])
+def test_the_heard_loss_is_the_logged_one(average_tokens, tmp_path):
+    """With and without the division by the number of tokens, and in the partial group at the end of an epoch."""
+    trainer = trainer_of(tmp_path)
+    trainer.model_accepts_loss_kwargs = average_tokens
+    trainer.train()
+    heard = inner(trainer).losses
+    assert len(heard) == 6
+    assert heard == pytest.approx(logged(trainer), abs=1e-5)
+    assert heard == pytest.approx(grouped(trainer.seen, [4, 4, 3] * 2), rel=1e-6)
+    assert heard[0] == pytest.approx(3.5, abs=0.2)  # log 32: a mean, not a sum over four
+
+
+def test_the_first_loss_is_the_models_own(tmp_path):
+    """Independent of the Trainer's books: the mean over the tokens of the first group, worked out by hand."""
+    trainer = trainer_of(tmp_path, max_steps=1, train_sampling_strategy="sequential")
+    model = llama()
+    rows = TOKENS[:8]
+    logits = model(rows).logits[:, :-1]
+    true = torch.nn.functional.cross_entropy(logits.reshape(-1, 32), rows[:, 1:].reshape(-1))
+    trainer.train()
+    assert inner(trainer).losses == pytest.approx([float(true.detach())], rel=1e-6)
+    assert inner(trainer).emotion.loss == pytest.approx(float(true.detach()), rel=1e-6)
+
+
+def test_a_partial_group_is_held(tmp_path):
+    trainer = trainer_of(tmp_path)
+    felt = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            felt.append(kwargs["optimizer"].optimizer.emotion.loss)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    heard = inner(trainer).losses
+    assert felt == pytest.approx([heard[0], heard[1], heard[1], heard[3], heard[4], heard[4]], rel=1e-6)
+
+
+def test_bf16(tmp_path):
+    trainer = trainer_of(tmp_path, bf16=True)
+    trainer.train()
+    assert inner(trainer).losses == pytest.approx(logged(trainer), rel=1e-5)
+
+
+def test_clipping_and_checkpointing_leave_the_loss(tmp_path):
+    plain = trainer_of(tmp_path, max_steps=1)
+    plain.train()
+    other = trainer_of(tmp_path, max_steps=1, max_grad_norm=1e-3, gradient_checkpointing=True)
+    other.train()
+    assert inner(other).losses == pytest.approx(inner(plain).losses, rel=1e-6)
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def everything(trainer):
+    return contents(inner(trainer))
+
+
+@pytest.mark.parametrize("at", [2, 3], ids=["inside an epoch", "between epochs"])
+@pytest.mark.parametrize("cls", [EmoNavi, EmoFact, EmoLynx])
+def test_a_resumed_run_is_the_uninterrupted_one(cls, at, tmp_path):
+    options = {"use_shadow": True}
+    whole = trainer_of(tmp_path, cls, options=options, save_strategy="steps", save_steps=at)
+    whole.train()
+    again = trainer_of(tmp_path, cls, options=options, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert differences(everything(whole), everything(again)) == []
+    assert logged(again)[at:] == logged(whole)[at:]
+    assert inner(again).emotion.steps == 6
+    # The comparison can fail: without the optimizer's part of the checkpoint it is another run.
+    (tmp_path / f"checkpoint-{at}" / "optimizer.pt").unlink()
+    without = trainer_of(tmp_path, cls, options=options, save_strategy="no")
+    without.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert differences(everything(whole), everything(without)) != []
+
+
+def test_a_save_at_every_step_changes_nothing(tmp_path):
+    plain, saving = trainer_of(tmp_path / "a"), trainer_of(tmp_path / "b", save_strategy="steps", save_steps=1)
+    plain.train(), saving.train()
+    assert differences(everything(plain), everything(saving)) == []
+
+
+# The integration ------------------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_reach_the_optimizer(tmp_path):
+    set_by_user = {"learning_rate": 3e-4, "adam_beta1": 0.8, "adam_epsilon": 1e-7, "weight_decay": 0.05}
+    trainer = trainer_of(tmp_path, "emonavi", options={"use_shadow": "True"}, max_steps=1, **set_by_user)
+    trainer.train()
+    decay, no_decay = inner(trainer).param_groups
+    assert (decay["betas"], decay["eps"], decay["weight_decay"]) == ((0.8, 0.999), 1e-7, 0.05)
+    assert (decay["lr_start"], no_decay["weight_decay"], decay["use_shadow"]) == (3e-4, 0.0, True)
+
+
+def test_adams_default_betas_are_not_lions(tmp_path):
+    cls, kwargs = optimizer_cls_and_kwargs("EmoLynx", arguments(tmp_path))
+    assert cls is EmoLynx
+    assert cls(llama().parameters(), **kwargs).defaults["betas"] == (0.9, 0.99)
+    _, kwargs = optimizer_cls_and_kwargs(EmoLynx, arguments(tmp_path, adam_beta2=0.95))
+    assert cls(llama().parameters(), **kwargs).defaults["betas"] == (0.9, 0.95)
+
+
+def test_optim_args_come_from_a_command_line(tmp_path):
+    args = arguments(tmp_path, optim_args="use_shadow=True, max_norm=0.0,emotion=adaptive", learning_rate=1e-4)
+    cls, kwargs = optimizer_cls_and_kwargs("emonavi", args, max_norm=2.0)
+    optimizer = cls(llama().parameters(), **kwargs)
+    assert [optimizer.defaults[k] for k in ("lr", "use_shadow", "max_norm")] == [1e-4, True, 2.0]
+    for bad in ("use_shadow", "=True"):
+        with pytest.raises(ValueError, match=r"optim_args=.*name=value"):
+            optimizer_cls_and_kwargs("emonavi", arguments(tmp_path, optim_args=bad))
+    with pytest.raises(ValueError, match="no optimizer 'adamw'"):
+        optimizer_cls_and_kwargs("adamw", args)
+
+
+KEYS = ("emo/scalar", "emo/trust", "emo/drive", "emo/lr/group_0", "emo/lr/group_1")
+
+
+def test_the_emotion_reaches_what_the_trainer_reports_to(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer = trainer_of(tmp_path, report_to=["tensorboard"])
+    EmotionCallback().attach(trainer)
+    readings = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            optimizer = kwargs["optimizer"].optimizer
+            readings.append((optimizer.emotion, optimizer.effective_lr))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    board = EventAccumulator(str(tmp_path / "tb")).Reload()
+    for key in KEYS:
+        assert [event.step for event in board.Scalars(f"train/{key}")] == [1, 2, 3, 4, 5, 6]
+    drives = [event.value for event in board.Scalars("train/emo/drive")]
+    assert drives == pytest.approx([felt.drive for felt, _ in readings], rel=1e-6)
+    lrs = [event.value for event in board.Scalars("train/emo/lr/group_1")]
+    assert lrs == pytest.approx([lr[1] for _, lr in readings], rel=1e-6)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["emo/scalar"] for entry in history] == pytest.approx([felt.scalar for felt, _ in readings])
+    assert not any("emo/scalar" in entry for entry in trainer.state.log_history if "loss" not in entry)
+    json.dumps(trainer.state.log_history)  # as a checkpoint writes it
+
+
+def test_a_callback_that_comes_too_late_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer = trainer_of(tmp_path, callbacks=[EmotionCallback()], report_to=["tensorboard"], max_steps=1)
+    with pytest.warns(UserWarning, match=r"tensorboard.*EmotionCallback\(\)\.attach\(trainer\)"):
+        trainer.train()
+    assert "emo/drive" in trainer.state.log_history[0]
+
+
+def test_it_stops_where_it_was_asked_to(tmp_path):
+    class Done(EmoNavi):
+        @property
+        def should_stop(self):
+            return self.emotion.steps >= 3
+
+    for stop, steps in ((True, 3), (False, 6)):
+        trainer = trainer_of(tmp_path, Done, callbacks=[EmotionCallback(stop=stop)])
+        trainer.train()
+        assert trainer.state.global_step == steps
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=DATA, callbacks=[EmotionCallback()])
+    with pytest.raises(TypeError, match="holds no optimizer that listens"):
+        trainer.train()
