@@ -11,7 +11,6 @@ import importlib
 import json
 import shlex
 import sys
-import time
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -88,11 +87,9 @@ def run(task, weights, name, lr, seed, steps, small=False):
     model = example.pretrained() if weights == "all" else example.adapted(example.pretrained())
     optimizer = optimizer_of(name, [p for p in model.parameters() if p.requires_grad], lr)
     torch.manual_seed(seed)
-    start = time.perf_counter()
     example.train(model, optimizer, examples, steps)
-    seconds = time.perf_counter() - start
     loss, right = example.evaluate(model, held_out)
-    found = {"loss": loss, "right": right, "seconds": round(seconds, 1)}
+    found = {"loss": loss, "right": right}
     if isinstance(optimizer, emonavi.EmoOptimizer):
         found |= {"drive": optimizer.emotion.drive, "effective_lr": optimizer.effective_lr[0]}
     original = example.pretrained() if task == "minilm" else example.pretrained(classes=1000)
