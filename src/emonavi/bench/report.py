@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from string import Template
 from typing import Any
 
@@ -15,12 +14,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import Curves, Findings, Result, axis_range, factor, log_ticks, lr_label, sentences
+from emonavi.bench import Curves, Findings, Result, axis_range, factor, lr_label, page, sentences
 
 __all__ = ["contents", "loss_text", "short", "table", "write"]
 
-# Okabe and Ito's palette: distinct for every kind of colour vision. The baseline is grey and dashed.
-COLOURS = {"EmoNavi": "#0072B2", "EmoFact": "#E69F00", "EmoLynx": "#009E73", "AdamW": "#808080"}
+COLOURS = dict(zip(("EmoNavi", "EmoFact", "EmoLynx"), page.PALETTE, strict=False))
+COLOURS["AdamW"] = "#808080"  # the baseline is grey and dashed
 _NEAR, _FAR = 1.1, 1.5  # times the best of the task: what counts as good, and as bad
 _SERIES = (("loss", "train loss"), ("lr", "effective lr"), ("scalar", "emotional scalar"))
 
@@ -126,7 +125,6 @@ def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
     """Draw a task's curves: a row for each series, a column for each learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
 
     lrs, optimizers = found.plan["lrs"], found.plan["optimizers"]
     figure = Figure(figsize=(4 * len(lrs), 8), dpi=110, layout="constrained")
@@ -136,14 +134,7 @@ def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
         axes[0, column].set_title(f"lr {lr_label(lr)}")
         for row, (key, title) in enumerate(_SERIES):
             axis = axes[row, column]
-            low, high, log = axis_range(curves, key)
-            axis.set_yscale("log" if log else "linear")
-            if log and key == "loss":
-                axis.set_yticks(log_ticks(low, high), [f"{tick:,g}" for tick in log_ticks(low, high)])
-                axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.set_ylim(low, high)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            page.prepare(axis, *axis_range(curves, key), plain=key == "loss")
             for name in (name for name in optimizers if (name, lr) in curves):
                 steps, values, dash = curves[name, lr]["step"], curves[name, lr][key], "--" if name == "AdamW" else "-"
                 axis.plot(steps, values, dash, color=COLOURS[name], lw=1.6, label=name)
@@ -157,19 +148,15 @@ def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
     figure.savefig(found.folder / f"{task['name']}.png")
 
 
-def _figure_json(found: Findings, lr: float, curves: Curves) -> str:
+def _figure(found: Findings, lr: float, curves: Curves) -> Any:
     """Build the interactive panels of one task at one learning rate."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=len(_SERIES), cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    figure = page.panels(len(_SERIES), 520, f"lr {lr_label(lr)}")
     for row, (key, title) in enumerate(_SERIES, start=1):
         low, high, log = axis_range(curves, key)
         span = [math.log10(low), math.log10(high)] if log else [low, high]
-        ticks: dict[str, Any] = {}
-        if log:
-            at = log_ticks(low, high)
-            ticks = {"tickvals": at, "ticktext": [f"{t:,g}" if key == "loss" else lr_label(t) for t in at]}
-        figure.update_yaxes(row=row, title=title, type="log" if log else "linear", range=span, **ticks)
+        at, labels = page.ticks(low, high, key == "loss") if log else (None, None)
+        kind = "log" if log else "linear"
+        figure.update_yaxes(row=row, title=title, type=kind, range=span, tickvals=at, ticktext=labels)
         for name in found.plan["optimizers"]:
             values = curves.get((name, lr))
             if values is None or (key == "scalar" and name == "AdamW"):
@@ -179,25 +166,13 @@ def _figure_json(found: Findings, lr: float, curves: Curves) -> str:
                 **{"row": row, "col": 1, "x": values["step"], "y": values[key], "mode": "lines", "name": name},
                 **{"line": line, "hovertemplate": "%{y:.4g}"},
             )
-    axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "automargin": True}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis, title_standoff=4)
-    figure.update_xaxes(row=len(_SERIES), title="step")
-    figure.update_layout(template="none", showlegend=False, dragmode=False, hovermode="x unified", height=520)
-    heading = {"text": f"lr {lr_label(lr)}", "font": {"size": 14}}
-    figure.update_layout(title=heading, margin={"l": 62, "r": 8, "t": 36, "b": 40})
-    figure.update_layout(font={"size": 12, "family": "system-ui, sans-serif"})  # the page sets the colour
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-    data: str = figure.to_json()
-    return data.replace("</", "<\\/")  # inside a script element
+    return figure
 
 
 # --- The page
 
 
 def _page(found: Findings, curves: dict[str, Curves]) -> str:
-    from plotly.offline import get_plotlyjs
-
     plan = found.plan
     key = "".join(f'<span><i style="background:{COLOURS[n]}"></i>{n}</span>' for n in plan["optimizers"])
     facts = {
@@ -209,18 +184,14 @@ def _page(found: Findings, curves: dict[str, Curves]) -> str:
         "Steps": ", ".join(f"{task['name']} {task['steps']}" for task in plan["tasks"]),
         "Finished": f"{len(found.results)} of {len(plan['tasks']) * len(plan['optimizers']) * len(plan['lrs'])} runs",
     }
-    return Template(_HTML).substitute(
-        said="".join(f"<p>{_unbroken(html.escape(words))}</p>" for words in sentences(found) + _reasons(found)),
-        facts="".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()),
+    body = Template(_BODY).substitute(
+        said="".join(f"<p>{page.unbroken(html.escape(words))}</p>" for words in sentences(found) + _reasons(found)),
+        facts=page.definitions(facts),
         sections="".join(_section(found, task, curves[task["name"]]) for task in found.begun()),
+        meanings=page.definitions(_CURVES | page.MEANINGS | _MOODS),
         key=key,
-        plotly=get_plotlyjs(),
     )
-
-
-def _unbroken(words: str) -> str:
-    """Keep a browser from breaking a line inside 1e-3."""
-    return re.sub(r"\d+e-\d+", r'<span class="whole">\g<0></span>', words)
+    return page.document("emonavi demo", body)
 
 
 def _section(found: Findings, task: dict[str, Any], curves: Curves) -> str:
@@ -237,63 +208,27 @@ def _section(found: Findings, task: dict[str, Any], curves: Curves) -> str:
     plots = ""
     for lr in found.plan["lrs"]:
         if any(rate == lr for _, rate in curves):
-            data = _figure_json(found, lr, curves)
-            plots += f'<div class="plot"><script type="application/json">{data}</script></div>'
+            plots += page.plot(_figure(found, lr, curves))
     return (
         f'<section><h2>{html.escape(_title(found, task))}</h2><div class="wide"><table><tr><th>{name}</th>{head}'
         f'<th>worst / best</th></tr>{rows}</table></div><div class="plots">{plots}</div></section>'
     )
 
 
-_HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>emonavi demo</title><style>
-:root { --ink: #1d2329; --soft: #5b6570; --page: #fff; --line: #dfe3e8; --near: #009e7324; --bad: #d55e0026 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa4ae; --page: #14171a; --line: #2c3238 } }
-* { box-sizing: border-box } body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 1180px; margin: auto; padding: 24px 16px 64px } h1 { margin: 0; font-size: 1.7rem }
-h2 { font-size: 1.1rem; margin: 44px 0 10px } .soft, dt, th { color: var(--soft); font-weight: 400 }
-p { max-width: 76ch } .said { border-left: 3px solid #0072b2; padding-left: 14px; margin: 20px 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
-td, th { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-tr > :first-child { text-align: left; padding-left: 0; color: var(--ink) } .missing { color: var(--soft) }
-.whole { white-space: nowrap } .near { background: var(--near) } .far, .bad { background: var(--bad) }
-.key { position: sticky; top: 0; z-index: 1; background: var(--page); padding: 8px 0 } .key span { margin-right: 18px }
-.key i { display: inline-block; width: 20px; height: 4px; margin-right: 6px; vertical-align: middle }
-.plots { display: grid; gap: 12px; margin-top: 14px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
-.plot { min-height: 520px; min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
-dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 600px) {
-  td, th { padding: 5px 4px; font-size: 14px } th { white-space: normal } }
-</style></head><body><main>
-<h1>emonavi demo</h1><p class="soft">Loss-aware optimizers at three learning rates, beside AdamW.</p>
+_CURVES = {
+    "train loss": "running mean; a run that explodes leaves through the top",
+    "effective lr": "the learning rate that acts: lr times drive",
+}
+_MOODS = {
+    "mood": "what it does, in a word: growing, steady, easing off, braking while the loss rises, resting after a "
+    "shock, done"
+}
+_BODY = """<h1>emonavi demo</h1><p class="soft">Loss-aware optimizers at three learning rates, beside AdamW.</p>
 <div class="said">$said</div>
 <p class="soft">Tables: final loss on held-out data, lower is better; ★ best of its row; green: within 10 % of the best
 of its task; red: more than half as high again, diverged (nan) or failed. Short runs with one seed: differences of a
 few per cent may be chance.</p>
 <div class="key">$key</div>
 $sections
-<h2>How to read the curves</h2><dl>
-<dt>train loss</dt><dd>running mean; a run that explodes leaves through the top</dd>
-<dt>effective lr</dt><dd>the learning rate that acts: lr times drive</dd>
-<dt>scalar</dt><dd>what the loss feels like, -1 to 1: above 0 it rises beyond its own noise, below 0 it improves</dd>
-<dt>drive</dt><dd>the factor on your lr that the optimizer has found by itself</dd>
-<dt>trust</dt><dd>does today's gradient agree with the last step? above 0 that step was too short, below 0 too long</dd>
-<dt>mood</dt><dd>what it does, in a word: growing, steady, easing off, braking while the loss rises, resting after a
-shock, done</dd></dl>
-<h2>How this was made</h2><dl>$facts</dl>
-</main><script>$plotly</script><script>
-const ink = () => ({ "font.color": getComputedStyle(document.documentElement).getPropertyValue("--soft").trim() });
-const drawn = [];
-const near = new IntersectionObserver(seen => seen.filter(e => e.isIntersecting).forEach(({ target }) => {
-  near.unobserve(target);
-  const { data, layout } = JSON.parse(target.firstChild.textContent);
-  layout.font.color = ink()["font.color"];
-  Plotly.newPlot(target, data, layout, { responsive: true, displayModeBar: false });
-  drawn.push(target);
-}), { rootMargin: "600px" });
-document.querySelectorAll(".plot").forEach(plot => near.observe(plot));
-matchMedia("(prefers-color-scheme: dark)").onchange = () => drawn.forEach(plot => Plotly.relayout(plot, ink()));
-</script></body></html>
-"""
+<h2>How to read the curves</h2><dl>$meanings</dl>
+<h2>How this was made</h2><dl>$facts</dl>"""
