@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,13 +141,18 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
 
 
 def writer(given: Any) -> Any:
-    """An object with ``add_scalar``; a string becomes a TensorBoard writer on that directory."""
-    if isinstance(given, str):
+    """An object with ``add_scalar``; a path becomes a TensorBoard writer on that directory."""
+    if isinstance(given, (str, os.PathLike)):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(f"writer={given!r} needs TensorBoard: pip install tensorboard") from error
-        return SummaryWriter(log_dir=given)
+        folder = os.path.expanduser(given)  # no shell has done it where a trainer's command line passes the string
+        try:
+            return SummaryWriter(log_dir=folder)
+        except OSError as error:
+            remedy = "name a directory that can be written"
+            raise type(error)(error.errno, f"writer={given!r}: {error.strerror}; {remedy}", folder) from error
     if not callable(getattr(given, "add_scalar", None)):
         raise TypeError(
             f"writer={given!r} has no add_scalar(tag, value, step): pass a SummaryWriter or a log directory"

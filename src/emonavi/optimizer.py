@@ -358,9 +358,10 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     @writer.setter
     def writer(self, writer: Any) -> None:
+        recorder = None if writer is None else Recorder(checks.writer(writer), self._emotion)
         if self._recorder is not None:
-            self._recorder.close()
-        self._recorder = None if writer is None else Recorder(checks.writer(writer), self._emotion)
+            self._recorder.close()  # after the new one is known to work: until then the old one goes on
+        self._recorder = recorder
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
