@@ -1,4 +1,4 @@
-"""The command line: ``emonavi demo``, ``emonavi bench step``, ``emonavi list``.
+"""The command line: ``emonavi demo``, ``emonavi plot``, ``emonavi bench step``, ``emonavi list``.
 
 Only typer is imported here. What a command needs beyond it is looked for before it begins, so that a missing package
 is one line with its remedy and no traceback.
@@ -31,6 +31,7 @@ _DEMO_NEEDS = {
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
 }
+_PLOT_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
 
 
 def app() -> None:
@@ -47,12 +48,19 @@ def build() -> typer.Typer:
     )
     commands.callback()(_root)
     commands.command()(demo)
+    commands.command()(plot)
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
     benches.command()(step)
     benches.command()(marks)
     commands.add_typer(benches, name="bench")
     return commands
+
+
+def _require(command: str, needs: dict[str, str]) -> None:
+    missing = [package for module, package in needs.items() if find_spec(module) is None]
+    if missing:
+        raise typer.Exit(_refuse(command, missing))
 
 
 def _refuse(command: str, missing: list[str]) -> int:
@@ -85,9 +93,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and batches.")] = 0,
 ) -> None:
     """Train four small tasks with EmoNavi, EmoFact, EmoLynx and AdamW at three learning rates, and compare."""
-    missing = [package for module, package in _DEMO_NEEDS.items() if find_spec(module) is None]
-    if missing:
-        raise typer.Exit(_refuse("emonavi demo", missing))
+    _require("emonavi demo", _DEMO_NEEDS)
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,6 +111,26 @@ def demo(
     with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the report is written
         code = run_demo(folder, quick=quick, seed=seed, workers=workers, command=command)
     raise typer.Exit(code)
+
+
+def plot(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of TensorBoard event files, searched with all below.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the two files.", show_default="RUN")] = None,
+) -> None:
+    """Draw what optimizers felt, from what writer= wrote: one PNG, and one HTML page that needs no network."""
+    _require("emonavi plot", _PLOT_NEEDS)
+
+    from emonavi.plot import draw
+
+    try:
+        png, page, count = draw(run, out or run)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="RUN") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
+    print(f"{count} run{'s' * (count > 1)}\n{png}\n{page}")
 
 
 def siblings() -> None:

@@ -106,7 +106,7 @@ tr > :first-child { text-align: left; padding-left: 0; color: var(--ink) } .miss
 .key i { display: inline-block; width: 20px; height: 4px; margin-right: 6px; vertical-align: middle }
 .plots { display: grid; gap: 12px; margin-top: 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
-.plot { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
+.plots > * { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
 dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 600px) {
   td, th { padding: 5px 4px; font-size: 14px } th { white-space: normal } }
 </style></head><body><main>
