@@ -25,7 +25,8 @@ RING = 50  # steps that wait on a device before they are written
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "emonavi": {
         "feeling: scalar, tension": ["Multiline", ["emo/scalar$", "emo/tension$"]],
-        "reflection: trust, drive": ["Multiline", ["emo/trust$", "emo/drive$"]],
+        "reflection: trust": ["Multiline", ["emo/trust$"]],  # beside a drive of 10 it would look like 0
+        "reflection: drive": ["Multiline", ["emo/drive$"]],
         "effective lr of each group": ["Multiline", [r"emo/lr/group_\d+$"]],
         "loss: short and long memory": ["Multiline", ["emo/loss_short$", "emo/loss_long$"]],
         "gradient norm": ["Multiline", ["emo/grad_norm$"]],
