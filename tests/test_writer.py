@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from emonavi import EmoFact, EmoLynx, EmoNavi
-from emonavi.monitor import Recorder
+from emonavi.monitor import LAYOUT, Recorder
 
 torch.set_num_threads(1)
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
@@ -211,6 +212,116 @@ def test_a_directory_becomes_event_files(tmp_path):
     for tag in TAGS:
         assert found[tag] == [(step, pytest.approx(value, rel=1e-6)) for step, value in notebook.of(tag)]
     optimizer.writer.close()
+
+
+def test_a_path_is_a_directory_too(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (tmp_path / "path", "~/home"):  # a trainer's command line leaves the ~ to us
+        model, groups = two_groups()
+        optimizer = EmoNavi(groups, writer=given)
+        train(model, optimizer, 2)
+        optimizer.writer.close()
+    assert read(tmp_path / "path").keys() == read(tmp_path / "home").keys() == TAGS
+
+
+def test_a_directory_that_cannot_be_written_is_refused_and_nothing_is_lost(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("precious")
+    bad = str(tmp_path / "file" / "runs")
+    remedy = r"writer='.*runs': Not a directory; name a directory that can be written"
+    with pytest.raises(NotADirectoryError, match=remedy):
+        EmoNavi(two_groups()[1], writer=bad)
+    notebook = Notebook()
+    model, groups = two_groups()
+    optimizer = EmoNavi(groups, writer=notebook)
+    train(model, optimizer, 2)
+    with pytest.raises(NotADirectoryError):
+        optimizer.writer = bad
+    assert optimizer.writer is notebook
+    assert optimizer._recorder._finalizer.alive, "what waits on a device would not be written at the end"
+    train(model, optimizer, 1)
+    assert [step for step, _ in notebook.of("emo/drive")] == [1, 2, 3]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_writer_that_fails_costs_no_step():
+    """A disk that is full for a while: the optimizer has moved, and the step is written with the next one."""
+
+    class Full(Notebook):
+        full = False
+
+        def add_scalar(self, tag, value, step):
+            if self.full:
+                raise OSError("no space left on device")
+            super().add_scalar(tag, value, step)
+
+    notebook = Full()
+    model, groups = two_groups()
+    optimizer = EmoNavi(groups, writer=notebook)
+    train(model, optimizer, 1)
+    notebook.full = True
+    with pytest.raises(OSError, match="no space"):
+        train(model, optimizer, 1)
+    notebook.full = False
+    train(model, optimizer, 1)
+    assert [step for step, _ in notebook.of("emo/drive")] == [1, 2, 3]
+
+
+def layouts(folder):
+    """The layouts of a run, as TensorBoard's own tab reads them."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+    events = accumulators.EventAccumulator(str(folder))
+    events.Reload()
+    if metadata.CONFIG_SUMMARY_TAG not in events.Tags()["tensors"]:
+        return []
+    found = events.Tensors(metadata.CONFIG_SUMMARY_TAG)
+    return [layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]) for event in found]
+
+
+def test_the_layout_is_written_once_and_finds_every_tag(tmp_path):
+    board = pytest.importorskip("torch.utils.tensorboard")
+    with board.SummaryWriter(str(tmp_path)) as writer:
+        model, groups = two_groups()
+        optimizer = EmoNavi(groups, writer=writer)
+        optimizer.writer = None
+        optimizer.writer = writer
+        EmoNavi(two_groups()[1], writer=writer)
+        train(model, optimizer, 3)
+    (layout,) = layouts(tmp_path)
+    assert [category.title for category in layout.category] == ["emonavi"]
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert charts == {title: tags for title, (_, tags) in LAYOUT["emonavi"].items()}
+    shown = [tag for tag in TAGS for patterns in charts.values() for p in patterns if re.match(p, tag)]
+    assert sorted(shown) == sorted(TAGS), "each tag stands in one chart"
+
+
+def test_a_layout_of_ones_own_is_added_after_it(tmp_path):
+    board = pytest.importorskip("torch.utils.tensorboard")
+    with board.SummaryWriter(str(tmp_path)) as writer:
+        optimizer = EmoNavi(two_groups()[1], writer=writer)
+        writer.add_custom_scalars({**LAYOUT, "mine": {"loss": ["Multiline", ["loss/"]]}})
+        optimizer.writer = None
+        optimizer.writer = writer  # does not come back over it
+    assert [c.title for c in layouts(tmp_path)[-1].category] == ["emonavi", "mine"]
+    assert len(layouts(tmp_path)) == 2
+
+
+def test_writers_that_cannot_be_hashed_get_the_layout_too():
+    class Odd(Notebook):
+        __hash__ = None
+        added = 0
+
+        def add_custom_scalars(self, layout):
+            assert layout is LAYOUT
+            self.added += 1
+
+    odd = Odd()
+    model, groups = two_groups()
+    train(model, EmoNavi(groups, writer=odd), 2)
+    assert odd.added == 1
 
 
 SCRIPT = """

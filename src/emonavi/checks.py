@@ -216,7 +216,7 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
 def writer(given: Any) -> Any:
     """An object with ``add_scalar``; a path becomes a TensorBoard writer on that directory."""
     if isinstance(given, (str, os.PathLike)):
-        path = os.fspath(given)
+        path = os.path.expanduser(given)  # no shell has done it where a trainer's command line passes the string
         if path.strip().lower() == "none":
             return None
         if not path.strip() or path.strip().lower() in WORDS:
@@ -225,7 +225,11 @@ def writer(given: Any) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(f"writer={given!r} needs TensorBoard: pip install tensorboard") from error
-        return SummaryWriter(log_dir=path)
+        try:
+            return SummaryWriter(log_dir=path)
+        except OSError as error:
+            remedy = "name a directory that can be written"
+            raise type(error)(error.errno, f"writer={given!r}: {error.strerror}; {remedy}", path) from error
     if not callable(getattr(given, "add_scalar", None)):
         raise TypeError(
             f"writer={given!r} has no add_scalar(tag, value, step): pass a SummaryWriter or a log directory"

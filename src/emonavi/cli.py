@@ -1,4 +1,4 @@
-"""The command line: ``emonavi demo``, ``emonavi bench``, ``emonavi report``, ``emonavi list``.
+"""The command line: ``emonavi demo``, ``emonavi plot``, ``emonavi bench``, ``emonavi report``, ``emonavi list``.
 
 Only typer is imported here. What a command needs beyond it is looked for before it begins, so that a missing package
 is one line with its remedy and no traceback.
@@ -31,6 +31,7 @@ _DEMO_NEEDS = {
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
 }
+_PLOT_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
 _BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
 
 
@@ -48,6 +49,7 @@ def build() -> typer.Typer:
     )
     commands.callback()(_root)
     commands.command()(demo)
+    commands.command()(plot)
     commands.command()(report)
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
@@ -64,7 +66,7 @@ def _refuse(command: str, missing: list[str], extra: str = "demo") -> int:
     return 2
 
 
-def _need(command: str, packages: dict[str, str], extra: str = "demo") -> None:
+def _require(command: str, packages: dict[str, str], extra: str = "demo") -> None:
     """Leave with one line where a package is missing."""
     missing = [package for module, package in packages.items() if find_spec(module) is None]
     if missing:
@@ -96,7 +98,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and batches.")] = 0,
 ) -> None:
     """Train four small tasks with EmoNavi, EmoFact, EmoLynx and AdamW at three learning rates, and compare."""
-    _need("emonavi demo", _DEMO_NEEDS)
+    _require("emonavi demo", _DEMO_NEEDS)
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +118,32 @@ def demo(
     raise typer.Exit(code)
 
 
+def plot(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of TensorBoard event files, searched with all below.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the two files.", show_default="RUN")] = None,
+) -> None:
+    """Draw what optimizers felt, from what writer= wrote: one PNG, and one HTML page that needs no network."""
+    _require("emonavi plot", _PLOT_NEEDS)
+
+    from emonavi.plot import draw
+
+    try:
+        png, page, count = draw(run, out or run)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="RUN") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
+    print(f"{count} run{'s' * (count > 1)}\n{png}\n{page}")
+
+
 def report(
     file: Annotated[Path, typer.Argument(help="What `emonavi bench lr` has written.", exists=True, dir_okay=False)],
     out: Annotated[Path | None, typer.Option(help="Folder.", show_default="FILE without its ending")] = None,
 ) -> None:
     """Say what `emonavi bench lr` has found, and write an HTML page and PNGs; the bench may still be running."""
-    _need("emonavi report", _BENCH_NEEDS, "bench")
+    _require("emonavi report", _BENCH_NEEDS, "bench")
     from rich.console import Console
 
     from emonavi.bench import lr_report
@@ -203,7 +225,7 @@ def learning_rates(
     ] = False,
 ) -> None:
     """Final losses over a grid of tasks, optimizers and learning rates; may be stopped and continued at any time."""
-    _need("emonavi bench lr", _BENCH_NEEDS, "bench")
+    _require("emonavi bench lr", _BENCH_NEEDS, "bench")
     from rich.console import Console
 
     from emonavi.bench import lr
@@ -221,7 +243,7 @@ def learning_rates(
         raise typer.BadParameter(str(error)) from error
     names = [name for name in names if split in ("", TASKS[name].split)]
     needs = {TASKS[name].needs for name in names} - {""}
-    _need("emonavi bench lr", {module: _DEMO_NEEDS.get(module, module) for module in sorted(needs)}, "bench")
+    _require("emonavi bench lr", {module: _DEMO_NEEDS.get(module, module) for module in sorted(needs)}, "bench")
     contenders = contenders or (list(lr.QUICK_OPTIMIZERS) if quick else list(CONTENDERS))
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
     if absent := missing(sorted({cell.optimizer for cell in cells})):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Intake", "Loss", "Mark", "Missing", "listening", "observe"]
+__all__ = ["Intake", "Loss", "Mark", "Missing", "listening", "observe", "unwrapped"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
@@ -179,6 +179,17 @@ def _mean_of_finite(losses: Sequence[Tensor | float]) -> Tensor | float:
     return stacked.where(stacked.isfinite(), torch.nan).nanmean()
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer at the bottom of a trainer's wrappers."""
+    inner = optimizer
+    for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
+        below = next((vars(inner)[k] for k in ("optimizer", "_optimizer") if k in getattr(inner, "__dict__", {})), None)
+        if below is None:
+            break
+        inner = below
+    return inner
+
+
 def observe(optimizer: Any, loss: Tensor | float) -> None:
     """Tell an optimizer, or anything that wraps one, the loss of its next step.
 
@@ -210,12 +221,7 @@ def listening(optimizer: Any) -> Any:
     Raises:
         TypeError: there is none.
     """
-    inner = optimizer
-    for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
-        below = next((vars(inner)[k] for k in ("optimizer", "_optimizer") if k in getattr(inner, "__dict__", {})), None)
-        if below is None:
-            break
-        inner = below
+    inner = unwrapped(optimizer)
     if not isinstance(getattr(inner, "_intake", None), Intake):
         raise TypeError(
             f"{type(optimizer).__name__} holds no optimizer that listens to a loss: pass the emonavi optimizer itself"

@@ -1,7 +1,11 @@
-"""What an optimizer feels, as plain numbers: a snapshot to read, and a recorder that writes it step by step."""
+"""What an optimizer feels, as plain numbers: a snapshot to read, and a recorder that writes it step by step.
+
+``live``, a line in the terminal, is at home in ``terminal.py``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from dataclasses import dataclass
@@ -11,10 +15,25 @@ import torch
 from torch import Tensor
 
 from emonavi.machine import Machine
+from emonavi.terminal import live
 
-__all__ = ["Recorder", "Snapshot", "tagged"]
+__all__ = ["LAYOUT", "Recorder", "Snapshot", "live", "tagged"]
 
 RING = 50  # steps that wait on a device before they are written
+
+# TensorBoard's tab "Custom Scalars", as add_custom_scalars takes it: charts of tags, which are regular expressions.
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "emonavi": {
+        "feeling: scalar, tension": ["Multiline", ["emo/scalar$", "emo/tension$"]],
+        "reflection: trust": ["Multiline", ["emo/trust$"]],  # beside a drive of 10 it would look like 0
+        "reflection: drive": ["Multiline", ["emo/drive$"]],
+        "effective lr of each group": ["Multiline", [r"emo/lr/group_\d+$"]],
+        "loss: short and long memory": ["Multiline", ["emo/loss_short$", "emo/loss_long$"]],
+        "gradient norm": ["Multiline", ["emo/grad_norm$"]],
+        "should_stop": ["Multiline", ["emo/should_stop$"]],
+    }
+}
+_laid_out: weakref.WeakSet[Any] = weakref.WeakSet()  # writers that have it
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,14 @@ class Snapshot:
     skipped_steps: int
     ignored_losses: int
     should_stop: bool
+
+    @property
+    def agitation(self) -> float:
+        """How far from calm, 0 to 1: 1 while it rests after a shock, else ``abs(scalar)``.
+
+        0: the loss moves within its own noise. Towards 1: it moves far beyond it, down (``scalar < 0``) or up.
+        """
+        return 1.0 if self.mood == "resting" else abs(self.scalar)
 
     @classmethod
     def of(cls, emotion: Machine, vector: Tensor) -> Snapshot:
@@ -74,6 +101,25 @@ class Recorder:
 
     On the CPU each step is written at once. On a device, where reading waits, the steps are kept there and written
     together every 50 steps, by ``flush()``, and when the recorder goes.
+
+    A writer that also has ``add_custom_scalars`` is given ``LAYOUT``, once and at once: TensorBoard shows the layout
+    that a run wrote last, so a layout of your own is added later, and may include this one:
+    ``writer.add_custom_scalars({**emonavi.monitor.LAYOUT, **mine})``.
+
+    Example:
+        Anything can be a writer, here a list; ``docs/watching.md`` has the same for Weights & Biases and MLflow.
+
+        >>> import torch, emonavi
+        >>> class Rows(list):
+        ...     def add_scalar(self, tag, value, step):
+        ...         self.append((tag, step))
+        >>> rows = Rows()
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = emonavi.EmoNavi([weight], writer=rows)
+        >>> weight.square().sum().backward()
+        >>> _ = optimizer.step()
+        >>> ("emo/drive", 1) in rows
+        True
     """
 
     def __init__(self, writer: Any, emotion: Machine) -> None:
@@ -82,6 +128,7 @@ class Recorder:
         self._ring: list[tuple[Tensor, Tensor]] = []
         # A function of the parts, not a method: a finalizer that held the recorder would keep it alive.
         self._finalizer = weakref.finalize(self, _finish, self._ring, writer, emotion)
+        _lay_out(writer)
 
     def record(self, vector: Tensor, effective_lr: Tensor) -> None:
         """Take in the state after a step."""
@@ -104,15 +151,25 @@ def _finish(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) ->
         writer.flush()  # a SummaryWriter writes in the background, and a script that ends does not wait for it
 
 
-def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:
-    waiting, ring[:] = list(ring), []
-    if not waiting:
+def _lay_out(writer: Any) -> None:
+    if not callable(getattr(writer, "add_custom_scalars", None)):
         return
-    vectors = torch.stack([vector for vector, _ in waiting]).cpu()
-    for vector, (_, rates) in zip(vectors, waiting, strict=True):
+    with contextlib.suppress(TypeError):  # an object that cannot be in a set is given the layout each time
+        if writer in _laid_out:
+            return  # a second optimizer's, and perhaps changed by its owner since
+        _laid_out.add(writer)
+    writer.add_custom_scalars(LAYOUT)
+
+
+def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:
+    if not ring:
+        return
+    for vector in torch.stack([vector for vector, _ in ring]).cpu():
+        rates = ring[0][1].tolist()
         felt = Snapshot.of(emotion, vector)
-        for tag, value in tagged(felt, rates.tolist()).items():
+        for tag, value in tagged(felt, rates).items():
             writer.add_scalar(tag, value, felt.steps)
+        del ring[0]  # only now: where a writer raises (a full disk), the step waits for the next attempt
 
 
 def tagged(felt: Snapshot, effective_lr: list[float]) -> dict[str, float]:

@@ -356,10 +356,11 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     @writer.setter
     def writer(self, writer: Any) -> None:
-        given = None if writer is None else checks.writer(writer)
+        given = None if writer is None else checks.writer(writer)  # None for "None", too
+        recorder = None if given is None else Recorder(given, self._emotion)
         if self._recorder is not None:
-            self._recorder.close()
-        self._recorder = None if given is None else Recorder(given, self._emotion)
+            self._recorder.close()  # after the new one is known to work: until then the old one goes on
+        self._recorder = recorder
 
     def flush(self) -> None:
         """Write what is waiting to be written."""

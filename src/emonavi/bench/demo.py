@@ -29,13 +29,12 @@ from emonavi.bench import Findings, Result, lr_label, report, sentences
 from emonavi.bench.runner import EMOTIONAL, Progress, Run, hardware, train, versions
 from emonavi.bench.tasks import DEMO, Task
 from emonavi.bench.workers import Failure, Worker, stop_on_sigint
+from emonavi.terminal import MOOD_STYLE
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
 
 OPTIMIZERS = (*EMOTIONAL, "AdamW")
 LRS = (1e-5, 1e-3, 1e-1)
-
-_MOOD_STYLE = {"growing": "green", "easing": "cyan", "braking": "yellow", "resting": "magenta", "done": "bold"}
 
 
 def run_demo(
@@ -251,7 +250,7 @@ class Board:
                 "" if math.isnan(at.loss) else report.loss_text(at.loss),
                 "" if at.drive is None else f"{at.drive:.2g}",
                 "" if at.trust is None else f"{at.trust:+.2f}",
-                Text(at.mood, style=_MOOD_STYLE.get(at.mood, "")),
+                Text(at.mood, style=MOOD_STYLE.get(at.mood, "")),
                 f"{at.rate:.0f}" if at.rate else "",
             )
         return table

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emonavi.bench import log_ticks, lr_label
-from emonavi.bench.page import finish
+from emonavi.bench import lr_label, page
 from emonavi.bench.peers import YARDSTICK
 from emonavi.bench.summary import Entry, Study, share
 
@@ -20,23 +19,21 @@ __all__ = ["STYLES", "Chart", "Style", "figure", "profile", "style", "sweep", "t
 
 TOP = 3.0  # times the yardstick: what is worse is drawn here
 
-_BLUE, _ORANGE, _GREEN, _RED, _PINK, _SKY, _GREY = (
-    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#808080"),
-)  # Okabe and Ito's palette: distinct for every kind of colour vision; the baseline is grey
+_BLUE, _ORANGE, _GREEN, _PINK, _RED, _SKY = page.PALETTE
 
 
 @dataclass(frozen=True)
 class Style:
     """Colour, kind of line and marker; no two entries share all three, and ours are thick."""
 
-    colour: str = _GREY
+    colour: str = page.GREY
     dash: str = "longdash"
     marker: str = "star"
     thick: bool = False
 
 
 STYLES = {
-    "AdamW + cosine": Style(_GREY, "dash", "square", thick=True),
+    "AdamW + cosine": Style(page.GREY, "dash", "square", thick=True),
     "Lion + cosine": Style(_GREEN, "dash", "square"),
     "EmoFact rule + cosine": Style(_ORANGE, "dash", "square"),
     "EmoNavi raw": Style(_BLUE, "solid", "circle", thick=True),
@@ -45,7 +42,7 @@ STYLES = {
     "EmoFact calm": Style(_ORANGE, "dot", "circle", thick=True),
     "EmoLynx raw": Style(_GREEN, "solid", "circle", thick=True),
     "EmoLynx calm": Style(_GREEN, "dot", "circle", thick=True),
-    "AdamW": Style(_GREY, "dot", "diamond"),
+    "AdamW": Style(page.GREY, "dot", "diamond"),
     "Prodigy": Style(_RED, "solid", "diamond"),
     "Prodigy + cosine": Style(_RED, "dash", "square"),
     "ScheduleFree AdamW": Style(_PINK, "solid", "diamond"),
@@ -57,7 +54,6 @@ STYLES = {
     "EmoNavi v3": Style(_SKY, "dash", "triangle-down"),
     "EmoNavi v4": Style(_SKY, "dashdot", "diamond"),
 }
-_MATPLOTLIB: dict[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
 _MARKERS = {
     "circle": "o",
     "square": "s",
@@ -159,7 +155,7 @@ def traces(study: Study, task: str, key: str) -> Chart:
     log = min(values) > 0  # a policy's loss is not
     ticks = {10.0**e: lr_label(10.0**e) for e in range(-9, 2)}
     if key == "loss":
-        ticks = {y: f"{y:,g}" for y in log_ticks(min(values), max(values))} if log else {}
+        ticks = page.ticks(min(values), max(values), plain=True) if log else {}
     return Chart(f"{task}: {name}", "step", "", curves, y_log=log, y_ticks=ticks)
 
 
@@ -168,9 +164,7 @@ def traces(study: Study, task: str, key: str) -> Chart:
 
 def figure(chart: Chart, height: int = 400) -> Any:
     """Return a chart as a plotly figure."""
-    from plotly.graph_objects import Figure
-
-    made = Figure()
+    made = page.panels(1, height, chart.title)
     for curve in chart.curves:
         look = style(curve.label)
         made.add_scatter(
@@ -180,19 +174,11 @@ def figure(chart: Chart, height: int = 400) -> Any:
             marker={"symbol": look.marker, "size": 7 if look.thick else 5},
             hovertemplate="%{text}<extra>%{fullData.name}</extra>",
         )
-    for update, title, log, ticks in (
-        (made.update_xaxes, chart.x_title, chart.x_log, chart.x_ticks),
-        (made.update_yaxes, chart.y_title, chart.y_log, chart.y_ticks),
-    ):
-        update(title=title, type="log" if log else "linear")
-        if ticks:
-            update(tickvals=list(ticks), ticktext=list(ticks.values()))
-    if chart.y_range:
-        made.update_yaxes(range=[math.log10(y) for y in chart.y_range] if chart.y_log else chart.y_range)
+    page.scale(made.update_xaxes, chart.x_log, None, chart.x_ticks, title=chart.x_title)
+    page.scale(made.update_yaxes, chart.y_log, chart.y_range, chart.y_ticks, title=chart.y_title)
     if chart.line is not None:
-        made.add_hline(chart.line, line={"color": _GREY, "width": 1})
+        made.add_hline(chart.line, line={"color": page.GREY, "width": 1})
     made.update_layout(hovermode="closest")
-    finish(made, chart.title, height)
     return made
 
 
@@ -216,12 +202,10 @@ def write_png(charts: Sequence[Chart], path: Path, columns: int) -> None:
 
 
 def _draw(axis: Any, chart: Chart) -> None:
-    from matplotlib.ticker import NullFormatter
-
     for curve in chart.curves:
         look = style(curve.label)
         mark = {"marker": _MARKERS[look.marker], "markersize": 4} if chart.markers else {}
-        wide, dash = 2.0 if look.thick else 1.0, _MATPLOTLIB[look.dash]
+        wide, dash = 2.0 if look.thick else 1.0, page.DASHES[look.dash].matplotlib
         axis.plot(curve.x, curve.y, color=look.colour, lw=wide, ls=dash, label=curve.label, **mark)
     axis.set(title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title)
     xs, ys = ([v for curve in chart.curves for v in getattr(curve, name)] for name in ("x", "y"))
@@ -229,16 +213,9 @@ def _draw(axis: Any, chart: Chart) -> None:
         ("x", chart.x_log, chart.x_ticks, xs, None),
         ("y", chart.y_log, chart.y_ticks, ys, chart.y_range),
     ):
-        if log:
-            getattr(axis, f"set_{direction}scale")("log")
         low, high = fixed or (min(values, default=0.1), max(values, default=1.0))
         if not fixed:
             low, high = (low / 1.15, high * 1.15) if log else (low, high)
-        if ticks:  # ticks widen the axis: the limits come after them
-            getattr(axis, f"set_{direction}ticks")(list(ticks), list(ticks.values()))
-            getattr(axis, f"{direction}axis").set_minor_formatter(NullFormatter())
-        getattr(axis, f"set_{direction}lim")(low, high)
+        page.prepare(axis, low, high, log, ticks, direction)
     if chart.line is not None:
-        axis.axhline(chart.line, color=_GREY, lw=0.8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+        axis.axhline(chart.line, color=page.GREY, lw=0.8)

@@ -13,9 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import lr_label
+from emonavi.bench import lr_label, page
 from emonavi.bench.lr_plots import figure, profile, style, sweep, traces, write_png
-from emonavi.bench.page import Chip, facts, legend, page, plot, said
 from emonavi.bench.peers import OWN_RULE, YARDSTICK
 from emonavi.bench.summary import CAP, NEAR, Line, Study, marks, times
 
@@ -120,7 +119,7 @@ def write(study: Study, folder: Path, source: str) -> list[Path]:
 
 
 def _page(study: Study, source: str) -> str:
-    chips = [Chip(entry.label, style(entry.label).colour, style(entry.label).dash) for entry in study.entries]
+    chips = [page.Chip(entry.label, style(entry.label).colour, style(entry.label).dash) for entry in study.entries]
     made_by = Counter(row["made_by"] for row in study.rows)
     failed = Counter((r["optimizer"], r["reason"]) for r in study.rows if r["reason"])
     made = {
@@ -134,15 +133,15 @@ def _page(study: Study, source: str) -> str:
         "Lost runs": "; ".join(f"{name}: {why} ({count})" for (name, why), count in failed.most_common(20)) or "none",
     }
     body = Template(_BODY).substitute(
-        said=said(verdicts(study)),
+        said=page.said(verdicts(study)),
         explained=html.escape(_explained(study)),
         tables="".join(_html_table(title, lines) for title, lines in _tables(study)),
-        key=legend(chips),
-        profiles="".join(plot(figure(profile(study, split))) for split in _SPLITS if study.tasks(split)),
+        key=page.legend(chips),
+        profiles="".join(page.plot(figure(profile(study, split))) for split in _SPLITS if study.tasks(split)),
         tasks="".join(_section(study, task) for task in study.splits),
-        facts=facts(made),
+        made=page.definitions(made),
     )
-    return page("emonavi bench lr", body, _STYLE, _SCRIPT)
+    return page.document("emonavi bench lr", body, _STYLE, _SCRIPT)
 
 
 def _html_table(title: str, lines: list[Line]) -> str:
@@ -164,7 +163,7 @@ def _section(study: Study, task: str) -> str:
     long = ", long: three times the steps" if task in study.tasks("long") else ""
     best = html.escape(study.at_best(task))
     charts = (sweep(study, task), traces(study, task, "lr"), traces(study, task, "loss"))
-    plots = "".join(plot(figure(chart, 360)) for chart in charts if chart.curves)
+    plots = "".join(page.plot(figure(chart, 360)) for chart in charts if chart.curves)
     return (
         f"<section><h3>{html.escape(task)} <small>{study.splits[task]}, {study.steps[task]} steps{long}; {best}</small>"
         f'</h3><div class="plots">{plots}</div></section>'
@@ -173,7 +172,7 @@ def _section(study: Study, task: str) -> str:
 
 _STYLE = """
 h3 { margin: 36px 0 0 } small { color: var(--soft); font-weight: 400 } .wide { padding-bottom: 6px }
-.sorts button { all: unset; cursor: pointer } .sorts button:focus-visible { outline: 2px solid #0072b2 }
+.sorts button { all: unset; cursor: pointer } .sorts button:focus-visible { outline: 2px solid var(--accent) }
 .sorts thead th { white-space: normal; min-width: 4.5em; vertical-align: bottom } .ours { background: var(--near) }
 .sorts tr > :first-child { position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 9em }
 .sorts .ours > :first-child { font-weight: 600 }
@@ -199,5 +198,5 @@ drawn at 3. Effective lr and train loss: ours from each lr, AdamW + cosine at it
 $key
 <div class="plots two">$profiles</div>
 $tasks
-<h2>How this was made</h2>$facts
+<h2>How this was made</h2>$made
 """

@@ -1,16 +1,55 @@
-"""What the reports' HTML pages share: one file without network, light and dark, readable on a phone; plots are drawn
-when they come near the screen.
+"""What all pictures and pages share: colours, axes, and one HTML file that needs no network.
+
+A page is light and dark, readable on a phone, and draws its plots when they come near the screen. matplotlib and plotly
+are imported where they are used: they take a second that the start of a command does not need.
 """
 
 from __future__ import annotations
 
 import html
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from string import Template
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["Chip", "facts", "finish", "legend", "page", "plot", "said"]
+from emonavi.bench import log_ticks, lr_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    *("DASHES", "GREY", "MEANINGS", "PALETTE", "Chip", "Dash", "definitions", "document", "legend", "panels"),
+    *("plot", "prepare", "said", "sample", "scale", "ticks"),
+]
+
+# Okabe and Ito's palette: distinct for every kind of colour vision, without yellow and black, which vanish on one of
+# the two backgrounds.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+GREY = "#808080"  # of a baseline, and of what belongs to nobody
+
+MEANINGS = {
+    "scalar": "what the loss feels like, -1 to 1: above 0 it rises beyond its own noise, below 0 it improves",
+    "drive": "the factor on your lr that the optimizer has found by itself",
+    "trust": "does today's gradient agree with the last step? above 0 that step was too short, below 0 too long",
+}
+
+
+class Dash(NamedTuple):
+    """A kind of line, as matplotlib and as SVG say it."""
+
+    matplotlib: Any
+    svg: str
+
+
+# By plotly's names.
+DASHES = {
+    "solid": Dash("-", "none"),
+    "dot": Dash(":", "2 4"),
+    "dash": Dash("--", "8 5"),
+    "dashdot": Dash("-.", "8 4 2 4"),
+    "longdash": Dash((0, (8, 3)), "12 4"),
+}
 
 
 class Chip(NamedTuple):
@@ -21,15 +60,82 @@ class Chip(NamedTuple):
     dash: str = "solid"
 
 
-def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """Return a whole page; ``style`` and ``script`` are what it has beyond the common ones."""
+# --- Axes and panels
+
+
+def ticks(low: float, high: float, plain: bool = False) -> dict[float, str]:
+    """Return round places on a logarithmic axis and their labels: as people write an lr, or as plain numbers."""
+    return {tick: f"{tick:,g}" if plain else lr_label(tick) for tick in log_ticks(low, high)}
+
+
+def prepare(
+    axis: Axes, low: float, high: float, log: bool, at: Mapping[float, str] | None = None, direction: str = "y"
+) -> None:
+    """Give an axis of matplotlib its range, its scale and the house's look; without ``at`` its ticks are its own."""
+    from matplotlib.ticker import NullFormatter
+
+    getattr(axis, f"set_{direction}scale")("log" if log else "linear")
+    if at:  # ticks widen the axis: the limits come after them
+        getattr(axis, f"set_{direction}ticks")(list(at), list(at.values()))
+        getattr(axis, f"{direction}axis").set_minor_formatter(NullFormatter())
+    getattr(axis, f"set_{direction}lim")(low, high)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def scale(
+    update: Callable[..., Any],
+    log: bool,
+    span: tuple[float, float] | None = None,
+    at: Mapping[float, str] | None = None,
+    **more: Any,
+) -> None:
+    """The same for plotly, through a figure's ``update_xaxes`` or ``update_yaxes``; without ``span`` it fits."""
+    if span:
+        more["range"] = [math.log10(end) for end in span] if log else list(span)
+    if at:
+        more |= {"tickvals": list(at), "ticktext": list(at.values())}
+    update(type="log" if log else "linear", **more)
+
+
+def panels(rows: int, height: int, heading: str) -> Any:
+    """Return a figure of plotly with panels below each other, in the house's look."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "automargin": True}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis, title_standoff=4)
+    figure.update_xaxes(row=rows, title="step")
+    figure.update_layout(template="none", showlegend=False, dragmode=False, hovermode="x unified", height=height)
+    figure.update_layout(title={"text": heading, "font": {"size": 14}}, margin={"l": 62, "r": 8, "t": 36, "b": 40})
+    figure.update_layout(font={"size": 12, "family": "system-ui, sans-serif"})  # the page sets the colour
+    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+    return figure
+
+
+# --- The page
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """Return a page that stands alone: plotly and the figures of ``plot`` are inside.
+
+    ``style`` and ``script`` are what it has beyond the common ones.
+    """
     from plotly.offline import get_plotlyjs
 
-    parts = {"title": title, "body": body, "style": style, "script": script, "plotly": get_plotlyjs()}
-    return Template(_HTML).substitute(parts)
+    parts = {"title": html.escape(title), "body": body, "style": style, "script": script, "plotly": get_plotlyjs()}
+    return Template(_HTML).substitute(parts, accent=PALETTE[0], good=PALETTE[2], bad=PALETTE[4])
 
 
-def said(sentences: list[str]) -> str:
+def plot(figure: Any) -> str:
+    """Return the element in which the page draws a figure once it comes near."""
+    data = figure.to_json().replace("</", "<\\/")  # inside a script element
+    height = f"min-height: {figure.layout.height}px"
+    return f'<div class="plot" style="{height}"><script type="application/json">{data}</script></div>'
+
+
+def said(sentences: Iterable[str]) -> str:
     """Set off the sentences that say what was found."""
     return f'<div class="said">{"".join(f"<p>{_unbroken(html.escape(words))}</p>" for words in sentences)}</div>'
 
@@ -39,61 +145,51 @@ def _unbroken(words: str) -> str:
     return re.sub(r"\d+e-\d+", r'<span class="whole">\g<0></span>', words)
 
 
-def facts(pairs: Mapping[str, Any]) -> str:
-    """List terms and what is to be said of them."""
-    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{html.escape(str(words))}</dd>' for name, words in pairs.items())}</dl>"
+def definitions(entries: Mapping[str, Any]) -> str:
+    """Return a list of words and what they stand for."""
+    pairs = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in entries.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def sample(colour: str, dash: str = "solid") -> str:
+    """Return a piece of a line, for a key."""
+    return (
+        f'<svg class="sample" width="28" height="6"><path d="M0 3h28" stroke="{colour}" stroke-width="3" '
+        f'stroke-dasharray="{DASHES[dash].svg}"/></svg>'
+    )
 
 
 def legend(chips: Iterable[Chip]) -> str:
     """Return the key of all plots, which stays in sight; a click on a name hides its lines, or shows them again."""
-    kinds = {"solid": "solid", "dot": "dotted"}  # CSS knows one kind of dashes
     buttons = (
-        f'<button aria-pressed="true"><i style="border-color: {chip.colour}; border-top-style: '
-        f'{kinds.get(chip.dash, "dashed")}"></i>{html.escape(chip.name)}</button>'
+        f'<button aria-pressed="true">{sample(chip.colour, chip.dash)}{html.escape(chip.name)}</button>'
         for chip in chips
     )
     return f'<div class="key">{"".join(buttons)}</div>'
 
 
-def finish(figure: Any, heading: str, height: int) -> None:
-    """Give a plotly figure the look of the page, which sets the colour of its words."""
-    axis = {"gridcolor": "rgba(128,128,128,.22)", "zeroline": False, "automargin": True}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis, title_standoff=4)
-    figure.update_layout(template="none", showlegend=False, dragmode=False, height=height)
-    figure.update_layout(title={"text": heading, "font": {"size": 14}}, margin={"l": 62, "r": 8, "t": 36, "b": 40})
-    figure.update_layout(font={"size": 12, "family": "system-ui, sans-serif"})
-    figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
-
-
-def plot(figure: Any) -> str:
-    """Put a figure into the page."""
-    data = figure.to_json().replace("</", "<\\/")  # inside a script element
-    style = f"min-height: {figure.layout.height}px"
-    return f'<div class="plot" style="{style}"><script type="application/json">{data}</script></div>'
-
-
 _HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>$title</title><style>
-:root { --ink: #1d2329; --soft: #5b6570; --page: #fff; --line: #dfe3e8; --near: #009e7324; --bad: #d55e0026 }
+:root { --ink: #1d2329; --soft: #5b6570; --page: #fff; --line: #dfe3e8; --accent: $accent;
+  --near: ${good}24; --bad: ${bad}26 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #9aa4ae; --page: #14171a; --line: #2c3238 } }
 * { box-sizing: border-box } body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif }
 main { max-width: 1180px; margin: auto; padding: 24px 16px 64px } h1 { margin: 0; font-size: 1.7rem }
 h2 { font-size: 1.1rem; margin: 44px 0 10px } .soft, dt, th { color: var(--soft); font-weight: 400 }
-p { max-width: 76ch } .said { border-left: 3px solid #0072b2; padding-left: 14px; margin: 20px 0 }
+p { max-width: 76ch } .said { border-left: 3px solid var(--accent); padding-left: 14px; margin: 20px 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
 td, th { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 tr > :first-child { text-align: left; padding-left: 0; color: var(--ink) } .missing { color: var(--soft) }
 .whole { white-space: nowrap } .near { background: var(--near) } .far, .bad { background: var(--bad) }
 .key { position: sticky; top: 0; z-index: 2; background: var(--page); padding: 8px 0; display: flex; gap: 4px 16px;
   flex-wrap: wrap } .key button { all: unset; cursor: pointer; white-space: nowrap; font-size: 14px }
-.key button:focus-visible { outline: 2px solid #0072b2 } .key [aria-pressed=false] { opacity: .35 }
-.key i { display: inline-block; width: 24px; border-top: 3px; margin-right: 6px; vertical-align: middle }
+.key button:focus-visible { outline: 2px solid var(--accent) } .key [aria-pressed=false] { opacity: .35 }
+.sample { margin-right: 6px; vertical-align: middle }
 .plots { display: grid; gap: 12px; margin-top: 14px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
-.plot { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
+.plots > * { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
 dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 600px) {
   .key { flex-wrap: nowrap; overflow-x: auto }
   td, th { padding: 5px 4px; font-size: 14px } th { white-space: normal } }

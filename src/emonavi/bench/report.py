@@ -14,13 +14,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import Curves, Findings, Result, axis_range, factor, log_ticks, lr_label, sentences
-from emonavi.bench.page import Chip, facts, finish, legend, page, plot, said
+from emonavi.bench import Curves, Findings, Result, axis_range, factor, lr_label, page, sentences
 
 __all__ = ["contents", "loss_text", "short", "table", "write"]
 
-# Okabe and Ito's palette: distinct for every kind of colour vision. The baseline is grey and dashed.
-COLOURS = {"EmoNavi": "#0072B2", "EmoFact": "#E69F00", "EmoLynx": "#009E73", "AdamW": "#808080"}
+COLOURS = dict(zip(("EmoNavi", "EmoFact", "EmoLynx"), page.PALETTE, strict=False))
+COLOURS["AdamW"] = page.GREY
 _NEAR, _FAR = 1.1, 1.5  # times the best of the task: what counts as good, and as bad
 _SERIES = (("loss", "train loss"), ("lr", "effective lr"), ("scalar", "emotional scalar"))
 
@@ -122,11 +121,15 @@ def contents(found: Findings) -> RenderableType:
 # --- Curves
 
 
+def _dash(optimizer: str) -> str:
+    """Set the baseline off."""
+    return "dash" if optimizer == "AdamW" else "solid"
+
+
 def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
     """Draw a task's curves: a row for each series, a column for each learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
 
     lrs, optimizers = found.plan["lrs"], found.plan["optimizers"]
     figure = Figure(figsize=(4 * len(lrs), 8), dpi=110, layout="constrained")
@@ -137,16 +140,10 @@ def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
         for row, (key, title) in enumerate(_SERIES):
             axis = axes[row, column]
             low, high, log = axis_range(curves, key)
-            axis.set_yscale("log" if log else "linear")
-            if log and key == "loss":
-                axis.set_yticks(log_ticks(low, high), [f"{tick:,g}" for tick in log_ticks(low, high)])
-                axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.set_ylim(low, high)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
+            page.prepare(axis, low, high, log, page.ticks(low, high, plain=True) if log and key == "loss" else None)
             for name in (name for name in optimizers if (name, lr) in curves):
-                steps, values, dash = curves[name, lr]["step"], curves[name, lr][key], "--" if name == "AdamW" else "-"
-                axis.plot(steps, values, dash, color=COLOURS[name], lw=1.6, label=name)
+                steps, values, dash = curves[name, lr]["step"], curves[name, lr][key], page.DASHES[_dash(name)]
+                axis.plot(steps, values, ls=dash.matplotlib, color=COLOURS[name], lw=1.6, label=name)
             if column == 0:
                 axis.set_ylabel(title)
     for axis in axes[-1]:
@@ -157,32 +154,23 @@ def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
     figure.savefig(found.folder / f"{task['name']}.png")
 
 
-def _plot(found: Findings, lr: float, curves: Curves) -> str:
+def _figure(found: Findings, lr: float, curves: Curves) -> Any:
     """Build the interactive panels of one task at one learning rate."""
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=len(_SERIES), cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    figure = page.panels(len(_SERIES), 520, f"lr {lr_label(lr)}")
     for row, (key, title) in enumerate(_SERIES, start=1):
         low, high, log = axis_range(curves, key)
-        span = [math.log10(low), math.log10(high)] if log else [low, high]
-        ticks: dict[str, Any] = {}
-        if log:
-            at = log_ticks(low, high)
-            ticks = {"tickvals": at, "ticktext": [f"{t:,g}" if key == "loss" else lr_label(t) for t in at]}
-        figure.update_yaxes(row=row, title=title, type="log" if log else "linear", range=span, **ticks)
+        at = page.ticks(low, high, key == "loss") if log else None
+        page.scale(figure.update_yaxes, log, (low, high), at, row=row, title=title)
         for name in found.plan["optimizers"]:
             values = curves.get((name, lr))
             if values is None or (key == "scalar" and name == "AdamW"):
                 continue
-            line = {"color": COLOURS[name], "width": 1.8, "dash": "dash" if name == "AdamW" else "solid"}
+            line = {"color": COLOURS[name], "width": 1.8, "dash": _dash(name)}
             figure.add_scatter(
                 **{"row": row, "col": 1, "x": values["step"], "y": values[key], "mode": "lines", "name": name},
                 **{"line": line, "hovertemplate": "%{y:.4g}"},
             )
-    figure.update_xaxes(row=len(_SERIES), title="step")
-    figure.update_layout(hovermode="x unified")
-    finish(figure, f"lr {lr_label(lr)}", height=520)
-    return plot(figure)
+    return figure
 
 
 # --- The page
@@ -190,7 +178,7 @@ def _plot(found: Findings, lr: float, curves: Curves) -> str:
 
 def _page(found: Findings, curves: dict[str, Curves]) -> str:
     plan = found.plan
-    chips = (Chip(name, COLOURS[name], "dash" if name == "AdamW" else "solid") for name in plan["optimizers"])
+    chips = (page.Chip(name, COLOURS[name], _dash(name)) for name in plan["optimizers"])
     made = {
         "Command": plan["command"],
         "Started": plan["started"],
@@ -201,12 +189,13 @@ def _page(found: Findings, curves: dict[str, Curves]) -> str:
         "Finished": f"{len(found.results)} of {len(plan['tasks']) * len(plan['optimizers']) * len(plan['lrs'])} runs",
     }
     body = Template(_BODY).substitute(
-        said=said(sentences(found) + _reasons(found)),
-        facts=facts(made),
+        said=page.said(sentences(found) + _reasons(found)),
         sections="".join(_section(found, task, curves[task["name"]]) for task in found.begun()),
-        key=legend(chips),
+        key=page.legend(chips),
+        meanings=page.definitions(_CURVES | page.MEANINGS | _MOODS),
+        made=page.definitions(made),
     )
-    return page("emonavi demo", body)
+    return page.document("emonavi demo", body)
 
 
 def _section(found: Findings, task: dict[str, Any], curves: Curves) -> str:
@@ -223,13 +212,21 @@ def _section(found: Findings, task: dict[str, Any], curves: Curves) -> str:
     plots = ""
     for lr in found.plan["lrs"]:
         if any(rate == lr for _, rate in curves):
-            plots += _plot(found, lr, curves)
+            plots += page.plot(_figure(found, lr, curves))
     return (
         f'<section><h2>{html.escape(_title(found, task))}</h2><div class="wide"><table><tr><th>{name}</th>{head}'
         f'<th>worst / best</th></tr>{rows}</table></div><div class="plots">{plots}</div></section>'
     )
 
 
+_CURVES = {
+    "train loss": "running mean; a run that explodes leaves through the top",
+    "effective lr": "the learning rate that acts: lr times drive",
+}
+_MOODS = {
+    "mood": "what it does, in a word: growing, steady, easing off, braking while the loss rises, resting after a "
+    "shock, done"
+}
 _BODY = """<h1>emonavi demo</h1><p class="soft">Loss-aware optimizers at three learning rates, beside AdamW.</p>
 $said
 <p class="soft">Tables: final loss on held-out data, lower is better; ★ best of its row; green: within 10 % of the best
@@ -237,13 +234,6 @@ of its task; red: more than half as high again, diverged (nan) or failed. Short 
 few per cent may be chance.</p>
 $key
 $sections
-<h2>How to read the curves</h2><dl>
-<dt>train loss</dt><dd>running mean; a run that explodes leaves through the top</dd>
-<dt>effective lr</dt><dd>the learning rate that acts: lr times drive</dd>
-<dt>scalar</dt><dd>what the loss feels like, -1 to 1: above 0 it rises beyond its own noise, below 0 it improves</dd>
-<dt>drive</dt><dd>the factor on your lr that the optimizer has found by itself</dd>
-<dt>trust</dt><dd>does today's gradient agree with the last step? above 0 that step was too short, below 0 too long</dd>
-<dt>mood</dt><dd>what it does, in a word: growing, steady, easing off, braking while the loss rises, resting after a
-shock, done</dd></dl>
-<h2>How this was made</h2>$facts
+<h2>How to read the curves</h2>$meanings
+<h2>How this was made</h2>$made
 """

@@ -1,0 +1,108 @@
+"""What optimizers felt, read back from the TensorBoard event files that ``writer=`` makes, by TensorBoard's own reader.
+
+A step that stands there twice, as after a crash and a resume, counts as it was written last.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Curve", "Run", "read"]
+
+_POINTS = 300  # stretches that a curve is drawn in, each by its lowest and its highest value
+
+
+class Curve(NamedTuple):
+    """One line of a panel."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+    def thinned(self) -> Curve:
+        """Few enough points for a light page, with every spike."""
+        stride = math.ceil(len(self.steps) / _POINTS)
+        if stride <= 2:
+            return self
+        kept: set[int] = {0, len(self.steps) - 1}
+        for start in range(0, len(self.steps), stride):
+            stretch = range(start, min(start + stride, len(self.steps)))
+            kept |= {min(stretch, key=self.values.__getitem__), max(stretch, key=self.values.__getitem__)}
+        at = sorted(kept)
+        return Curve(self.name, [self.steps[i] for i in at], [self.values[i] for i in at])
+
+
+@dataclass(frozen=True)
+class Run:
+    """The emotion in one folder of event files."""
+
+    label: str
+    tags: dict[str, dict[int, float]]  # tag -> value at each step, in order
+
+    def stops(self) -> list[tuple[int, int]]:
+        """Stretches of steps in which ``should_stop`` was True; interruptions of a hundredth of the run are bridged."""
+        points = self.tags.get("emo/should_stop", {})
+        true = [step for step, value in points.items() if value > 0]
+        bridge = max(1, max(points, default=0) // 100)
+        stretches: list[tuple[int, int]] = []
+        for step in true:
+            near = bool(stretches) and step - stretches[-1][1] <= bridge
+            stretches[-1:] = [(stretches[-1][0], step)] if near else [*stretches[-1:], (step, step)]
+        return stretches
+
+    def last(self, tag: str) -> float:
+        """The last value under a tag; nan where there is none."""
+        return next(reversed(self.tags.get(tag, {0: math.nan}).values()))
+
+    @property
+    def steps(self) -> int:
+        """The last step."""
+        return max(max(points) for points in self.tags.values())
+
+
+def read(folder: Path) -> list[Run]:
+    """Read every folder of event files at or below ``folder`` that holds an emotion.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no event file in it.
+        ValueError: the event files hold no emotion.
+    """
+    if not folder.is_dir():
+        what = "is a file: name the folder that it lies in" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}")
+    homes = sorted({file.parent for file in folder.rglob("*tfevents*") if file.is_file()})
+    if not homes:
+        raise FileNotFoundError(
+            f"{folder} holds no event files (*tfevents*): name the directory that writer= writes to"
+        )
+    runs = [Run(_label(home, folder), tags) for home in homes if (tags := _read(home))]
+    if not runs:
+        raise ValueError(
+            f"the event files in {folder} hold no tag emo/...: construct the optimizer with a writer, as in "
+            f'EmoNavi(params, writer="{folder}")'
+        )
+    return runs
+
+
+def _label(home: Path, folder: Path) -> str:
+    return home.relative_to(folder).as_posix() if home != folder else folder.resolve().name
+
+
+def _read(home: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # 0 keeps every scalar; of pictures and the like, which may be large, the least.
+    sizes = {kind: 1 for kind in ("compressedHistograms", "images", "audio", "histograms", "tensors")}
+    events = EventAccumulator(str(home), size_guidance={**sizes, "scalars": 0})
+    events.Reload()
+    tags = sorted((t for t in events.Tags()["scalars"] if t.startswith("emo/")), key=_natural)
+    return {tag: dict(sorted((e.step, e.value) for e in events.Scalars(tag))) for tag in tags}
+
+
+def _natural(tag: str) -> list[Any]:
+    """Sorts group_10 behind group_9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", tag)]

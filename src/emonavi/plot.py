@@ -1,0 +1,269 @@
+"""``emonavi plot``: what optimizers felt, from TensorBoard's event files to one PNG and one HTML page.
+
+Needs ``emonavi[demo]``.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import emonavi
+from emonavi.bench import lr_label, page, running_mean
+from emonavi.events import Curve, Run, read
+
+__all__ = ["PANELS", "Panel", "draw"]
+
+_DASHES = ("solid", "dot", "dash", "dashdot")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What is shown together."""
+
+    title: str
+    tags: dict[str, str]  # regular expression of a tag -> name of its curve; the first is the most telling
+    meaning: str
+    log: bool = False  # wherever the values are above 0 and more than a decade apart
+    limit: float = math.inf  # the most that is shown, on either side of 0
+    plain: bool = True  # ticks as plain numbers, instead of 1e-3
+    noisy: bool = False  # a running mean is drawn over it
+
+    def curves(self, run: Run) -> list[Curve]:
+        """The curves of a run; groups with the same lr are one."""
+        found: list[Curve] = []
+        for pattern, name in self.tags.items():
+            for tag, points in run.tags.items():
+                match = re.fullmatch(pattern, tag)
+                if match and points and all(list(points.values()) != curve.values for curve in found):
+                    found.append(Curve(match.expand(name), list(points), list(points.values())))
+        return found
+
+    def span(self, curves: list[Curve]) -> tuple[float, float, bool]:
+        """The range that holds these curves, and whether it is logarithmic."""
+        values = [v for curve in curves for v in curve.values if math.isfinite(v)] or [0.0]
+        low, high = min(values), max(values)
+        if math.isfinite(self.limit):
+            bound = 1.05 * min(self.limit, max(1.0, high, -low))
+            return -bound, bound, False
+        if self.log and low > 0 and high >= 10 * low:
+            return low / 1.15, high * 1.15, True
+        pad = 0.05 * ((high - low) or abs(high) or 1.0)
+        return low - pad, high + pad, False
+
+
+PANELS = (
+    Panel(
+        "loss", {"emo/loss_short": "short", "emo/loss_long": "long"},
+        "as it is remembered: the short memory holds about 3 steps, the long one 100", log=True,
+    ),
+    Panel(
+        "effective lr", {r"emo/lr/group_(\d+)": r"group \1"},
+        "the learning rate that acts: lr times drive, for each group where they differ", log=True, plain=False,
+    ),
+    Panel(
+        "scalar, tension", {"emo/scalar": "scalar", "emo/tension": "tension"},
+        f"scalar: {page.MEANINGS['scalar']}. tension: how far the short memory of the loss stands above its medium "
+        "one, in units of that noise; beyond 4 it leaves the panel", limit=4.0, noisy=True,
+    ),
+    Panel("trust", {"emo/trust": "trust"}, page.MEANINGS["trust"], noisy=True),
+    Panel("drive", {"emo/drive": "drive"}, page.MEANINGS["drive"], log=True),
+    Panel(
+        "gradient norm", {"emo/grad_norm": "norm"}, "of all gradients together, before any is scaled", log=True,
+        noisy=True,
+    ),
+)  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A curve and how it is drawn: ``faint`` behind its running mean."""
+
+    curve: Curve
+    run: str
+    colour: str
+    dash: str
+    faint: bool
+
+
+def _lines(panel: Panel, runs: list[Run]) -> list[Line]:
+    """The curves of a panel: with a colour each for a single run, else with a colour for each run, and dashes.
+
+    Of more runs than there are colours only the first curve is drawn, and the dashes tell the runs apart.
+    """
+    lines: list[Line] = []
+    few = len(runs) <= len(page.PALETTE)
+    for place, run in enumerate(runs):
+        for number, curve in enumerate(panel.curves(run)[: None if few else 1]):
+            colour = page.PALETTE[number % len(page.PALETTE)] if len(runs) == 1 else _colour(runs, place)
+            dash = _DASHES[(number if few else place // len(page.PALETTE)) % len(_DASHES)]
+            lines.append(Line(curve.thinned(), run.label, colour, dash, panel.noisy))
+            if panel.noisy:
+                mean = curve._replace(values=running_mean(curve.values, min(0.05, 50 / len(curve.steps))))
+                lines.append(Line(mean.thinned(), run.label, colour, dash, False))
+    return lines
+
+
+def _colour(runs: list[Run], place: int) -> str:
+    """A run's own colour; grey where there is no other run."""
+    return page.GREY if len(runs) == 1 else page.PALETTE[place % len(page.PALETTE)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All runs of a folder, and what each panel shows of them."""
+
+    folder: Path
+    runs: list[Run]
+    panels: list[tuple[Panel, list[Line]]]
+    marks: list[tuple[int, int, str]]  # should_stop: from, to, colour
+
+    @classmethod
+    def load(cls, folder: Path) -> Scene:
+        """Read a folder."""
+        runs = read(folder)
+        shown = [(panel, lines) for panel in PANELS if (lines := _lines(panel, runs))]
+        marks = [(*stretch, _colour(runs, place)) for place, run in enumerate(runs) for stretch in run.stops()]
+        return cls(folder, runs, shown, marks)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is a single run: its curves have colours, and no name is needed."""
+        return len(self.runs) == 1
+
+    def key(self) -> dict[str, Line]:
+        """A line of each run."""
+        drawn = {line.run: line for _, lines in self.panels for line in lines}
+        return {} if self.alone else {run.label: drawn[run.label] for run in self.runs}
+
+    def names(self, lines: list[Line]) -> dict[str, Line]:
+        """A line for each curve of a panel that has several; grey, where the colours stand for runs."""
+        drawn = {x.curve.name: x if self.alone else x._replace(colour=page.GREY) for x in lines if not x.faint}
+        return drawn if len(drawn) > 1 else {}
+
+
+def draw(folder: Path, out: Path) -> tuple[Path, Path, int]:
+    """Draw all runs at or below ``folder`` into ``out``; return the picture, the page and the number of runs.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no event file in it.
+        ValueError: the event files hold no emotion.
+    """
+    scene = Scene.load(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    png, site = out / "emonavi-plot.png", out / "emonavi-plot.html"
+    _write_png(png, scene)
+    site.write_text(_page(scene), encoding="utf-8")
+    return png, site, len(scene.runs)
+
+
+# --- The picture
+
+
+def _write_png(path: Path, scene: Scene) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    def sample(line: Line) -> Line2D:
+        return Line2D([], [], color=line.colour, ls=page.DASHES[line.dash].matplotlib)
+
+    rows = math.ceil(len(scene.panels) / 2)
+    figure = Figure(figsize=(12, 3 * rows + 0.06 * len(scene.runs) + 0.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, 2, sharex=True, squeeze=False).flat)
+    for axis, (panel, lines) in zip(axes, scene.panels, strict=False):
+        low, high, log = panel.span([line.curve for line in lines])
+        page.prepare(axis, low, high, log, page.ticks(low, high, plain=True) if log and panel.plain else None)
+        axis.set_title(panel.title, loc="left", fontsize=11)
+        axis.tick_params(labelbottom=True)
+        for curve, _, colour, dash, faint in lines:
+            width, alpha = (0.7, 0.3) if faint else (1.6, 1.0)
+            style = page.DASHES["solid" if faint else dash].matplotlib
+            axis.plot(curve.steps, curve.values, ls=style, c=colour, lw=width, alpha=alpha)
+        for start, end, colour in scene.marks:
+            axis.axvline(start, color=colour, ls=(0, (1, 2)), lw=1.2)
+            if scene.alone:
+                axis.axvspan(start, end, color=colour, alpha=0.12, lw=0)
+        if names := scene.names(lines):
+            axis.legend([sample(x) for x in names.values()], names, frameon=False, fontsize=9, ncols=min(4, len(names)))
+    for axis in axes[len(scene.panels) :]:
+        axis.remove()
+    for axis in axes[max(0, len(scene.panels) - 2) : len(scene.panels)]:
+        axis.set_xlabel("step")
+    key = [(sample(line), name) for name, line in scene.key().items()]
+    if scene.marks:
+        key.append((Line2D([], [], color=page.GREY, ls=(0, (1, 2))), "should_stop"))
+    if key:
+        samples, labels = zip(*key, strict=True)
+        figure.legend(samples, labels, loc="outside lower center", ncols=min(4, len(key)), frameon=False, fontsize=9)
+    figure.suptitle(str(scene.folder), fontsize=12)
+    figure.savefig(path)
+
+
+# --- The page
+
+
+def _figure(panel: Panel, lines: list[Line], scene: Scene) -> Any:
+    low, high, log = panel.span([line.curve for line in lines])
+    figure = page.panels(1, 270, panel.title)
+    page.scale(figure.update_yaxes, log, (low, high), page.ticks(low, high, panel.plain) if log else None)
+    for curve, run, colour, dash, faint in lines:
+        name = curve.name if scene.alone else f"{run} {curve.name}" if scene.names(lines) else run
+        line = {"color": colour, "width": 0.8 if faint else 1.8, "dash": "solid" if faint else dash}
+        how = {"hoverinfo": "skip", "opacity": 0.3} if faint else {"hovertemplate": "%{y:.4g}"}
+        figure.add_scatter(x=curve.steps, y=curve.values, mode="lines", name=html.escape(name), line=line, **how)
+    for start, end, colour in scene.marks:
+        figure.add_vline(start, line={"color": colour, "width": 1.5, "dash": "dot"})
+        if scene.alone:
+            figure.add_vrect(start, end, fillcolor=colour, opacity=0.15, line_width=0)
+    if len(scene.runs) > len(page.PALETTE):
+        figure.update_layout(hovermode="closest")  # a list of all would hide the panel
+    return figure
+
+
+def _page(scene: Scene) -> str:
+    plots = ""
+    for panel, lines in scene.panels:
+        names = "".join(
+            f"<span>{page.sample(line.colour, line.dash)}{name}</span>" for name, line in scene.names(lines).items()
+        )
+        plots += f'<div>{page.plot(_figure(panel, lines, scene))}<p class="names">{names}</p></div>'
+    rows, key = "", scene.key()
+    for run in scene.runs:
+        cells = "".join(f"<td>{cell}</td>" for cell in _cells(run))
+        sample = page.sample(key[run.label].colour, key[run.label].dash) if key else ""
+        rows += f"<tr><th>{sample}{html.escape(run.label)}</th>{cells}</tr>"
+    meanings = {panel.title: panel.meaning for panel, _ in scene.panels}
+    meanings["should_stop"] = "a dotted line where it became True: there was next to nothing left to learn"
+    few = len(scene.runs) <= len(page.PALETTE)
+    return page.document(
+        f"emonavi plot {scene.folder}",
+        "<h1>What the optimizer felt</h1>"
+        f'<p class="soft">{html.escape(str(scene.folder))}. The table says how each run ended. '
+        f"{'' if few else 'Of so many runs, a panel shows one curve each. '}Where a curve is noisy, the strong line is "
+        "its running mean.</p>"
+        '<div class="wide"><table><tr><th>run</th><th>steps</th><th>loss</th><th>effective lr</th><th>drive</th>'
+        f'<th>trust</th><th>should_stop</th></tr>{rows}</table></div><div class="plots">{plots}</div>'
+        f"<h2>How to read the curves</h2>{page.definitions(meanings)}"
+        f'<p class="soft">Drawn by emonavi {emonavi.__version__}.</p>',
+        _STYLE,
+    )
+
+
+_STYLE = """
+.names { margin: 0 0 0 62px; font-size: 13px; min-height: 1.5em } .names span { margin-right: 14px }
+.wide th { white-space: nowrap }
+"""
+
+
+def _cells(run: Run) -> list[str]:
+    """Where a run stands at its end."""
+    loss, lr, drive, trust = (run.last(f"emo/{tag}") for tag in ("loss_short", "lr/group_0", "drive", "trust"))
+    rate = "nan" if math.isnan(lr) else lr_label(float(f"{lr:.2g}"))
+    cells = [f"{run.steps:,}", f"{loss:.4g}", rate, f"{drive:.3g}", f"{trust:+.2f}"]
+    stops = run.stops()
+    return ["-" if "nan" in cell else cell for cell in cells] + [f"from {stops[0][0]:,}" if stops else "-"]
