@@ -75,6 +75,7 @@ class OptimizerCase:
     matrix_extra: int  # bytes per matrix whatever its size, at most
     vector_bytes: float
     lr: float = 1e-2
+    fades: bool = False  # steps are shorter where gradients are smaller than they used to be
     # Largest relative deviation in the run when all gradients are scaled by 2^-20 (eps is the one thing that feels it).
     scaling_tolerance: float = 1e-3
 
@@ -114,7 +115,7 @@ CASES = (
         betas=(0.9, 0.99),
         configs=(*SHARED, Config("adaptive, decoupled decay", {"weight_decay": 1e-3, "decoupled_weight_decay": True})),
         matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0, vector_bytes=4,
-        scaling_tolerance=0.0,
+        scaling_tolerance=0.0, fades=True,
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import PresetFeeling, running_mean
 
 from emonavi.emotion import Emotion, State
-from emonavi.machine import Options, Sums
+from emonavi.machine import Options, Sums, Weights
 from emonavi.presets import PRESETS
 
 CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it
@@ -246,6 +246,60 @@ def test_tensors_without_weight_do_not_count():
     assert float(a.trust) == float(b.trust) == 0.5
     own, trust = machine.reflect_each(a, torch.ones(2), torch.zeros(2), torch.full((2,), 20.0), both)
     assert float(own[1]) == 1.0 and float(trust[1]) == 0.0
+
+
+def began(blank, rms=0.02, lr=1e-2):
+    """An emotion that has seen the weights."""
+    machine, state = fresh()
+    weights = Weights(torch.tensor(rms, dtype=torch.float64), torch.tensor(blank, dtype=torch.float64))
+    options = OPTIONS._replace(lowest_drive=1e-8)
+    return machine, machine.begin(state, weights, torch.tensor(lr, dtype=torch.float64), options), options
+
+
+def noisy(machine, state, options, cosine, steps=300):
+    """Steps whose cosine is all noise, around the given one."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        seen = cosine + 0.3 * torch.randn((), generator=generator, dtype=torch.float64).clamp(-2, 2)
+        state, _ = step(machine, state, cosine=seen, options=options)
+    return state
+
+
+def test_weights_that_are_zero_still_let_the_lr_grow_without_proof():
+    """A LoRA begins in noise that proves nothing: half of it is 0, and its lr of 2e-5 would have no way up."""
+    ends = {}
+    for blank in (0.0, 0.5):
+        machine, state, options = began(blank)
+        assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(2e-5, rel=1e-3)
+        ends[blank] = 1e-2 * math.exp(float(noisy(machine, state, options, 0.0).log_drive))
+    assert ends[0.0] < 1e-4  # what is learnt already is not risked
+    assert 5e-4 < ends[0.5] < 2e-3  # 3e-2 of the rms is 6e-4
+
+
+def test_growth_without_proof_stops_where_trust_objects():
+    machine, state, options = began(0.5)
+    end = noisy(machine, state, options, -0.3)
+    assert float(end.log_drive) < float(state.log_drive)
+
+
+def test_weights_that_are_all_zero_have_a_scale_to_begin_with():
+    _, state, _ = began(1.0, rms=0.0)
+    assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(1e-5, rel=2e-3)
+
+
+@pytest.mark.parametrize("hold", [-0.5, 0.0, 1.0])
+def test_the_drive_rests_where_trust_is_at_the_rules_target(hold):
+    """In units of the cosine's own noise, however small that is: the more weights, the smaller are both."""
+    for size in (1.0, 1e-3):
+        changes = []
+        for off in (-0.6, 0.6):
+            machine, state = fresh()
+            state = state._replace(noise=given_as(size**2), reflections=given_as(50.0))
+            at = (max(-hold, 0.0) if off > 0 else -hold) + off
+            state = state._replace(trust=given_as(at * size), fast=given_as(at * size))
+            changes.append(float(machine._lean(state, OPTIONS._replace(hold=hold))))
+        assert changes[0] < 0 < changes[1]
+        assert size == 1.0 or max(map(abs, changes)) > 0.005  # not less than where the noise is large
 
 
 # Panic and healing ---------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Active(NamedTuple):
             trust=kept["trust"],
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: float) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
@@ -80,6 +80,7 @@ class Active(NamedTuple):
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
             hold=hold,
+            fades=fades,
             decayed=torch.stack(decayed).all(),
         )
 

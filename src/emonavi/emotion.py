@@ -17,14 +17,17 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
 
     trust += max(0.1, 1/n) (c_t - trust)      fast += max(0.3, 1/n) (c_t - fast)
     noise += max(0.1, 1/(n+1)) ((c_t - trust)^2 - noise)
-    T      = 2.38 fast / sqrt(noise)                                    fast's own t-statistic
-    slow   = min(0.05, 2/n) clip(trust / 0.1, 0, 1)                     within the noise: on a logarithmic clock
-           - min(0.05, 2/n) clip((target - trust) / 0.1, 0, 1)
-    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((T' - 2) / 4, 0, 1))   beyond doubt; T' = -T from the target on
-    log drive += sure where |sure| > |slow|, else slow                  only downwards where nothing is left to gain
+    T      = 2.38 (fast - up) / sqrt(noise)          fast's own t-statistic; up = max(target, 0), and T' from the target
+    slow   = min(0.05, 2/n) clip((trust - up) / scale, 0, 1)            within the noise: on a logarithmic clock,
+           - min(0.05, 2/n) clip((target - trust) / scale, 0, 1)        scale = min(0.1, sqrt(noise))
+    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 2) / 4, 0, 1))  beyond doubt
+    free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
+    log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
 
-The target is 0, or a little below where the rule says so (EmoFact). The gain is the largest first-order improvement
-that a step of lr 1 could have had, from the same sums; under a twentieth of its mean so far there is nothing to gain.
+The target is the rule's, in standard deviations of the cosine: 0 for Adam, below for a rule without momentum (EmoFact),
+above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which its trust
+comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same sums;
+under a twentieth of its mean so far there is nothing to gain.
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -41,7 +44,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi.machine import Mood, Options, Sums, keep, regular
+from emonavi.machine import Mood, Options, Sums, Weights, keep, regular
 from emonavi.scalars import Number, clamp, exp, isfinite, like, log, negate, number, rsqrt, sqrt, tanh, where
 
 __all__ = ["Emotion", "State"]
@@ -53,6 +56,7 @@ DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 REST_STEPS = 3
 HEAL_RATE = (LOG_HALF - LOG_TENTH) / 7  # with the three steps of rest: back at half the earlier drive within ten
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
+UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
 PATIENCE = 10  # losses or norms heard before one can be called an outlier
 
 
@@ -82,6 +86,7 @@ class State(NamedTuple):
     record: Number  # highest excess of a loss over its short memory, in deviations; forgotten as the run ages
     log_drive: Number
     log_drive_peak: Number  # highest before a schedule began to end the run
+    free: Number  # log drive up to which growth needs no proof
     goal: Number  # log drive to return to after a panic
     rest: Number  # steps of rest left
     panic: Number  # 1 in the step that panics
@@ -110,6 +115,9 @@ class Emotion:
     Args:
         start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower), because
             one Adam step then moves weights by a tenth of a percent.
+        blank: where a tenth or more of what trains is still zero (LoRA's B, zero-initialised branches), the lr grows to
+            this share of the rms unless trust objects, elsewhere to ``start``. What is zero carries nothing that could
+            be lost, and as long as it is small its gradients are too noisy to prove anything.
         pace: largest change of the log drive per step within the noise, in the first steps.
         clock: later that change is at most clock/step. Noise pulls the greedy optimum down at any time; a run without a
             horizon has no clock but its own age, so within the noise the lr moves no faster than age^(-2) to age^2.
@@ -133,6 +141,7 @@ class Emotion:
     """
 
     start: float = 1e-3
+    blank: float = 3e-2
     pace: float = 0.05
     clock: float = 2.0
     sure: float = 0.10
@@ -160,7 +169,7 @@ class Emotion:
     def initial(self) -> list[float]:
         """The state vector before anything was felt."""
         start = dict.fromkeys(State._fields, 0.0)
-        start |= {"code": float(self.code), "version": 1.0, "goal": NEVER, "log_drive_peak": NEVER, "noise": 0.04}
+        start |= {"code": float(self.code), "version": 2.0, "goal": NEVER, "log_drive_peak": NEVER, "noise": 0.04}
         return list(start.values())
 
     def index(self, name: str) -> int:
@@ -175,13 +184,16 @@ class Emotion:
         """One vector of named entries."""
         return torch.stack(state) if isinstance(state.code, Tensor) else torch.tensor(state, dtype=torch.float64)
 
-    def begin(self, state: State, rms: Tensor, lr: Tensor, options: Options) -> State:
-        """Set the first drive from the rms of the weights; ``lr`` stands in for an lr of 0 at construction."""
+    def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
+        """Set the first drive from the scale of the weights; ``lr`` stands in for an lr of 0 at construction."""
         lr_ref = where(state.lr_ref > 0, state.lr_ref, like(state.code, lr))
+        rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
+        rms = where(rms > 0, rms, UNKNOWN_RMS)
+        free = log((where(blank < 0.1, self.start, self.blank) * rms + 1e-8) / lr_ref)
         log_drive = like(state.code, 0.0)
         if options.use_trust:
-            log_drive = log(clamp((self.start * like(state.code, rms) + 1e-8) / lr_ref, high=1.0))
-        return state._replace(lr_ref=lr_ref, log_drive=self._bounded(log_drive, options))
+            log_drive = log(clamp((self.start * rms + 1e-8) / lr_ref, high=1.0))
+        return state._replace(lr_ref=lr_ref, free=free, log_drive=self._bounded(log_drive, options))
 
     def feel(self, state: State, loss: Number, window: Number) -> State:
         """Take in a loss that is the sum of ``window`` backward calls (0: not known, always taken)."""
@@ -268,9 +280,12 @@ class Emotion:
 
     def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
+        # A rule that knows no size of gradients would go on walking once there is nothing to gain.
+        fade = where(state.reflections > 3, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
         horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
         # A panic restores the shadow even where the gradient is of no use.
-        return Mood(exp(state.log_drive), like(horizon, 1.0), None, grad_scale, state.panic, horizon)
+        scale = like(horizon, fade if options.fades else 1.0)
+        return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon)
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
         """One word for what it feels like now."""
@@ -312,16 +327,7 @@ class Emotion:
     def _drive(self, state: State, seen: Number, acted: Number, options: Options) -> State:
         """Move the drive: rest, return after a panic, or follow trust."""
         if options.use_trust:
-            # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
-            deviation = sqrt(clamp(state.noise, 1e-12))
-            t_value = 2.38 * state.fast / deviation
-            t_below = -t_value - 2.38 * options.hold
-            sure = self.sure * (clamp((t_value - 2) / 4, 0.0, 1.0) - clamp((t_below - 2) / 4, 0.0, 1.0))
-            # Growth wants a positive trust, even where the target is below 0: a step too long can ruin a network.
-            above, below = state.trust, state.trust + options.hold * deviation
-            slow = self._pace(state) * (clamp(above / 0.1, 0.0, 1.0) + clamp(below / 0.1, -1.0, 0.0))
-            change = where(abs(sure) > abs(slow), sure, slow)
-            change = where(state.gain < self.nothing * state.gain_mean, clamp(change, high=0.0), change)
+            change = self._lean(state, options)
             change = where(seen & (state.reflections > 3), change, 0.0)
         else:
             change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
@@ -341,6 +347,30 @@ class Emotion:
             rest=where(acted, clamp(state.rest - 1, 0.0), state.rest),
             goal=where(resting | healing, state.goal, NEVER),
         )
+
+    def _lean(self, state: State, options: Options) -> Number:
+        """Where trust leans: the change of the log drive that it asks for."""
+        deviation = sqrt(clamp(state.noise, 1e-12))
+        target = -options.hold * deviation
+        # Growth wants a positive trust, even where the target is below 0: a step too long can ruin a network.
+        up = clamp(target, 0.0)
+        # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
+        t_above, t_below = 2.38 * (state.fast - up) / deviation, 2.38 * (target - state.fast) / deviation
+        sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 2) / 4, 0.0, 1.0))
+        # The more weights there are, the smaller are both the cosine and its noise.
+        scale = clamp(deviation, high=0.1)
+        slow = self._pace(state) * (
+            clamp((state.trust - up) / scale, 0.0, 1.0) - clamp((target - state.trust) / scale, 0.0, 1.0)
+        )
+        change = where(abs(sure) > abs(slow), sure, slow)
+        free = self.sure * clamp((2.38 * state.fast / deviation + 1) / 2, 0.0, 1.0)
+        harmless = (state.log_drive < state.free) & (state.brake == 0) & (free > 0)
+        change = where(harmless, clamp(change, free), change)
+        return where(self._nothing_to_gain(state), clamp(change, high=0.0), change)
+
+    def _nothing_to_gain(self, state: State) -> Number:
+        """The training loss is at its floor: growth from here on is a climb into overfitting."""
+        return state.gain < self.nothing * state.gain_mean
 
     def _pace(self, state: State) -> Number:
         """Largest change of the log drive within the noise."""

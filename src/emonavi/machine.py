@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emonavi.scalars import Number, isfinite, like, negate, where
 
-__all__ = ["Machine", "Mood", "Options", "Sums", "keep", "regular"]
+__all__ = ["Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
 
 
 class Options(NamedTuple):
@@ -21,7 +21,15 @@ class Options(NamedTuple):
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
     hold: float  # the rule's target of trust, in standard deviations below 0
+    fades: bool  # the rule's step has the same size whatever the gradient's
     decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
+
+
+class Weights(NamedTuple):
+    """All that trains, before the first step (0-d tensors)."""
+
+    rms: Tensor
+    blank: Tensor  # share of them in tensors that are all zero
 
 
 class Sums(NamedTuple):
@@ -79,7 +87,7 @@ class Machine(Protocol):
     def index(self, name: str) -> int: ...
     def unpack(self, vector: Tensor, plain: bool = False) -> Any: ...
     def pack(self, state: Any) -> Tensor: ...
-    def begin(self, state: Any, rms: Tensor, lr: Tensor, options: Options) -> Any: ...
+    def begin(self, state: Any, weights: Weights, lr: Tensor, options: Options) -> Any: ...
     def feel(self, state: Any, loss: Number, window: Number) -> Any: ...
     def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Number, Number]: ...
     def mood(self, state: Any, acts: Number, grad_scale: Number, options: Options) -> Mood: ...

@@ -7,7 +7,6 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
-from emonavi.machine import Machine, Mood, Options, Sums
+from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, gather, to_home, total_norm, wide
+from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, total_norm, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -153,8 +152,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
-    # Target of trust, in standard deviations below 0. With momentum, 0 is the exact line search.
+    # Target of trust, in standard deviations below 0. With Adam's momentum, 0 is the exact line search.
     _hold = 0.0
+    # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
+    _fades = False
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """Weight decay for each unit of effective lr."""
@@ -197,9 +198,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         state: Any = self._emotion.unpack(vector, plain=not predicated)
-        options = active.options(self.param_groups, self._hold)
+        options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
-            state = self._emotion.begin(state, self._rms(vector), active.lr.max(), options)
+            state = self._emotion.begin(state, self._weights(vector), active.lr.max(), options)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
@@ -440,13 +441,17 @@ class EmoOptimizer(torch.optim.Optimizer):
             vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
         return vector
 
-    def _rms(self, vector: Tensor) -> Tensor:
-        """Root of the mean square of all weights that train."""
+    def _weights(self, vector: Tensor) -> Weights:
+        """What all weights that train are like."""
         weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel()]
-        trained = [p for p in weights if p.requires_grad] or weights
-        count: int = sum(p.numel() for p in trained)
-        norm: Tensor = total_norm(trained, vector)
-        return norm / math.sqrt(count)
+        trained = [p for p in weights if p.requires_grad] or list(weights)
+        trained.sort(key=lambda p: (str(p.device), str(p.dtype)))  # the order that all_norms() keeps
+        counts = vector.new_tensor([p.numel() for p in trained])
+        norms = all_norms(trained, vector)
+        return Weights(
+            rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
+            blank=((norms == 0) * counts).sum() / counts.sum(),
+        )
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from emonavi.machine import Mood, Options, Sums, keep, regular
+from emonavi.machine import Mood, Options, Sums, Weights, keep, regular
 from emonavi.scalars import Number, exp, isfinite, like, negate, number, tanh, where
 
 __all__ = ["PRESETS", "Preset", "PresetState"]
@@ -97,7 +97,7 @@ class Preset:
         first = torch.tensor(entries, dtype=torch.float64) if plain else torch.stack(entries)
         return torch.cat([first, state.history])
 
-    def begin(self, state: PresetState, rms: Tensor, lr: Tensor, options: Options) -> PresetState:
+    def begin(self, state: PresetState, weights: Weights, lr: Tensor, options: Options) -> PresetState:
         """Presets start at the user's lr."""
         return state._replace(lr_ref=where(state.lr_ref > 0, state.lr_ref, like(state.code, lr)))
 

@@ -124,12 +124,17 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of all gradients together; not finite where one element is not."""
+def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together."""
     norms = []
-    for (_, dtype), some in _by_kind(grads, lambda grad: grad).items():
+    for (_, dtype), some in _by_kind(tensors, lambda tensor: tensor).items():
         # Sums of squares of 16-bit numbers overflow in 16 bits.
         at_least = torch.promote_types(dtype, torch.float32)
         norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
-    total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
+    return torch.cat(norms)
+
+
+def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
+    """Norm of all gradients together; not finite where one element is not."""
+    total: Tensor = torch.linalg.vector_norm(all_norms(grads, home))
     return total
