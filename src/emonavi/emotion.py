@@ -27,7 +27,7 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
 The target is the rule's, in standard deviations of the cosine: 0 for Adam, below for a rule without momentum (EmoFact),
 above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which its trust
 comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same sums;
-under a twentieth of its mean so far there is nothing to gain.
+under a hundredth of its mean so far there is nothing to gain.
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -125,7 +125,8 @@ class Emotion:
             backs off from a step that is clearly too long.
         tensor_pace: the share of it that one tensor's own drive may move; slower, so that the two do not fight.
         nothing: the drive does not grow while the gain is under this share of its mean, or it would climb for ever once
-            a training loss is at its floor.
+            a training loss is at its floor. Adam's gain falls with the square of the gradient: a squared error that has
+            fallen to a twentieth is not at its floor yet.
         tensor_range: bound on one tensor's log drive.
         spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
@@ -146,7 +147,7 @@ class Emotion:
     clock: float = 2.0
     sure: float = 0.10
     tensor_pace: float = 0.4
-    nothing: float = 0.05
+    nothing: float = 0.01
     tensor_range: float = 2.0
     spike: float = 10.0
     outlier: float = 6.0
