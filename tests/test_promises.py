@@ -1,6 +1,6 @@
 """What the README promises of real trainings, on the demo's own tasks: slow tests, with wide margins.
 
-The exact figures are measured over seeds by ``emonavi bench marks``; here a promise that breaks must show.
+The exact figures are measured by ``emonavi bench lr``; here a promise that breaks must show.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from emonavi import EmoFact, EmoLynx, EmoNavi
 pytest.importorskip("sklearn")
 from emonavi.bench.tasks import TASKS
 
-# Final loss of AdamW at the best of eleven lrs (mean of three seeds): see benchmarks/marks-cpu.json.
+# Final loss of AdamW, at a constant lr, at the best of eleven (mean of three seeds).
 ADAMW_TUNED = {"digits": 0.117, "lora": 0.286, "diabetes": 2785.0}
 
 

@@ -10,6 +10,7 @@ import contextlib
 import io
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,8 +56,9 @@ def build() -> typer.Typer:
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
     benches.command()(step)
     benches.command()(capture)
-    benches.command()(marks)
     benches.command("lr")(learning_rates)
+    for name in ("stop", "shock", "schedules"):
+        benches.command(name)(_ledgered(name))
     commands.add_typer(benches, name="bench")
     return commands
 
@@ -196,18 +198,6 @@ def capture(
     print("\n".join(report(out, rounds)))
 
 
-def marks(
-    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
-) -> None:
-    """Compare final losses with AdamW's at its best of eleven learning rates: about eight minutes."""
-    from emonavi.bench import marks as bench
-
-    for line in bench.report(out, seeds, workers):
-        print(line, flush=True)
-
-
 def learning_rates(
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks, few optimizers: under five minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All half decades from 1e-5 to 1, three seeds.")] = False,
@@ -255,3 +245,60 @@ def learning_rates(
     command = shlex.join(["emonavi", *sys.argv[1:]])
     console = Console(highlight=False)
     raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=command, console=console))
+
+
+_LEDGERED = {
+    "stop": "When should_stop speaks on a budget four times too long, and what running on would bring: ten minutes.",
+    "shock": "Spikes, NaN, wrong labels and another task in the middle of a run: does it recover? Fifteen minutes.",
+    "schedules": "The same runs under a constant lr and five schedules: does a scheduler matter? Five minutes.",
+}
+
+
+def _ledgered(name: str) -> Callable[..., None]:
+    """A bench whose module has ``Cell``, ``cells``, ``measure`` and ``lines``, as a command."""
+
+    def command(
+        optimizers: Annotated[str, typer.Option(help="Names separated by commas.")] = "EmoNavi",
+        seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Results, one line each; what is there already is not run again.",
+                show_default="runs/NAME.jsonl",
+            ),
+        ] = None,
+        workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
+    ) -> None:
+        _require(f"emonavi bench {name}", _BENCH_NEEDS, "bench")
+        from importlib import import_module
+
+        from rich.console import Console
+
+        from emonavi.bench.ledger import Ledger, execute
+        from emonavi.bench.lr import choose
+        from emonavi.bench.runner import EMOTIONAL, hardware
+
+        bench = import_module(f"emonavi.bench.{name}")
+        try:
+            cells = bench.cells(choose(optimizers, EMOTIONAL, "optimizer"), seeds)
+            ledger = Ledger(out or Path("runs") / f"{name}.jsonl", bench.Cell)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+        console = Console(highlight=False)
+        try:
+            todo = ledger.missing(cells)
+            console.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {ledger.path}; {hardware()}")
+            outcome = execute(
+                todo, bench.measure, ledger, workers=workers, title=f"bench {name}", kind=lambda c: c.task,
+                console=console,
+            )  # fmt: skip
+        finally:
+            ledger.close()
+        for line in (*outcome.failures, *bench.lines([ledger.rows[c] for c in cells if c in ledger.rows])):
+            console.print(line, markup=False, soft_wrap=True)
+        if outcome.stopped:
+            console.print(f"Stopped; the same command goes on. Everything finished is in {ledger.path}.")
+        raise typer.Exit(130 if outcome.stopped else 1 if outcome.failures else 0)
+
+    command.__doc__ = _LEDGERED[name]
+    return command

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = [
     *("Curves", "Findings", "Result", "axis_range", "factor", "history_path", "json_line", "log_ticks", "lr_label"),
-    *("read_history", "read_results", "running_mean", "sentences"),
+    *("loss_of", "read_history", "read_results", "running_mean", "sentences"),
 ]
 
 
@@ -34,6 +34,11 @@ def lr_label(lr: float) -> str:
 def json_line(row: dict[str, Any]) -> str:
     """Write one line of strict JSON, with null for what is no finite number: JSON knows neither nan nor infinity."""
     return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def loss_of(value: float | None) -> float:
+    """A figure as read from such a line: a loss that was no finite number is infinite."""
+    return math.inf if value is None or not math.isfinite(value) else float(value)
 
 
 def _finite(value: Any) -> Any:

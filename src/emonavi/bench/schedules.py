@@ -1,0 +1,99 @@
+"""``emonavi bench schedules``: does a scheduler matter? The same runs at a constant lr and under five schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import lr_scheduler
+
+import emonavi
+from emonavi.bench import loss_of, lr_label
+from emonavi.bench.ledger import Row
+from emonavi.bench.tasks import TASKS
+
+__all__ = ["SCHEDULES", "Cell", "cells", "lines", "measure"]
+
+NAMES = ("digits", "diabetes", "flow", "lora", "mlp", "gru", "patches", "density")
+
+
+def _triangle(optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LambdaLR:
+    """Linear warm-up from 0 over a tenth of the steps, then a linear decay to 0."""
+    warm = max(1, steps // 10)
+    return lr_scheduler.LambdaLR(optimizer, lambda k: min(k / warm, (steps - k) / (steps - warm)))
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int], Any]] = {
+    "constant": lambda optimizer, steps: lr_scheduler.ConstantLR(optimizer, 1.0),
+    "cosine": lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    "warm-up from 0, linear": _triangle,
+    "OneCycle": lambda optimizer, steps: lr_scheduler.OneCycleLR(
+        optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=steps
+    ),
+    "plateau": lambda optimizer, steps: lr_scheduler.ReduceLROnPlateau(optimizer, patience=max(1, steps // 20)),
+    "step": lambda optimizer, steps: lr_scheduler.StepLR(optimizer, max(1, steps // 3)),
+}
+
+
+class Cell(NamedTuple):
+    """What defines a run."""
+
+    task: str
+    optimizer: str
+    lr: float
+    schedule: str
+    seed: int
+
+
+def cells(optimizers: Sequence[str], seeds: int = 1) -> list[Cell]:
+    """Each schedule at a usual and at a high lr."""
+    return [
+        Cell(task, name, lr, schedule, seed)
+        for task in NAMES for name in optimizers for lr in (1e-3, 1e-1) for schedule in SCHEDULES
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def measure(cell: Cell) -> Row:
+    """Train once under the schedule."""
+    task = TASKS[cell.task]
+    torch.manual_seed(cell.seed)
+    problem = task.build(cell.seed)
+    params = [p for p in problem.model.parameters() if p.requires_grad]
+    optimizer = emonavi.create(cell.optimizer, params, lr=cell.lr, use_shadow=True)
+    schedule = SCHEDULES[cell.schedule](optimizer, task.steps)
+    for step in range(task.steps):
+        optimizer.zero_grad()
+        loss = problem.loss(step)
+        loss.backward()
+        optimizer.step()
+        if isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
+            schedule.step(loss.item())
+        else:
+            schedule.step()
+    figures: Row = {"split": task.split, "raw": problem.val()}
+    with optimizer.calm():
+        figures["calm"] = problem.val()
+    return figures
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Final losses over that of the best schedule, for each task and lr: where a scheduler costs more than 10 %."""
+    yield "final loss over that of the best schedule; raw weights / the shadow's"
+    for optimizer in sorted({r["optimizer"] for r in rows}):
+        ratios: dict[str, list[float]] = {"raw": [], "calm": []}
+        ours = [r for r in rows if r["optimizer"] == optimizer]
+        for task, lr in dict.fromkeys((r["task"], r["lr"]) for r in ours):
+            some = [r for r in ours if (r["task"], r["lr"]) == (task, lr)]
+            best = {kind: min(loss_of(r[kind]) for r in some) for kind in ratios}
+            shown = []
+            for row in some:
+                over = {kind: loss_of(row[kind]) / best[kind] for kind in ratios}
+                shown.append(f"{row['schedule']} {over['raw']:.2f} / {over['calm']:.2f}")
+                for kind, ratio in over.items():
+                    ratios[kind].append(ratio)
+            yield f"{optimizer}, {task}, lr {lr_label(lr)}: {', '.join(shown)}"
+        for kind, found in ratios.items():
+            near = sum(ratio <= 1.1 for ratio in found) / len(found)
+            yield f"{optimizer}, {kind}: {near:.0%} within 1.10 of the best schedule, worst {max(found):.2f}"
