@@ -20,7 +20,7 @@ from emonavi.presets import PRESETS
 __all__ = ["Cell", "cells", "lines", "measure"]
 
 TOO_LONG = 4
-_LOOKS = 100  # evaluations in a run: every hundredth of the budget
+_LOOKS = 40  # evaluations in a run
 
 
 class Cell(NamedTuple):
