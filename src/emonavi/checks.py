@@ -24,6 +24,7 @@ __all__ = [
     "options",
     "parameters",
     "process_group",
+    "same_optimizer",
     "spelled",
     "writer",
 ]
@@ -205,12 +206,28 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
         raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
     machines: list[Machine] = [Emotion(), *PRESETS.values()]
-    code, version = int(vector[0]), int(vector[1])
-    if code != machine.code or len(vector) != len(machine.initial()):
-        found = next((e.name for e in machines if e.code == code), f"unknown, code {code}")
-        saved = f"the checkpoint was saved with emotion {found!r} (version {version}, {len(vector)} entries)"
-        mine = f"this optimizer has {machine.name!r} ({len(machine.initial())} entries)"
+    (code, version), own = vector[:2].tolist(), machine.initial()
+    if [code, version, len(vector)] != [*own[:2], len(own)]:
+        found = next((e.name for e in machines if e.code == code), f"unknown, code {code:g}")
+        saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
+        mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
+
+
+def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
+    """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
+    groups = state_dict["param_groups"]
+    lacking = sorted(options - set(groups[0]))
+    saved = [i for g in groups for i in g["params"]]
+    # Another number of parameters is torch's to refuse.
+    for i, layout in zip(saved, layouts, strict=False):
+        kept = state_dict["state"].get(i)
+        lacking += [name for name in layout if kept and name not in kept]
+    if lacking:
+        raise ValueError(
+            f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "
+            "into the optimizer that saved it, or start with a fresh one"
+        )
 
 
 def writer(given: Any) -> Any:

@@ -398,9 +398,17 @@ class EmoOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
         self._refuse_inside_calm("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, self._emotion)
+        load_exactly(super().load_state_dict, self, state_dict, self._fits)
         self._note_begun()
         self._intake.clear()
+
+    def _fits(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another emotion or of another optimizer."""
+        checks.checkpoint(state_dict, self._emotion)
+        # Of the defaults only our own: torch, and whoever else, may add to them.
+        options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
+        options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
+        checks.same_optimizer(state_dict, options, [self._layout(p) for g in self.param_groups for p in g["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
