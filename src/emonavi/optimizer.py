@@ -373,6 +373,10 @@ class EmoOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
         param_group.update(checks.spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
+        for name in checks.SHARED:
+            if param_group.get(name, 0) is None:
+                del param_group[name]  # the choice is left to the emotion
+        checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
