@@ -370,6 +370,14 @@ def written(tmp_path_factory):
     return folder / "lr", result
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A file without an ending has the name of its own folder."""
+    file = tmp_path / "results"
+    file.write_text("".join(map(json_line, ROWS)))
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    assert result.exit_code == 2 and "name another folder" in result.output
+
+
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
