@@ -20,6 +20,7 @@ __all__ = [
     "emotion",
     "gradient",
     "group",
+    "memory",
     "on_missing_loss",
     "options",
     "parameters",
@@ -231,6 +232,14 @@ def gradient(param: Tensor) -> None:
     if param.grad is not None and param.grad.layout != torch.strided:
         what = f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}"
         raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
+
+
+def memory(params: Sequence[Tensor]) -> None:
+    """Parameters that lie somewhere."""
+    for p in params:
+        if p.is_meta:
+            what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
+            raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")
 
 
 def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:

@@ -185,6 +185,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         found, vector = self._found(), self._vector()
         moves = self._moves(found)
         if moves:
+            checks.memory([p for p, _ in found])
             heard = agreed_loss(heard, vector, self._process_group)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
@@ -455,7 +456,7 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel()]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
         trained = [p for p in weights if p.requires_grad] or list(weights)
         trained.sort(key=lambda p: (str(p.device), str(p.dtype)))  # the order that all_norms() keeps
         counts = vector.new_tensor([p.numel() for p in trained])
