@@ -360,9 +360,9 @@ class EmoOptimizer(torch.optim.Optimizer):
     def writer(self, writer: Any) -> None:
         given = None if writer is None else checks.writer(writer)  # None for "None", too
         recorder = None if given is None else Recorder(given, self._emotion)
-        if self._recorder is not None:
-            self._recorder.close()  # after the new one is known to work: until then the old one goes on
-        self._recorder = recorder
+        old, self._recorder = self._recorder, recorder  # the new one is known to work: until then the old one goes on
+        if old is not None:
+            old.close()  # last: a writer that fails once more must not stay for that
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
