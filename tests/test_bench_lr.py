@@ -121,6 +121,29 @@ def test_a_ledger_refuses_what_it_cannot_read(tmp_path):
         Ledger(path, Spot)
 
 
+@pytest.mark.parametrize(
+    "own", ["notes, one line", "notes, one line\n", "[1, 2, 3]", "[1, 2]\n", '{"a": 1}', "\x00\x01"]
+)
+def test_a_ledger_never_cuts_a_file_that_is_no_ledger(tmp_path, own):
+    """Only the last line of a file may be torn, and then it is the beginning of a row."""
+    path = tmp_path / "mine.txt"
+    path.write_text(own)
+    with pytest.raises(ValueError, match=r"mine\.txt, line 1 is no JSON object"):
+        Ledger(path, Spot)
+    assert path.read_text() == own
+
+
+@pytest.mark.parametrize("torn", ['{"', '{"place": 2, "si', '{"place": 2, "size": 2.0, "seconds": 1}'])
+def test_a_torn_last_row_is_cut_off_wherever_it_is_torn(tmp_path, torn):
+    path = tmp_path / "a.jsonl"
+    row = '{"place": 1, "size": 2.0, "seconds": 1}\n'
+    path.write_text(row + torn)
+    ledger = Ledger(path, Spot)
+    assert list(ledger.rows) == [Spot(1, 2.0)]
+    ledger.close()
+    assert path.read_text() == row
+
+
 @pytest.mark.skipif(os.name != "posix", reason="file locks")
 def test_one_writer_at_a_time(tmp_path):
     first = Ledger(tmp_path / "a.jsonl", Spot)
@@ -345,6 +368,14 @@ def written(tmp_path_factory):
     file.write_text("".join(map(json_line, ROWS)) + '{"torn')
     result = CliRunner().invoke(cli.build(), ["report", str(file)])
     return folder / "lr", result
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A file without an ending has the name of its own folder."""
+    file = tmp_path / "results"
+    file.write_text("".join(map(json_line, ROWS)))
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    assert result.exit_code == 2 and "name another folder" in result.output
 
 
 class Links(HTMLParser):

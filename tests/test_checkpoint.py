@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import emonavi
+
 STEPS, EVERY = 32, 10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 MAY_DIFFER = ("lr_peak",)  # a number either way
@@ -191,6 +193,41 @@ def test_checkpoint_of_a_stranger(case, stranger):
     before = contents(optimizer)
     with pytest.raises(ValueError, match=r"no emotion.*'adaptive'|'adaptive'.*no emotion"):
         optimizer.load_state_dict(stranger(weights(), lr=0.1).state_dict())
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("other", ["emonavi", "emofact", "emolynx"])
+def test_checkpoint_of_a_sibling(case, other, steps):
+    """It has the same emotion, but other memories: refused at once, and not by a KeyError in the step after."""
+    params, others = weights(), weights()
+    optimizer, sibling = case.make(params), emonavi.create(other, others)
+    train(optimizer, params, 3)
+    train(sibling, others, steps)
+    before, saved = contents(optimizer), through_file(sibling.state_dict())
+    if type(sibling) is type(optimizer):
+        for _ in range(2):  # torch adds to the defaults when it loads
+            optimizer.load_state_dict(saved)
+    elif steps or type(optimizer) is emonavi.EmoLynx:
+        with pytest.raises(ValueError, match=r"of another optimizer: .* not hold (exp_avg|decoupled_weight_decay)"):
+            optimizer.load_state_dict(saved)
+        assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 2, start=5)
+
+
+@siblings
+@pytest.mark.parametrize("emotion", ["adaptive", "v4"])
+def test_checkpoint_of_another_version(case, emotion):
+    """Its numbers may mean something else, though they are as many."""
+    params = weights()
+    optimizer = case.make(params, emotion=emotion)
+    before, saved = contents(optimizer), through_file(optimizer.state_dict())
+    saved["param_groups"][0]["emotion"][1] -= 1
+    with pytest.raises(
+        ValueError, match=r"\(version [01], \d+ entries\).*\(version [12], \d+ entries\).*that saved it"
+    ):
+        optimizer.load_state_dict(saved)
     assert differences(before, contents(optimizer)) == []
 
 

@@ -251,3 +251,13 @@ def test_a_real_terminal(monkeypatch):
 def console_free(shown):
     """Text without the escape sequences of a terminal."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def test_entered_twice(sheet):
+    """A second hook would never be removed."""
+    optimizer, step = make()
+    with monitor.live(optimizer, console=sheet()) as line:
+        with pytest.raises(RuntimeError, match="shown already"), line:
+            pass
+        step()
+    assert not optimizer._optimizer_step_post_hooks

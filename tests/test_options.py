@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import differences, siblings, train, weights
@@ -21,9 +22,14 @@ NUMBERS = [
     ("min_lr", ["None", None], 1e-6),
     ("max_lr", ["0.5", "5e-1"], 0.5),
     ("max_lr", ["None", "none", None], None),
+    # As numpy's arrays and torch's tensors hold them.
+    ("lr", [np.float32(0.5), np.float64(0.5)], 0.5),
+    ("weight_decay", [np.float32(0)], 0.0),
+    ("max_lr", [np.float16(0.5)], 0.5),
+    ("betas", [np.array([0.5, 0.75], dtype=np.float32), torch.tensor([0.5, 0.75])], (0.5, 0.75)),
     ("betas", ["0.8,0.95", "0.8, 0.95", "(0.8, 0.95)", "(0.8,0.95,)", [0.8, 0.95]], (0.8, 0.95)),
 ]
-TRUE, FALSE = ["True", "true", "TRUE", "1", 1, True], ["False", "false", " False ", "0", 0, False]
+TRUE, FALSE = ["True", "true", "TRUE", "1", 1, True, np.True_], ["False", "false", " False ", "0", 0, False, np.False_]
 FLAGS = ["use_shadow", "use_trust", "maximize", "capturable", "foreach", "decoupled_weight_decay"]
 GROUP_KEYS = {"min_lr": "lr_floor", "max_lr": "lr_ceiling"}
 

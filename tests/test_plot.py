@@ -72,8 +72,28 @@ def test_what_was_written_last_counts(tmp_path):
     write(tmp_path, drive=[1.0, 2.0, 3.0])
     with tensorboard.SummaryWriter(str(tmp_path), filename_suffix=".resumed") as writer:
         writer.add_scalar("emo/drive", 20.0, 2)
+        writer.add_scalar("emo/drive", 0.5, 3)
     (run,) = plot.read(tmp_path)
-    assert run.tags["emo/drive"] == {1: 1.0, 2: 20.0, 3: 3.0}
+    assert run.tags["emo/drive"] == {1: 1.0, 2: 20.0, 3: 0.5}, "neither the first nor the highest"
+
+
+def test_the_log_of_hugging_faces_trainer(tmp_path):
+    """It puts train/ before every tag."""
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("train/emo/drive", 2.0, 10)
+        writer.add_scalar("train/loss", 1.0, 10)
+    (run,) = plot.read(tmp_path)
+    assert run.tags == {"emo/drive": {10: 2.0}}
+
+
+def test_a_run_that_no_panel_shows(tmp_path):
+    """A log that was cut short may hold any of the tags, and only those."""
+    write(tmp_path / "b", should_stop=[0.0, 1.0])
+    with pytest.raises(ValueError, match="hold no curve"):
+        plot.draw(tmp_path, tmp_path)
+    write(tmp_path / "a", drive=[1.0, 2.0])
+    _, page, count = plot.draw(tmp_path, tmp_path)
+    assert count == 2 and "<th>b</th>" in page.read_text()
 
 
 def test_files_that_are_cut_off_or_empty_do_no_harm(trained, tmp_path):

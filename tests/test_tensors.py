@@ -25,6 +25,24 @@ def test_ten_thousand_tiny_parameters(case, foreach):
     assert {float(optimizer.state[p]["step"]) for p in params} == {2.0}
 
 
+@siblings
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_without_memory(case, first):
+    """A meta parameter may be in the list, as in torch.optim; a gradient there is refused, except at lr 0."""
+    real, ghost = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = case.make([ghost, real] if first else [real, ghost])
+    real.grad = torch.ones(3)
+    optimizer.step(loss=1.0)
+    assert optimizer.emotion.steps == 1 and bool((real < 1).all())
+    ghost.grad = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError, match=r"on the meta device.*to_empty"):
+        optimizer.step(loss=1.0)
+    assert optimizer.emotion.steps == 1
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+
+
 def strided():
     """Pairs of a parameter that does not lie in memory row by row, and the same one that does."""
     base = torch.arange(48.0).sin()

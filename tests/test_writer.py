@@ -389,3 +389,19 @@ def test_what_waits_is_written_when_the_recorder_goes():
     del recorder
     gc.collect()
     assert [step for step, _ in notebook.of("emo/drive")] == [1, 2, 3]
+
+
+def test_a_writer_that_fails_can_be_taken_away():
+    class Full:
+        def add_scalar(self, tag, value, step):
+            raise OSError("no space left on device")
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = EmoNavi([weight], writer=Full())
+    weight.grad = torch.ones(2)
+    with pytest.raises(OSError, match="no space"):
+        optimizer.step(loss=1.0)
+    with pytest.raises(OSError, match="no space"):
+        optimizer.writer = None  # says once more what it could not write
+    assert optimizer.writer is None
+    optimizer.step(loss=1.0)

@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi import checks
-from emonavi.machine import Machine
-
 __all__ = ["load_exactly"]
 
 
@@ -18,18 +15,19 @@ def load_exactly(
     load: Callable[[dict[str, Any]], None],
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],
-    emotion: Machine,
+    check: Callable[[dict[str, Any]], None],
 ) -> None:
     """Load with torch's own ``load``, then restore each state tensor in the dtype that it was saved in.
 
     torch casts state to the parameter's dtype (pytorch#43706), which rounds the float32 memories of 16-bit
-    parameters, and shares tensors with the dict. A resumed run would then not be the same run.
+    parameters, and shares tensors with the dict. A resumed run would then not be the same run. ``check`` raises where
+    the dict does not fit, before anything changes.
     """
     loaded: dict[str, Any] = {}
 
     def look(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
         # Hooks registered by others may have replaced the dict: this one runs last and sees what is loaded.
-        checks.checkpoint(final, emotion)
+        check(final)
         loaded.update(final)
 
     handle = optimizer.register_load_state_dict_pre_hook(look)

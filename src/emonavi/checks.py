@@ -20,10 +20,13 @@ __all__ = [
     "emotion",
     "gradient",
     "group",
+    "memory",
     "on_missing_loss",
     "options",
     "parameters",
     "process_group",
+    "same_optimizer",
+    "shared",
     "spelled",
     "writer",
 ]
@@ -36,12 +39,19 @@ FLAGS = {
     **{"use_shadow": True, "use_trust": True, "foreach": True, "fused": True},
     **{"maximize": False, "capturable": False, "decoupled_weight_decay": False},
 }
+# What is felt is one for all groups, and so is how: a group that asks for something else would not be heard.
+SHARED = ("use_shadow", "use_trust", "max_norm", "capturable")
+CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_group")
 WORDS = {"true": True, "1": True, "false": False, "0": False}
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def emotion(given: str | Emotion | Preset) -> Machine:
     """The emotion of a name, or the one given."""
+    if isinstance(given, Emotion):
+        for constant, value in vars(given).items():
+            if not 0 <= _as_float(value) < math.inf:
+                raise ValueError(f"Emotion({constant}={value!r}): give a finite number of at least 0")
     if isinstance(given, (Emotion, Preset)):
         return given
     known: dict[str, Machine] = {"adaptive": Emotion(), **PRESETS}
@@ -67,6 +77,8 @@ def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
 def spelled(given: dict[str, Any]) -> dict[str, Any]:
     """Options in their own types where they are spelled as strings, or as 0 and 1, as command lines have them.
 
+    Numbers of numpy become Python's: ``weights_only=True`` would not load a checkpoint that holds them.
+
     Numbers that are none stay as they are: :func:`group` names them together with what they should be.
 
     Raises:
@@ -82,15 +94,31 @@ def spelled(given: dict[str, Any]) -> dict[str, Any]:
             meant[name] = _flag(name, value)
         elif name in NUMBERS:
             meant[name] = _number(value, none=name in ("max_norm", "min_lr", "max_lr"))
-        elif name == "betas" and isinstance(value, str):
-            parts = value.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
-            numbers = tuple(_number(part) for part in parts)
-            meant[name] = value if any(isinstance(n, str) for n in numbers) else numbers
+        elif name == "betas":
+            meant[name] = _pair(value)
     return meant
 
 
+def _pair(given: Any) -> Any:
+    parts = given
+    if isinstance(given, str):
+        parts = given.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
+    elif hasattr(given, "tolist"):
+        parts = given.tolist()
+    if not isinstance(parts, (list, tuple)):
+        return given
+    numbers = tuple(_number(part) for part in parts)
+    return given if any(isinstance(n, str) for n in numbers) else numbers
+
+
+def _plain(given: Any) -> Any:
+    """A scalar of numpy as Python's; all else as it is."""
+    alone = getattr(given, "shape", None) == () and not isinstance(given, Tensor)
+    return given.item() if alone else given
+
+
 def _flag(name: str, given: Any) -> bool | None:
-    none = FLAGS[name]
+    none, given = FLAGS[name], _plain(given)
     word = given.strip().lower() if isinstance(given, str) else None
     if none and (given is None or word == "none"):
         return None
@@ -103,7 +131,7 @@ def _flag(name: str, given: Any) -> bool | None:
 
 def _number(given: Any, none: bool = False) -> Any:
     if not isinstance(given, str):
-        return given
+        return _plain(given)
     if none and given.strip().lower() == "none":
         return None
     try:
@@ -114,7 +142,7 @@ def _number(given: Any, none: bool = False) -> Any:
 
 def capture(given: str | bool) -> bool:
     """Whether to hear the loss at backward."""
-    word = given.strip().lower() if isinstance(given, str) else given
+    word = given.strip().lower() if isinstance(given, str) else _plain(given)
     if word == "auto":
         return True
     if isinstance(word, str) and word in WORDS:
@@ -164,6 +192,15 @@ def group(merged: dict[str, Any]) -> None:
         raise ValueError("fused=True: this version has no fused kernels; leave it at None, and foreach is used")
 
 
+def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """A group's own options ask for nothing that only the constructor can give."""
+    for name in (*SHARED, *CONSTRUCTORS):
+        value = own.get(name)
+        if value is None or isinstance(value, Tensor) or (name in SHARED and value == defaults[name]):
+            continue  # a tensor is the emotion of a group that another optimizer had
+        raise ValueError(f"{name}={value!r} in a group: it is one for all groups; give it to the constructor")
+
+
 def _at_least_zero(name: str, value: Any, otherwise: str = "") -> None:
     if not 0 <= _as_float(value) < math.inf:
         raise ValueError(
@@ -197,6 +234,14 @@ def gradient(param: Tensor) -> None:
         raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
 
 
+def memory(params: Sequence[Tensor]) -> None:
+    """Parameters that lie somewhere."""
+    for p in params:
+        if p.is_meta:
+            what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
+            raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")
+
+
 def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
     """A checkpoint that was made with this emotion."""
     groups = state_dict.get("param_groups") or [{}]
@@ -205,12 +250,28 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
         raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
     machines: list[Machine] = [Emotion(), *PRESETS.values()]
-    code, version = int(vector[0]), int(vector[1])
-    if code != machine.code or len(vector) != len(machine.initial()):
-        found = next((e.name for e in machines if e.code == code), f"unknown, code {code}")
-        saved = f"the checkpoint was saved with emotion {found!r} (version {version}, {len(vector)} entries)"
-        mine = f"this optimizer has {machine.name!r} ({len(machine.initial())} entries)"
+    (code, version), own = vector[:2].tolist(), machine.initial()
+    if [code, version, len(vector)] != [*own[:2], len(own)]:
+        found = next((e.name for e in machines if e.code == code), f"unknown, code {code:g}")
+        saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
+        mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
+
+
+def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
+    """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
+    groups = state_dict["param_groups"]
+    lacking = sorted(options - set(groups[0]))
+    saved = [i for g in groups for i in g["params"]]
+    # Another number of parameters is torch's to refuse.
+    for i, layout in zip(saved, layouts, strict=False):
+        kept = state_dict["state"].get(i)
+        lacking += [name for name in layout if kept and name not in kept]
+    if lacking:
+        raise ValueError(
+            f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "
+            "into the optimizer that saved it, or start with a fresh one"
+        )
 
 
 def writer(given: Any) -> Any:

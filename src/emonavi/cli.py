@@ -141,7 +141,9 @@ def plot(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="What `emonavi bench lr` has written.", exists=True, dir_okay=False)],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What `emonavi bench lr` has written.", exists=True, dir_okay=False)
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder.", show_default="FILE without its ending")] = None,
 ) -> None:
     """Say what `emonavi bench lr` has found, and write an HTML page and PNGs; the bench may still be running."""
@@ -161,6 +163,10 @@ def report(
         raise typer.BadParameter(str(error)) from error
     if not study.rows:
         raise typer.BadParameter(f"{file} has no result yet")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the figures, which would hide why there is no page
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     console = Console(highlight=False)
     console.print(lr_report.table(study))
     for sentence in lr_report.verdicts(study):

@@ -27,7 +27,8 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
 The target is the rule's, in standard deviations of the cosine: 0 for Adam, below for a rule without momentum (EmoFact),
 above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which its trust
 comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same sums;
-under a hundredth of its mean so far there is nothing to gain.
+under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
+gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 

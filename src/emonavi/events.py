@@ -99,8 +99,15 @@ def _read(home: Path) -> dict[str, dict[int, float]]:
     sizes = {kind: 1 for kind in ("compressedHistograms", "images", "audio", "histograms", "tensors")}
     events = EventAccumulator(str(home), size_guidance={**sizes, "scalars": 0})
     events.Reload()
-    tags = sorted((t for t in events.Tags()["scalars"] if t.startswith("emo/")), key=_natural)
-    return {tag: dict(sorted((e.step, e.value) for e in events.Scalars(tag))) for tag in tags}
+    # Hugging Face's Trainer puts train/ before every tag that its callbacks log.
+    tags = {
+        t.removeprefix("train/"): t for t in events.Tags()["scalars"] if t.removeprefix("train/").startswith("emo/")
+    }
+    found = {}
+    for tag in sorted(tags, key=_natural):
+        last = {e.step: e.value for e in events.Scalars(tags[tag])}  # in the order of writing
+        found[tag] = dict(sorted(last.items()))
+    return found
 
 
 def _natural(tag: str) -> list[Any]:

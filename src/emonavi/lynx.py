@@ -3,8 +3,11 @@ r"""EmoLynx: the Lion rule under an emotion.
 With gradient :math:`g` and a ready ``step_size`` and ``decay`` for each tensor::
 
     direction = sign((1 - beta1) g + beta1 trust exp_avg)               trust: the preset v4 only
-    param     = decay param - step_size direction                       step_size = lr drive
+    param     = decay param - step_size direction                       step_size = lr drive fade
     exp_avg   = beta2 exp_avg + (1 - beta2) g
+
+The fade, at most 1, is the gain of late over its mean so far (``emotion.py``; 1 in the presets): a sign is as long
+beside a gradient of 0 as beside any other. It is no part of ``effective_lr``, and ``min_lr`` is no floor under it.
 
 Reflection compares g with the sign of the memory as it stood before this update, in Lion's own metric:
 <g, sign(exp_avg)> over sum |g|.

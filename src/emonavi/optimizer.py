@@ -185,6 +185,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         found, vector = self._found(), self._vector()
         moves = self._moves(found)
         if moves:
+            checks.memory([p for p, _ in found])
             heard = agreed_loss(heard, vector, self._process_group)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
@@ -359,9 +360,9 @@ class EmoOptimizer(torch.optim.Optimizer):
     def writer(self, writer: Any) -> None:
         given = None if writer is None else checks.writer(writer)  # None for "None", too
         recorder = None if given is None else Recorder(given, self._emotion)
-        if self._recorder is not None:
-            self._recorder.close()  # after the new one is known to work: until then the old one goes on
-        self._recorder = recorder
+        old, self._recorder = self._recorder, recorder  # the new one is known to work: until then the old one goes on
+        if old is not None:
+            old.close()  # last: a writer that fails once more must not stay for that
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
@@ -373,6 +374,10 @@ class EmoOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
         param_group.update(checks.spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
+        for name in checks.SHARED:
+            if param_group.get(name, 0) is None:
+                del param_group[name]  # the choice is left to the emotion
+        checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -398,9 +403,17 @@ class EmoOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
         self._refuse_inside_calm("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, self._emotion)
+        load_exactly(super().load_state_dict, self, state_dict, self._fits)
         self._note_begun()
         self._intake.clear()
+
+    def _fits(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another emotion or of another optimizer."""
+        checks.checkpoint(state_dict, self._emotion)
+        # Of the defaults only our own: torch, and whoever else, may add to them.
+        options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
+        options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
+        checks.same_optimizer(state_dict, options, [self._layout(p) for g in self.param_groups for p in g["params"]])
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
@@ -443,7 +456,7 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel()]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
         trained = [p for p in weights if p.requires_grad] or list(weights)
         trained.sort(key=lambda p: (str(p.device), str(p.dtype)))  # the order that all_norms() keeps
         counts = vector.new_tensor([p.numel() for p in trained])

@@ -135,9 +135,9 @@ class Scene:
         return len(self.runs) == 1
 
     def key(self) -> dict[str, Line]:
-        """A line of each run."""
+        """A line of each run that has one."""
         drawn = {line.run: line for _, lines in self.panels for line in lines}
-        return {} if self.alone else {run.label: drawn[run.label] for run in self.runs}
+        return {} if self.alone else {run.label: drawn[run.label] for run in self.runs if run.label in drawn}
 
     def names(self, lines: list[Line]) -> dict[str, Line]:
         """A line for each curve of a panel that has several; grey, where the colours stand for runs."""
@@ -153,6 +153,9 @@ def draw(folder: Path, out: Path) -> tuple[Path, Path, int]:
         ValueError: the event files hold no emotion.
     """
     scene = Scene.load(folder)
+    if not scene.panels:
+        known = ", ".join(sorted({tag for run in scene.runs for tag in run.tags}))
+        raise ValueError(f"the event files in {folder} hold no curve to draw, only {known}: is the log complete?")
     out.mkdir(parents=True, exist_ok=True)
     png, site = out / "emonavi-plot.png", out / "emonavi-plot.html"
     _write_png(png, scene)
@@ -235,7 +238,7 @@ def _page(scene: Scene) -> str:
     rows, key = "", scene.key()
     for run in scene.runs:
         cells = "".join(f"<td>{cell}</td>" for cell in _cells(run))
-        sample = page.sample(key[run.label].colour, key[run.label].dash) if key else ""
+        sample = page.sample(key[run.label].colour, key[run.label].dash) if run.label in key else ""
         rows += f"<tr><th>{sample}{html.escape(run.label)}</th>{cells}</tr>"
     meanings = {panel.title: panel.meaning for panel, _ in scene.panels}
     meanings["should_stop"] = "a dotted line where it became True: there was next to nothing left to learn"

@@ -86,6 +86,8 @@ class Line:
         self._seen: deque[tuple[float, int]] = deque(maxlen=12)  # when, and at which step: the speed of three seconds
 
     def __enter__(self) -> Line:
+        if self._hook is not None:
+            raise RuntimeError("this line is shown already: leave its with block first, or make another with live()")
         self._begin()
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return self

@@ -56,9 +56,14 @@ def _parse(path: Path) -> tuple[list[Row], int]:
         if line.endswith(b"\n") and isinstance(row, dict):
             rows.append(row)
             sound += len(line)
-        elif sound + len(line) < len(content):
+        elif sound + len(line) < len(content) or not _torn(line) or (row is not None and not rows):
             raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}; remove that line, or the file")
     return rows, sound
+
+
+def _torn(line: bytes) -> bool:
+    """Whether it may be the beginning of a row, and no line of a file that is somebody's own."""
+    return line.startswith(b'{"') and not line.endswith(b"\n")
 
 
 class Ledger(Generic[C]):
