@@ -39,9 +39,10 @@ def test_a_rule_that_speaks_and_one_that_stays(flags, first, stays):
 
 def test_a_run_of_stop_looks_at_the_whole_budget():
     row = stop.measure(stop.Cell("diabetes", "EmoNavi", 0, 200))
-    assert row["at"][-1] == 200 and len(row["at"]) == len(row["raw"]) == len(row["calm"]) == 40
+    assert row["at"][-1] == 200 and len(row["at"]) == len(row["raw"]) == len(row["calm"]) == 100
     assert row["raw"][-1] < row["raw"][0]
     assert set(row["should_stop"]) == {"first", "stays"}
+    assert len(row["losses"]) == 200
 
 
 def run(shock_name, optimizer="EmoNavi", seed=0):

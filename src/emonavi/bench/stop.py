@@ -20,7 +20,7 @@ from emonavi.presets import PRESETS
 __all__ = ["Cell", "cells", "lines", "measure"]
 
 TOO_LONG = 4
-_LOOKS = 40  # evaluations in a run
+_LOOKS = 100  # evaluations in a run
 
 
 class Cell(NamedTuple):
@@ -47,13 +47,14 @@ def measure(cell: Cell) -> Row:
     published = PRESETS["v3"]
     state = published.unpack(torch.tensor(published.initial(), dtype=torch.float64), plain=True)
     said: dict[str, list[bool]] = {"should_stop": [], "published": []}
-    figures: Row = {"split": TASKS[cell.task].split, "at": [], "raw": [], "calm": []}
+    figures: Row = {"split": TASKS[cell.task].split, "at": [], "raw": [], "calm": [], "losses": []}
     every = max(1, cell.steps // _LOOKS)
     for step in range(cell.steps):
         optimizer.zero_grad()
         loss = problem.loss(step)
         loss.backward()
         optimizer.step()
+        figures["losses"].append(loss.item())
         state = published.feel(state, loss.item(), 0)
         said["should_stop"].append(optimizer.should_stop)
         said["published"].append(bool(published.should_stop(state)))
