@@ -374,6 +374,21 @@ def test_outliers_are_scaled_down_to_the_history(norms, factor):
     assert float(off) == 1.0
 
 
+@pytest.mark.parametrize("heard", [1, 2, 5, 9])
+def test_an_absurd_gradient_is_scaled_down_before_the_spread_is_known(heard):
+    machine, state = fresh()
+    for _ in range(heard):
+        state, _, scale = machine.guard(state, given_as(2.0), OPTIONS)
+        assert float(scale) == 1.0
+    _, _, usual = machine.guard(state, given_as(8.0), OPTIONS)
+    assert float(usual) == 1.0, "norms may well quadruple at first"
+    _, acts, scale = machine.guard(state, given_as(2e6), OPTIONS)
+    assert bool(acts)
+    assert float(scale) * 1e6 == pytest.approx(math.exp(6 * 0.25), rel=1e-9)
+    _, _, off = machine.guard(state, given_as(2e6), OPTIONS._replace(max_norm=0.0))
+    assert float(off) == 1.0
+
+
 # should_stop ---------------------------------------------------------------------------------------------------------
 
 

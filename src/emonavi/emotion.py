@@ -58,7 +58,8 @@ REST_STEPS = 3
 HEAL_RATE = (LOG_HALF - LOG_TENTH) / 7  # with the three steps of rest: back at half the earlier drive within ten
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
-PATIENCE = 10  # losses or norms heard before one can be called an outlier
+PATIENCE = 10  # losses or norms heard before one can be called an outlier by their own spread
+UNKNOWN_SPREAD = 0.25  # sd of the log norm until then: with six of them, 4.5 times the usual norm is an outlier
 
 
 class State(NamedTuple):
@@ -246,8 +247,11 @@ class Emotion:
         norm = like(state.code, norm)
         finite = isfinite(norm)
         log_norm = log(clamp(norm, 1e-300))
-        limit = state.log_norm + self.outlier * options.max_norm * sqrt(state.log_norm_var)
-        outlier = (state.norms >= PATIENCE) & (log_norm > limit) & (options.max_norm > 0)
+        # Absurd gradients come in the first steps, too, where the moments would not forget them for the whole run.
+        deviation = sqrt(state.log_norm_var)
+        deviation = where(state.norms < PATIENCE, clamp(deviation, UNKNOWN_SPREAD), deviation)
+        limit = state.log_norm + self.outlier * options.max_norm * deviation
+        outlier = (state.norms > 0) & (log_norm > limit) & (options.max_norm > 0)
         grad_scale = where(outlier & finite, exp(clamp(limit - log_norm, high=0.0)), 1.0)
 
         taken = where(outlier, limit, log_norm)
