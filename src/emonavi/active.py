@@ -63,7 +63,7 @@ class Active(NamedTuple):
             trust=kept["trust"],
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
@@ -79,7 +79,7 @@ class Active(NamedTuple):
             max_norm=groups[0]["max_norm"],
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
-            hold=hold,
+            hold=hold[bool(groups[0]["use_shadow"])],
             fades=fades,
             decayed=torch.stack(decayed).all(),
         )

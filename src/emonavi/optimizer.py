@@ -152,8 +152,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
-    # Target of trust, in standard deviations below 0. With Adam's momentum, 0 is the exact line search.
-    _hold = 0.0
+    # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
+    # line search.
+    _hold = (0.0, 0.0)
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
 
