@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi.distributed import is_sharded, local
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
@@ -17,7 +18,10 @@ __all__ = ["Active", "bounded", "per_tensor"]
 
 
 class Active(NamedTuple):
-    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them."""
+    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them.
+
+    Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
+    """
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -36,21 +40,21 @@ class Active(NamedTuple):
     def of(
         cls,
         found: Sequence[tuple[Tensor, int]],
+        grads: list[Tensor],
         states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
     ) -> Active:
-        """From parameters that have a gradient, with the place of their group."""
-        found = [(p, i) for p, i in found if p.numel()]
+        """From parameters with the place of their group, and what lies here of their gradients."""
         owners = [i for _, i in found]
-        own = [states[p] for p, _ in found]
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
         kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
-            params=[p for p, _ in found],
-            grads=[p.grad for p, _ in found if p.grad is not None],
+            params=[local(p) for p, _ in found],
+            grads=grads,
             states=own,
             groups=owners,
             counts=counts,
@@ -94,7 +98,8 @@ class Active(NamedTuple):
         """Places of the tensors that share a group, a device, a dtype and a state layout."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+            if p.numel():
+                buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:

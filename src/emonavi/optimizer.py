@@ -20,14 +20,14 @@ from emonavi import checks
 from emonavi.active import Active, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly
-from emonavi.distributed import agreed_loss
+from emonavi.distributed import Ranks, agreed, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, total_norm, wide
+from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -114,6 +114,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._capture = capture
         self._missing = Missing(on_missing_loss)
         self._process_group = process_group
+        self._ranks = Ranks()
         self._is_calm = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -186,7 +187,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
-            heard = agreed_loss(heard, vector, self._process_group)
+            moved = [(p, i) for p, i in found if p.numel()]
+            params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
+            ranks = self._peers()
+            heard, norm = agreed(heard, all_norms(grads, vector), params, ranks)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
@@ -195,18 +199,20 @@ class EmoOptimizer(torch.optim.Optimizer):
             if found:
                 self._intake.clear()
             return returned
-        active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector)
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
-            state = self._emotion.begin(state, self._weights(vector), active.lr.max(), options)
+            state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
-        state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
+        state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, mood, acts, options, predicated)
+        if self._emotion.reflects and options.use_trust:
+            sums = Sums(*ranks.whole(torch.stack(sums[:3]), params), sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         vector.copy_(self._emotion.pack(state))
@@ -338,13 +344,14 @@ class EmoOptimizer(torch.optim.Optimizer):
         ]
         if not pairs:
             raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
-        held = [p.detach().clone() for p, _ in pairs]
+        shown, shadows = ([local(t.detach()) for t in some] for some in zip(*pairs, strict=True))
+        held = [p.clone() for p in shown]
         self._is_calm = True
         try:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], [shadow for _, shadow in pairs])
+            torch._foreach_copy_(shown, shadows)
             yield
         finally:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], held)
+            torch._foreach_copy_(shown, held)
             self._is_calm = False
 
     def _refuse_inside_calm(self, what: str) -> None:
@@ -380,6 +387,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._ranks = Ranks()
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
@@ -454,13 +462,19 @@ class EmoOptimizer(torch.optim.Optimizer):
             vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
         return vector
 
-    def _weights(self, vector: Tensor) -> Weights:
+    def _peers(self) -> Ranks:
+        """Who is asked in a step; found out once, since a process group may have to be made."""
+        if self._ranks == Ranks():
+            self._ranks = Ranks.of((p for g in self.param_groups for p in g["params"]), self._process_group)
+        return self._ranks
+
+    def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
         weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
-        trained = [p for p in weights if p.requires_grad] or list(weights)
-        trained.sort(key=lambda p: (str(p.device), str(p.dtype)))  # the order that all_norms() keeps
+        trained = [p for p in weights if p.requires_grad] or weights
         counts = vector.new_tensor([p.numel() for p in trained])
-        norms = all_norms(trained, vector)
+        norms = all_norms([local(p) for p in trained], vector)
+        norms = ranks.whole(norms * norms, trained).sqrt()
         return Weights(
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),
