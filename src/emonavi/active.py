@@ -23,9 +23,11 @@ class Active(NamedTuple):
     Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
     """
 
+    whole: list[Tensor]  # the parameters themselves
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    wholes: list[Any]  # what the rule has to know of the other ranks' parts of a sharded tensor; else None
     groups: list[int]
     counts: list[int]  # of tensors in each group
     lr: Tensor
@@ -53,9 +55,11 @@ class Active(NamedTuple):
         counts = [counted[i] for i in range(len(groups))]
         kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
+            whole=[p for p, _ in found],
             params=[local(p) for p, _ in found],
             grads=grads,
             states=own,
+            wholes=[None] * len(own),
             groups=owners,
             counts=counts,
             lr=per_tensor([g["lr"] for g in groups], counts, home),
@@ -95,11 +99,11 @@ class Active(NamedTuple):
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
     def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout."""
+        """Places of the tensors that share a group, a device, a dtype and a state layout; one with a whole is alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            if p.numel():
-                buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+            alone = None if self.wholes[place] is None else place
+            buckets.setdefault((group, p.device, p.dtype, alone, layout(p)), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:

@@ -153,6 +153,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
+    def _wholes(self, active: Active, grad_scale: Number) -> list[Any]:
+        """For each tensor, what its rule has to know of the parts of a sharded gradient on other ranks; else None."""
+        return active.wholes
+
     # Target of trust, in standard deviations below 0. With Adam's momentum, 0 is the exact line search.
     _hold = 0.0
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
@@ -212,7 +216,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, mood, acts, options, predicated)
         if self._emotion.reflects and options.use_trust:
-            sums = Sums(*ranks.whole(torch.stack(sums[:3]), params), sums.weight)
+            grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), params).unbind()
+            sums = Sums(grad_step, grad_grad, step_step, sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         vector.copy_(self._emotion.pack(state))
@@ -249,6 +254,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         own_lr, step_sizes, decays = active.rates(mood)
         reflect = self._emotion.reflects and options.use_trust
         skip = not predicated and not bool(acts)
+        if not skip:
+            active = active._replace(wholes=self._wholes(active, mood.grad_scale))
         parts: list[tuple[list[int], Reflected]] = []
         for (index, *_, layout), places in active.buckets(self._layout).items():
             group = self.param_groups[index]
@@ -262,6 +269,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            if (whole := active.wholes[places[0]]) is not None:
+                scalars["whole"] = whole
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
