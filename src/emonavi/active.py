@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi.distributed import is_sharded, local
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
@@ -17,11 +18,16 @@ __all__ = ["Active", "bounded", "per_tensor"]
 
 
 class Active(NamedTuple):
-    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them."""
+    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them.
 
+    Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
+    """
+
+    whole: list[Tensor]  # the parameters themselves
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
+    wholes: list[Any]  # what the rule has to know of the other ranks' parts of a sharded tensor; else None
     groups: list[int]
     counts: list[int]  # of tensors in each group
     lr: Tensor
@@ -36,22 +42,24 @@ class Active(NamedTuple):
     def of(
         cls,
         found: Sequence[tuple[Tensor, int]],
+        grads: list[Tensor],
         states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
     ) -> Active:
-        """From parameters that have a gradient, with the place of their group."""
-        found = [(p, i) for p, i in found if p.numel()]
+        """From parameters with the place of their group, and what lies here of their gradients."""
         owners = [i for _, i in found]
-        own = [states[p] for p, _ in found]
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
         kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
-            params=[p for p, _ in found],
-            grads=[p.grad for p, _ in found if p.grad is not None],
+            whole=[p for p, _ in found],
+            params=[local(p) for p, _ in found],
+            grads=grads,
             states=own,
+            wholes=[None] * len(own),
             groups=owners,
             counts=counts,
             lr=per_tensor([g["lr"] for g in groups], counts, home),
@@ -91,10 +99,11 @@ class Active(NamedTuple):
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
     def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout."""
+        """Places of the tensors that share a group, a device, a dtype and a state layout; one with a whole is alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+            alone = None if self.wholes[place] is None else place
+            buckets.setdefault((group, p.device, p.dtype, alone, layout(p)), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:

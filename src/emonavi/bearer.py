@@ -16,6 +16,7 @@ from torch import Tensor
 from emonavi import checks
 from emonavi.active import bounded, per_tensor
 from emonavi.capture import listen
+from emonavi.distributed import Ranks, local
 from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
@@ -34,6 +35,7 @@ class Bearer(torch.optim.Optimizer):
         self._capture = capture
         self._missing = Missing(on_missing_loss)
         self._process_group = process_group
+        self._ranks = Ranks()
         self._is_calm = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -119,13 +121,14 @@ class Bearer(torch.optim.Optimizer):
         ]
         if not pairs:
             raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
-        held = [p.detach().clone() for p, _ in pairs]
+        shown, shadows = ([local(t.detach()) for t in some] for some in zip(*pairs, strict=True))
+        held = [p.clone() for p in shown]
         self._is_calm = True
         try:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], [shadow for _, shadow in pairs])
+            torch._foreach_copy_(shown, shadows)
             yield
         finally:
-            torch._foreach_copy_([p.detach() for p, _ in pairs], held)
+            torch._foreach_copy_(shown, held)
             self._is_calm = False
 
     def _refuse_inside_calm(self, what: str) -> None:
@@ -197,13 +200,19 @@ class Bearer(torch.optim.Optimizer):
             vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
         return vector
 
-    def _weights(self, vector: Tensor) -> Weights:
+    def _peers(self) -> Ranks:
+        """Who is asked in a step; found out once, since a process group may have to be made."""
+        if self._ranks == Ranks():
+            self._ranks = Ranks.of((p for g in self.param_groups for p in g["params"]), self._process_group)
+        return self._ranks
+
+    def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
         weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
-        trained = [p for p in weights if p.requires_grad] or list(weights)
-        trained.sort(key=lambda p: (str(p.device), str(p.dtype)))  # the order that all_norms() keeps
+        trained = [p for p in weights if p.requires_grad] or weights
         counts = vector.new_tensor([p.numel() for p in trained])
-        norms = all_norms(trained, vector)
+        norms = all_norms([local(p) for p in trained], vector)
+        norms = ranks.whole(norms * norms, trained).sqrt()
         return Weights(
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),

@@ -223,8 +223,6 @@ def parameters(params: Sequence[Tensor]) -> None:
             raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
         if p.layout != torch.strided:
             raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
-        if hasattr(p, "device_mesh"):
-            raise ValueError(f"{what} is a DTensor: this version does not work on shards; use DDP, or a plain module")
 
 
 def gradient(param: Tensor) -> None:

@@ -18,12 +18,12 @@ from emonavi import checks
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
-from emonavi.distributed import agreed_loss
+from emonavi.distributed import Ranks, agreed, local_grad
 from emonavi.emotion import Emotion
 from emonavi.machine import Mood, Options, Sums
 from emonavi.presets import Preset
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, gather, total_norm, wide
+from emonavi.sweep import Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -129,6 +129,10 @@ class EmoOptimizer(Bearer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
+    def _wholes(self, active: Active, grad_scale: Number) -> list[Any]:
+        """For each tensor, what its rule has to know of the parts of a sharded gradient on other ranks; else None."""
+        return active.wholes
+
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
@@ -164,7 +168,10 @@ class EmoOptimizer(Bearer):
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
-            heard = agreed_loss(heard, vector, self._process_group)
+            moved = [(p, i) for p, i in found if p.numel()]
+            params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
+            ranks = self._peers()
+            heard, norm = agreed(heard, all_norms(grads, vector), params, ranks)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
@@ -173,18 +180,21 @@ class EmoOptimizer(Bearer):
             if found:
                 self._intake.clear()
             return returned
-        active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector)
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
-            state = self._emotion.begin(state, self._weights(vector), active.lr.max(), options)
+            state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
-        state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
+        state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, mood, acts, options, predicated)
+        if self._emotion.reflects and options.use_trust:
+            grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), params).unbind()
+            sums = Sums(grad_step, grad_grad, step_step, sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         vector.copy_(self._emotion.pack(state))
@@ -209,6 +219,8 @@ class EmoOptimizer(Bearer):
         own_lr, step_sizes, decays = active.rates(mood)
         reflect = self._emotion.reflects and options.use_trust
         skip = not predicated and not bool(acts)
+        if not skip:
+            active = active._replace(wholes=self._wholes(active, mood.grad_scale))
         parts: list[tuple[list[int], Reflected]] = []
         for (index, *_, layout), places in active.buckets(self._layout).items():
             group = self.param_groups[index]
@@ -222,6 +234,8 @@ class EmoOptimizer(Bearer):
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            if (whole := active.wholes[places[0]]) is not None:
+                scalars["whole"] = whole
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
@@ -237,6 +251,7 @@ class EmoOptimizer(Bearer):
         checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._ranks = Ranks()
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])

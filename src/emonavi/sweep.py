@@ -16,7 +16,7 @@ from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
 
-__all__ = ["Bucket", "Reflected", "Rule", "dot", "gather", "to_home", "total_norm", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "to_home", "wide"]
 
 T = TypeVar("T")
 
@@ -125,16 +125,14 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
 
 
 def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together."""
-    norms = []
-    for (_, dtype), some in _by_kind(tensors, lambda tensor: tensor).items():
+    """Norm of each tensor, computed together with those of its device and dtype."""
+    norms, places = [], []
+    for (_, dtype), some in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
         # Sums of squares of 16-bit numbers overflow in 16 bits.
         at_least = torch.promote_types(dtype, torch.float32)
-        norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
-    return torch.cat(norms)
-
-
-def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of all gradients together; not finite where one element is not."""
-    total: Tensor = torch.linalg.vector_norm(all_norms(grads, home))
-    return total
+        norms.append(to_home(torch.stack(torch._foreach_norm([t for _, t in some], 2, dtype=at_least)), home))
+        places += [place for place, _ in some]
+    if len(norms) == 1:
+        return norms[0]
+    order = torch.tensor(places, device="cpu").argsort()
+    return torch.cat(norms)[order.to(home.device, non_blocking=True)]
