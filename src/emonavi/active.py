@@ -97,7 +97,7 @@ class Active(NamedTuple):
             buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
         return buckets
 
-    def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
+    def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
         """The bucket of the tensors at the given places, with the state tensors that their layout names."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
         lists |= {name: [self.states[i][name] for i in places] for name in layout}

@@ -23,11 +23,12 @@ from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
+from emonavi.kernels import choose
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, total_norm, wide
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, to_home, total_norm, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -57,8 +58,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
             ``torch.distributed`` is initialised, None is never.
         maximize: climb instead of descend.
-        foreach: update lists of tensors in cache-sized pieces (None: yes) or tensor by tensor (False).
-        fused: not available yet; True raises.
+        foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
+        fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
+            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
 
     Raises:
@@ -101,6 +103,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         hears, missing, group = (
             checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
         )  # fmt: skip
+        self._emotion = machine  # a group that asks for kernels needs it
         super().__init__(params, defaults)
         self._setup(machine, hears, missing, group)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
@@ -198,6 +201,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
@@ -206,7 +210,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
-        sums = self._sweep(active, mood, acts, options, predicated)
+        sums = self._sweep(active, buckets, mood, acts, options)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         vector.copy_(self._emotion.pack(state))
@@ -238,22 +242,34 @@ class EmoOptimizer(torch.optim.Optimizer):
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
-    def _sweep(self, active: Active, mood: Mood, acts: Number, options: Options, predicated: bool) -> Sums:
-        """Move every tensor, bucket by bucket, and gather what reflection needs."""
-        own_lr, step_sizes, decays = active.rates(mood)
-        reflect = self._emotion.reflects and options.use_trust
-        skip = not predicated and not bool(acts)
-        parts: list[tuple[list[int], Reflected]] = []
+    def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
+        """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
+        found = []
         for (index, *_, layout), places in active.buckets(self._layout).items():
             group = self.param_groups[index]
             rule, cut = self._rule(layout)
             how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
             bucket = active.bucket(places, layout, **how)
+            found.append((group, layout, rule, bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))))
+        return found
+
+    def _honour_fused(self, group: dict[str, Any]) -> None:
+        """Raise where there is no kernel for one of the group's tensors."""
+        for p in group["params"]:
+            predicated = p.device.type != "cpu" or bool(group["capturable"])
+            choose(self._rule(self._layout(p))[0], {"param": [p]}, group, predicated)
+
+    def _sweep(self, active: Active, buckets: Iterable[Any], mood: Mood, acts: Number, options: Options) -> Sums:
+        """Move every tensor, bucket by bucket, and gather what reflection needs."""
+        own_lr, step_sizes, decays = active.rates(mood)
+        reflect = self._emotion.reflects and options.use_trust
+        parts: list[tuple[list[int], Reflected]] = []
+        for group, layout, rule, bucket in buckets:
             if options.use_shadow:
-                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, mood.follow)
-            if skip:
+                bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
+            if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
@@ -383,7 +399,9 @@ class EmoOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
-        except (TypeError, ValueError):
+            if group["fused"]:
+                self._honour_fused(group)
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
         group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])

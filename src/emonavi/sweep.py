@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from emonavi.kernels import Kernel
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
@@ -33,6 +34,7 @@ class Bucket(NamedTuple):
     cut: bool  # the rule is elementwise: tensors may be cut
     foreach: bool
     predicated: bool  # never branch on a value
+    kernel: Kernel | None = None  # moves the whole bucket in the rule's place
 
     def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
         """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
@@ -50,6 +52,9 @@ class Bucket(NamedTuple):
         self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number
     ) -> list[tuple[list[int], Reflected]]:
         """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
+        if self.kernel is not None:
+            reflected = self.kernel(self.lists, scalars, grad_scale, acts)
+            return [] if reflected is None else [(self.places, reflected)]
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}

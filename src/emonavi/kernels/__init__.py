@@ -1,0 +1,60 @@
+"""Kernels: a rule's whole sweep over a bucket in one call. Each is loaded when it is first wanted.
+
+A kernel has the rule's name and does what the rule does, tensor by tensor; the rule stays the truth that it must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Kernel", "choose"]
+
+# (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
+# of its tensors, or None where the scalars do not ask for them.
+Kernel: TypeAlias = Callable[
+    [Mapping[str, list[Tensor]], dict[str, Any], Any, Any], "tuple[Tensor, Tensor, Tensor] | None"
+]
+
+
+def choose(
+    rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], group: Mapping[str, Any], predicated: bool
+) -> Kernel | None:
+    """What sweeps a bucket: a kernel, or None for the rule itself, by foreach or tensor by tensor.
+
+    ======  =======  ==========================  ==========================================
+    fused   foreach  is there a kernel for it?   swept by
+    ======  =======  ==========================  ==========================================
+    None    None     yes                         the kernel
+    None    None     no                          foreach
+    None    True     (not asked)                 foreach
+    None    False    (not asked)                 tensor by tensor
+    False   any      (not asked)                 foreach, or tensor by tensor for ``False``
+    True    any      yes                         the kernel
+    True    any      no                          nothing: raises
+    ======  =======  ==========================  ==========================================
+
+    Args:
+        rule: the functional form.
+        lists: the bucket's parallel lists, "param" first; those that are left out are not looked at.
+        group: options of its group.
+        predicated: no value may be branched on.
+
+    Raises:
+        RuntimeError: the group says ``fused=True``, and there is no kernel for this bucket.
+    """
+    if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
+        return None
+    kernel = _kernel(rule, lists, predicated)
+    if not isinstance(kernel, str):
+        return kernel
+    if group["fused"]:
+        raise RuntimeError(f"fused=True: {kernel}; leave fused at None, and foreach is used where there is no kernel")
+    return None
+
+
+def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
+    """The kernel for a bucket, or why there is none."""
+    return f"there is no kernel for {rule.__name__} on {lists['param'][0].device.type}"
