@@ -208,7 +208,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             state = self._emotion.begin(state, self._weights(vector), active.lr.max(), options)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
-        state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector), options)
+        norm = total_norm(active.grads, vector, fused=any(bucket.kernel is not None for *_, bucket in buckets))
+        state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         state = self._emotion.reflect(state, sums, acts, options)

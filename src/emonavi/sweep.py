@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from emonavi.kernels import Kernel
+from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
@@ -129,17 +129,21 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together."""
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
     norms = []
     for (_, dtype), some in _by_kind(tensors, lambda tensor: tensor).items():
-        # Sums of squares of 16-bit numbers overflow in 16 bits.
-        at_least = torch.promote_types(dtype, torch.float32)
-        norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        sums = squares(some) if fused else None
+        if sums is None:
+            # Sums of squares of 16-bit numbers overflow in 16 bits.
+            at_least = torch.promote_types(dtype, torch.float32)
+            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        else:
+            norms.append(to_home(sums.sqrt(), home))
     return torch.cat(norms)
 
 
-def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
+def total_norm(grads: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
     """Norm of all gradients together; not finite where one element is not."""
-    total: Tensor = torch.linalg.vector_norm(all_norms(grads, home))
+    total: Tensor = torch.linalg.vector_norm(all_norms(grads, home, fused))
     return total

@@ -5,12 +5,12 @@ A kernel has the rule's name and does what the rule does, tensor by tensor; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Kernel", "choose"]
+__all__ = ["Kernel", "choose", "squares"]
 
 # (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
 # of its tensors, or None where the scalars do not ask for them.
@@ -57,4 +57,18 @@ def choose(
 
 def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
     """The kernel for a bucket, or why there is none."""
-    return f"there is no kernel for {rule.__name__} on {lists['param'][0].device.type}"
+    device = lists["param"][0].device.type
+    if device == "cpu":
+        from emonavi.kernels import cpu
+
+        return cpu.kernel(rule, lists, predicated)
+    return f"there are no kernels for {device}"
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
+    if tensors[0].device.type != "cpu":
+        return None
+    from emonavi.kernels import cpu
+
+    return cpu.squares(tensors)
