@@ -98,9 +98,14 @@ class EmoFact(EmoOptimizer):
 def sample(batch: Tensor) -> Tensor:
     """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most :data:`SAMPLE`)."""
     flat = batch.flatten(1)
+    return flat[:, :: sample_stride(flat.shape[1])]
+
+
+def sample_stride(count: int) -> int:
+    """How far apart the sampled ones of ``count`` elements lie."""
+    stride = max(1, -(-count // SAMPLE))
     # An odd stride does not run down one column of a matrix whose width is a power of two.
-    stride = max(1, -(-flat.shape[1] // SAMPLE))
-    return flat[:, :: stride + (stride > 1 and stride % 2 == 0)]
+    return stride + (stride > 1 and stride % 2 == 0)
 
 
 def emofact(

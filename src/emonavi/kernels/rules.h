@@ -78,7 +78,7 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
 
 int NAME(emonavi)(const bucket *b)
 {
-    return sweep(b, NAME(navi_piece));
+    return sweep_elements(b, NAME(navi_piece));
 }
 
 /* The Lion rule (lynx.py) -------------------------------------------------------------------------------------------*/
@@ -133,7 +133,112 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
 
 int NAME(emolynx)(const bucket *b)
 {
-    return sweep(b, NAME(lynx_piece));
+    return sweep_elements(b, NAME(lynx_piece));
+}
+
+/* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------*/
+
+/* A memory of rows or columns after today's mean of squares. */
+static inline WIDE NAME(remember)(const bucket *b, WIDE memory, double mean)
+{
+    const WIDE today = ROOT((WIDE)mean + (WIDE)b->floor) * (WIDE)b->grad_trust;
+    return memory + (WIDE)(1 - b->beta1) * (today - memory);
+}
+
+/* The squares of n elements of a row, at most LANES: into the sum of the row and those of the columns. */
+static inline void NAME(fact_some)(const STORED *grad, int64_t n, WIDE scale, WIDE lanes[LANES], WIDE *columns)
+{
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE g = GET(grad[k]) * scale;
+        lanes[k] += g * g;
+        columns[k] += g * g;
+    }
+}
+
+static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t width = b->size[tensor] / b->rows[tensor];
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
+    WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
+    WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
+    (void)sums;
+    memset(columns, 0, (size_t)width * sizeof *columns);
+    for (int64_t r = 0; r < n; r++, grad += width) {
+        double sum = 0;
+        for (int64_t i = 0; i < width;) {
+            const int64_t to = width - i < BLOCK ? width : i + BLOCK;
+            WIDE lanes[LANES] = {0};
+            for (; i + LANES <= to; i += LANES)
+                NAME(fact_some)(grad + i, LANES, (WIDE)b->grad_scale, lanes, columns + i);
+            NAME(fact_some)(grad + i, to - i, (WIDE)b->grad_scale, lanes, columns + i);
+            i = to;
+            sum += NAME(total)(lanes);
+        }
+        row[r] = NAME(remember)(b, row[r], sum / (double)width);
+    }
+}
+
+/* Bands meet: the memory of columns, whose roots are left in the scratch, and then the sample that reflection takes. */
+static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t rows = b->rows[tensor], width = b->size[tensor] / rows;
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
+    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor];
+    WIDE *column = (WIDE *)b->tensors[3 * b->count + tensor];
+    WIDE *columns = (WIDE *)b->scratch + b->place[tensor];
+    (void)start, (void)n;
+    for (int64_t from = 0; from < width; from += BLOCK) {
+        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
+        double sum[BLOCK] = {0};
+        for (int64_t band = 0; band * BAND < rows; band++)
+            for (int64_t k = 0; k < some; k++)
+                sum[k] += (double)columns[band * width + from + k];
+        for (int64_t k = 0; k < some; k++) {
+            column[from + k] = NAME(remember)(b, column[from + k], sum[k] / (double)rows);
+            columns[from + k] = ROOT(column[from + k]);
+        }
+    }
+    if (!b->reflect)
+        return;
+    WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
+    for (int64_t k = 0; k < b->samples[tensor]; k++) {
+        const int64_t at = k * b->stride[tensor];
+        const WIDE g = GET(grad[at]) * (WIDE)b->grad_scale, m = sample[k];
+        const WIDE denom =
+            ROOT(row[at / width]) * (WIDE)(1 / b->bias[tensor]) * columns[at % width] + (WIDE)b->eps;
+        sums[0] += (double)(m * (g / denom));
+        sums[1] += (double)(g * (g / denom));
+        sums[2] += (double)(m * (m / denom));
+        sample[k] = m + (WIDE)b->sample_rate * (g - m);
+    }
+    for (int s = 0; s < SUMS; s++)
+        sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];
+}
+
+static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t width = b->size[tensor] / b->rows[tensor];
+    STORED *param = (STORED *)b->tensors[tensor] + start * width;
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
+    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor] + start;
+    const WIDE *root = (const WIDE *)b->scratch + b->place[tensor];
+    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, step_size = (WIDE)b->step_size[tensor];
+    const WIDE decay = b->decay ? (WIDE)b->decay[tensor] : 1;
+    (void)sums;
+    for (int64_t r = 0; r < n; r++, param += width, grad += width) {
+        const WIDE factor = ROOT(row[r]) * (WIDE)(1 / b->bias[tensor]);
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            const WIDE step = GET(grad[i]) * scale / (factor * root[i] + eps);
+            param[i] = PUT(GET(param[i]) * decay - step_size * step);
+        }
+    }
+}
+
+int NAME(emofact)(const bucket *b)
+{
+    return sweep_matrices(b, sizeof(WIDE), NAME(fact_gather), NAME(fact_meet), NAME(fact_move));
 }
 
 /* The guard: sums of squares ----------------------------------------------------------------------------------------*/
@@ -161,7 +266,7 @@ static void NAME(square_piece)(const bucket *b, int64_t tensor, int64_t start, i
 
 int NAME(squares)(const bucket *b)
 {
-    return sweep(b, NAME(square_piece));
+    return sweep_elements(b, NAME(square_piece));
 }
 
 #undef NAME
