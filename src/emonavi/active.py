@@ -27,7 +27,6 @@ class Active(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
-    wholes: list[Any]  # what the rule has to know of the other ranks' parts of a sharded tensor; else None
     groups: list[int]
     counts: list[int]  # of tensors in each group
     lr: Tensor
@@ -59,7 +58,6 @@ class Active(NamedTuple):
             params=[local(p) for p, _ in found],
             grads=grads,
             states=own,
-            wholes=[None] * len(own),
             groups=owners,
             counts=counts,
             lr=per_tensor([g["lr"] for g in groups], counts, home),
@@ -98,15 +96,17 @@ class Active(NamedTuple):
         own = torch.minimum(effective * self.drive, self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
-    def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout; one with a whole is alone."""
+    def buckets(
+        self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
+    ) -> dict[tuple[Any, ...], list[int]]:
+        """Places of the tensors that share a group, a device, a dtype and a state layout, unless one is to be alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            alone = None if self.wholes[place] is None else place
-            buckets.setdefault((group, p.device, p.dtype, alone, layout(p)), []).append(place)
+            own = place if alone(self.whole[place]) else None
+            buckets.setdefault((group, p.device, p.dtype, own, layout(p)), []).append(place)
         return buckets
 
-    def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
+    def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
         """The bucket of the tensors at the given places, with the state tensors that their layout names."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
         lists |= {name: [self.states[i][name] for i in places] for name in layout}

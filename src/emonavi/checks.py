@@ -188,8 +188,8 @@ def group(merged: dict[str, Any]) -> None:
             raise ValueError(
                 f"max_lr={merged['max_lr']!r} is below min_lr={merged['min_lr']!r}: raise one or lower the other"
             )
-    if merged["fused"]:
-        raise ValueError("fused=True: this version has no fused kernels; leave it at None, and foreach is used")
+    if merged["fused"] and merged["foreach"]:
+        raise ValueError("fused=True and foreach=True exclude each other: leave one at None")
 
 
 def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ class EmoFact(EmoOptimizer):
         made = {
             "exp_avg_row": placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,)),
             "exp_avg_col": placed(here.new_zeros((1, *here.shape[1:])), param, dims),
-            "exp_avg_sample": here.new_zeros(-(-param.numel() // _stride(param.numel()))),
+            "exp_avg_sample": here.new_zeros(-(-param.numel() // sample_stride(param.numel()))),
         }
         return {name: made[name] for name in self._layout(param)}
 
@@ -105,10 +105,13 @@ class EmoFact(EmoOptimizer):
         floor = eps * eps if corrects else eps
         return {"beta1": beta1, "eps": eps, "floor": floor, "step_size": step_size, "bias": bias, "trust": trust}
 
-    def _wholes(self, active: Active, grad_scale: Number) -> list[Whole | None]:
-        wholes, sums = list(active.wholes), []
+    def _needs_whole(self, param: Tensor) -> bool:
+        return is_sharded(param) and param.dim() > 1
+
+    def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Whole]:
+        wholes, sums = {}, []
         for i, (param, part) in enumerate(zip(active.whole, active.grads, strict=True)):
-            if not is_sharded(param) or param.dim() < 2:
+            if not self._needs_whole(param):
                 continue
             sign = -1.0 if self.param_groups[active.groups[i]]["maximize"] else 1.0
             grad = wide(part) * like(wide(part), sign * grad_scale)
@@ -119,16 +122,16 @@ class EmoFact(EmoOptimizer):
         return wholes
 
 
-def _stride(numel: int) -> int:
-    """Distance of the sampled elements. An odd one does not run down a column of a width that is a power of two."""
-    stride = max(1, -(-numel // SAMPLE))
+def sample_stride(count: int) -> int:
+    """Distance of the sampled ones of ``count`` elements. An odd one does not run down a column of a width like 512."""
+    stride = max(1, -(-count // SAMPLE))
     return stride + (stride > 1 and stride % 2 == 0)
 
 
 def sample(batch: Tensor) -> Tensor:
     """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most :data:`SAMPLE`)."""
     flat = batch.flatten(1)
-    return flat[:, :: _stride(flat.shape[1])]
+    return flat[:, :: sample_stride(flat.shape[1])]
 
 
 class Whole(NamedTuple):
@@ -145,7 +148,7 @@ class Whole(NamedTuple):
     def of_part(cls, param: Tensor, grad: Tensor, sampled: bool) -> Whole:
         """The share of this part, to be added to that of the others."""
         square, numel = grad * grad, param.numel()
-        sample = grad.new_zeros(-(-numel // _stride(numel)) if sampled else 0)
+        sample = grad.new_zeros(-(-numel // sample_stride(numel)) if sampled else 0)
         places, at = _sampled_here(param.shape, start(param), grad.shape, grad.device)
         if sampled:
             sample[places] = grad.flatten()[at]
@@ -164,7 +167,7 @@ def _sampled_here(
         (tensor([4, 5, 6, 7]), tensor([0, 1, 2, 3]))
     """
     numel = math.prod(shape)
-    sampled = torch.stack(torch.unravel_index(torch.arange(0, numel, _stride(numel)), shape))
+    sampled = torch.stack(torch.unravel_index(torch.arange(0, numel, sample_stride(numel)), shape))
     inside = sampled - torch.tensor(begin)[:, None]
     here = ((inside >= 0) & (inside < torch.tensor(size)[:, None])).all(0)
     strides = torch.tensor(torch.empty(size, device="meta").stride())

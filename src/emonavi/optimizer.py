@@ -7,7 +7,7 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +20,11 @@ from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.distributed import Ranks, agreed, local_grad
 from emonavi.emotion import Emotion
+from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
 from emonavi.presets import Preset
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, all_norms, gather, wide
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
 
@@ -53,8 +54,9 @@ class EmoOptimizer(Bearer):
         process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
             ``torch.distributed`` is initialised, None is never.
         maximize: climb instead of descend.
-        foreach: update lists of tensors in cache-sized pieces (None: yes) or tensor by tensor (False).
-        fused: not available yet; True raises.
+        foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
+        fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
+            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
 
     Raises:
@@ -97,6 +99,7 @@ class EmoOptimizer(Bearer):
         hears, missing, group = (
             checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
         )  # fmt: skip
+        self._emotion = machine  # a group that asks for kernels needs it
         super().__init__(params, defaults)
         self._setup(machine, hears, missing, group)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
@@ -129,9 +132,13 @@ class EmoOptimizer(Bearer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
-    def _wholes(self, active: Active, grad_scale: Number) -> list[Any]:
-        """For each tensor, what its rule has to know of the parts of a sharded gradient on other ranks; else None."""
-        return active.wholes
+    def _needs_whole(self, param: Tensor) -> bool:
+        """Whether the rule has to know more of a sharded tensor than what lies here."""
+        return False
+
+    def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Any]:
+        """What it has to know of the other ranks' parts, for the places of these tensors."""
+        return {}
 
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
@@ -171,7 +178,8 @@ class EmoOptimizer(Bearer):
             moved = [(p, i) for p, i in found if p.numel()]
             params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
             ranks = self._peers()
-            heard, norm = agreed(heard, all_norms(grads, vector), params, ranks)
+            fused = any(wanted(group) for group in self.param_groups)
+            heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
@@ -183,6 +191,7 @@ class EmoOptimizer(Bearer):
         active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
@@ -191,7 +200,7 @@ class EmoOptimizer(Bearer):
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
-        sums = self._sweep(active, mood, acts, options, predicated)
+        sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
             grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), params).unbind()
             sums = Sums(grad_step, grad_grad, step_step, sums.weight)
@@ -214,28 +223,45 @@ class EmoOptimizer(Bearer):
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
-    def _sweep(self, active: Active, mood: Mood, acts: Number, options: Options, predicated: bool) -> Sums:
-        """Move every tensor, bucket by bucket, and gather what reflection needs."""
-        own_lr, step_sizes, decays = active.rates(mood)
-        reflect = self._emotion.reflects and options.use_trust
-        skip = not predicated and not bool(acts)
-        if not skip:
-            active = active._replace(wholes=self._wholes(active, mood.grad_scale))
-        parts: list[tuple[list[int], Reflected]] = []
-        for (index, *_, layout), places in active.buckets(self._layout).items():
+    def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
+        """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
+        found = []
+        for (index, *_, layout), places in active.buckets(self._layout, self._needs_whole).items():
             group = self.param_groups[index]
             rule, cut = self._rule(layout)
             how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
             bucket = active.bucket(places, layout, **how)
+            if not self._needs_whole(active.whole[places[0]]):
+                bucket = bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))
+            found.append((group, layout, rule, bucket))
+        return found
+
+    def _honour_fused(self, group: dict[str, Any]) -> None:
+        """Raise where there is no kernel for one of the group's tensors."""
+        for p in group["params"]:
+            if self._needs_whole(p):
+                remedy = "leave fused at None, and foreach is used for it"
+                raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
+            predicated = p.device.type != "cpu" or bool(group["capturable"])
+            choose(self._rule(self._layout(p))[0], {"param": [p]}, group, predicated)
+
+    def _sweep(self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options) -> Sums:
+        """Move every tensor, bucket by bucket, and gather what reflection needs."""
+        own_lr, step_sizes, decays = active.rates(mood)
+        reflect = self._emotion.reflects and options.use_trust
+        parts: list[tuple[list[int], Reflected]] = []
+        skip = not any(bucket.predicated for *_, bucket in buckets) and not bool(acts)
+        wholes = {} if skip else self._wholes(active, mood.grad_scale)
+        for group, layout, rule, bucket in buckets:
             if options.use_shadow:
-                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, mood.follow)
-            if skip:
+                bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
+            if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
-            if (whole := active.wholes[places[0]]) is not None:
-                scalars["whole"] = whole
+            if bucket.places[0] in wholes:
+                scalars["whole"] = wholes[bucket.places[0]]
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
@@ -255,7 +281,9 @@ class EmoOptimizer(Bearer):
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
-        except (TypeError, ValueError):
+            if group["fused"]:
+                self._honour_fused(group)
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
         group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])

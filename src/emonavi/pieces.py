@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Piece", "pieces"]
+__all__ = ["CHUNK", "Piece", "dense", "pieces"]
 
 CHUNK = 131_072  # elements, half a MiB of float32: less pays more for calls, more for memory (`make bench`)
 CHUNK_ON_DEVICE = 1 << 24  # there a call costs a launch, and the cache is shared
@@ -77,12 +77,12 @@ def _flat(row: Sequence[Tensor]) -> Sequence[Tensor] | None:
     first = row[0]
     if all(t.is_contiguous() for t in row):
         return [t.view(-1) for t in row]
-    if _dense(first) and all(t.stride() == first.stride() for t in row):
+    if dense(first) and all(t.stride() == first.stride() for t in row):
         return [torch.as_strided(t, (t.numel(),), (1,), t.storage_offset()) for t in row]
     return None
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without holes or overlap (channels_last, transposed)."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):

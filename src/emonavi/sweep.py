@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
@@ -33,6 +34,7 @@ class Bucket(NamedTuple):
     cut: bool  # the rule is elementwise: tensors may be cut
     foreach: bool
     predicated: bool  # never branch on a value
+    kernel: Kernel | None = None  # moves the whole bucket in the rule's place
 
     def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
         """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
@@ -50,6 +52,9 @@ class Bucket(NamedTuple):
         self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number
     ) -> list[tuple[list[int], Reflected]]:
         """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
+        if self.kernel is not None:
+            reflected = self.kernel(self.lists, scalars, grad_scale, acts)
+            return [] if reflected is None else [(self.places, reflected)]
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
@@ -124,14 +129,19 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of each tensor, computed together with those of its device and dtype."""
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
     norms, places = [], []
-    for (_, dtype), some in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
-        # Sums of squares of 16-bit numbers overflow in 16 bits.
-        at_least = torch.promote_types(dtype, torch.float32)
-        norms.append(to_home(torch.stack(torch._foreach_norm([t for _, t in some], 2, dtype=at_least)), home))
-        places += [place for place, _ in some]
+    for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
+        some = [t for _, t in items]
+        sums = squares(some) if fused else None
+        if sums is None:
+            # Sums of squares of 16-bit numbers overflow in 16 bits.
+            at_least = torch.promote_types(dtype, torch.float32)
+            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        else:
+            norms.append(to_home(sums.sqrt(), home))
+        places += [place for place, _ in items]
     if len(norms) == 1:
         return norms[0]
     order = torch.tensor(places, device="cpu").argsort()
