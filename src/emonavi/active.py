@@ -91,16 +91,19 @@ class Active(NamedTuple):
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
     def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout."""
+        """Places of the tensors that share a group, a device, dtypes and a state layout."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+            names = layout(p)
+            dtypes = (p.dtype, *(self.states[place][name].dtype for name in names))
+            buckets.setdefault((group, p.device, dtypes, names), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
-        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
+        """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        lists |= {name: [self.states[i][name] for i in places] for name in layout}
+        names = [k for name in layout for k in (name, f"{name}_scale") if k in self.states[places[0]]]
+        lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
-from emonavi import checks
+from emonavi import checks, lowbit
 from emonavi.active import Active, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly
@@ -60,6 +60,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         foreach: update lists of tensors in cache-sized pieces (None: yes) or tensor by tensor (False).
         fused: not available yet; True raises.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
+        state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
+            or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
+        stochastic_rounding: round 16-bit parameters and low-bit memories at random, so that steps smaller than a bit
+            add up. False: to the nearest, where they vanish.
 
     Raises:
         ValueError: an option is out of range, or the emotion does not have it. Strings that spell a number, a flag or
@@ -89,6 +93,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         machine = checks.emotion(emotion)
         felt = checks.spelled({
@@ -97,6 +103,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         defaults = checks.spelled({
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
+            "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
         hears, missing, group = (
             checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
@@ -234,7 +241,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         if not state:
             for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
-            state.update(self._init_state(param))
+            state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
@@ -256,7 +263,10 @@ class EmoOptimizer(torch.optim.Optimizer):
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
-            parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
+            rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
+            seeds = lowbit.seeds(active.steps[at], at).to(active.params[places[0]].device) if rounds else None
+            scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
+            parts += bucket.move(rule, scalars, scale, acts, seeds)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
 
@@ -383,6 +393,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
+            checks.whole(group["params"], group["state_dtype"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -410,6 +421,7 @@ class EmoOptimizer(torch.optim.Optimizer):
     def _fits(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another emotion or of another optimizer."""
         checks.checkpoint(state_dict, self._emotion)
+        checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
         # Of the defaults only our own: torch, and whoever else, may add to them.
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
