@@ -71,14 +71,15 @@ def narrow(lists: Mapping[str, list[Tensor]]) -> bool:
 
 
 def unpack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as a rule takes it: float32 for what has fewer bits, and without scales."""
+    """A batch as a rule takes it: in float32, or in float64 where the parameter is, and without scales."""
     values: dict[str, Tensor] = {}
+    dtype = torch.promote_types(batch["param"].dtype, torch.float32)
     for name, tensor in batch.items():
         scale = batch.get(_scale_of(name))
         if scale is not None:
-            values[name] = _decode(tensor, scale, signed=MEMORIES[name]).to(values["param"].dtype)
+            values[name] = _decode(tensor, scale, signed=MEMORIES[name]).to(dtype)
         elif not name.endswith("_scale"):
-            values[name] = tensor.float() if tensor.dtype in _DROPPED else tensor
+            values[name] = tensor.to(dtype)
     return values
 
 
