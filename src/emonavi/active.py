@@ -99,17 +99,20 @@ class Active(NamedTuple):
     def buckets(
         self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
     ) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout, unless one is to be alone."""
+        """Places of the tensors that share a group, a device, dtypes and a layout, unless one is to be alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
+            names = layout(p)
+            dtypes = (p.dtype, *(self.states[place][name].dtype for name in names))
             own = place if alone(self.whole[place]) else None
-            buckets.setdefault((group, p.device, p.dtype, own, layout(p)), []).append(place)
+            buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
-        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
+        """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        lists |= {name: [self.states[i][name] for i in places] for name in layout}
+        names = [k for name in layout for k in (name, f"{name}_scale") if k in self.states[places[0]]]
+        lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:

@@ -82,13 +82,15 @@ class EmoLynx(EmoOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         own = checks.spelled({"decoupled_weight_decay": decoupled_weight_decay})
         super().__init__(
             params, lr, betas, eps, weight_decay, emotion=emotion, use_shadow=use_shadow, use_trust=use_trust,
             max_norm=max_norm, min_lr=min_lr, max_lr=max_lr, writer=writer, capture=capture,
             on_missing_loss=on_missing_loss, process_group=process_group, maximize=maximize, foreach=foreach,
-            fused=fused, capturable=capturable,
+            fused=fused, capturable=capturable, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         self.defaults.update(own)
         for group in self.param_groups:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
-from emonavi import checks
+from emonavi import checks, lowbit
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
@@ -58,6 +58,10 @@ class EmoOptimizer(Bearer):
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
             does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
+        state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
+            or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
+        stochastic_rounding: round 16-bit parameters and low-bit memories at random, so that steps smaller than a bit
+            add up. False: to the nearest, where they vanish.
 
     Raises:
         ValueError: an option is out of range, or the emotion does not have it. Strings that spell a number, a flag or
@@ -87,6 +91,8 @@ class EmoOptimizer(Bearer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         machine = checks.emotion(emotion)
         felt = checks.spelled({
@@ -95,6 +101,7 @@ class EmoOptimizer(Bearer):
         defaults = checks.spelled({
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
+            "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
         hears, missing, group = (
             checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
@@ -219,7 +226,7 @@ class EmoOptimizer(Bearer):
         if not state:
             for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
-            state.update(self._init_state(param))
+            state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
@@ -262,7 +269,10 @@ class EmoOptimizer(Bearer):
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
-            parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
+            rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
+            seeds = lowbit.seeds(active.steps[at], at).to(bucket.lists["param"][0].device) if rounds else None
+            scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
+            parts += bucket.move(rule, scalars, scale, acts, seeds)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
 
@@ -281,6 +291,7 @@ class EmoOptimizer(Bearer):
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
+            checks.whole(group["params"], group["state_dtype"])
             if group["fused"]:
                 self._honour_fused(group)
         except (RuntimeError, TypeError, ValueError):
@@ -310,6 +321,7 @@ class EmoOptimizer(Bearer):
     def _fits(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of another emotion or of another optimizer."""
         checks.checkpoint(state_dict, self._emotion)
+        checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
         # Of the defaults only our own: torch, and whoever else, may add to them.
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}

@@ -1,7 +1,7 @@
 """The one pass over the tensors: lean on the shadow, move by the rule, gather what reflection needs.
 
 A bucket is a list of tensors that share a group, a device, a dtype and a state layout. Its tensors are swept in
-cache-sized pieces; parameters of 16 bits are computed in float32 and written back.
+cache-sized pieces; what is stored in fewer bits is computed in float32 and written back (``lowbit.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from emonavi import lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
@@ -49,9 +50,12 @@ class Bucket(NamedTuple):
                 piece.write_back(["shadow"])
 
     def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> list[tuple[list[int], Reflected]]:
-        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
+        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to.
+
+        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
+        """
         if self.kernel is not None:
             reflected = self.kernel(self.lists, scalars, grad_scale, acts)
             return [] if reflected is None else [(self.places, reflected)]
@@ -64,22 +68,23 @@ class Bucket(NamedTuple):
             if len(piece.owners) > 1:
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][piece.owners].view(shape) for k in singles}
-            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts)
+            own_seeds = None if seeds is None else seeds[piece.owners]
+            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
                 parts.append(([self.places[i] for i in piece.owners], reflected))
         return parts
 
     def _apply(
-        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number
+        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
         written = [name for name in piece.batch if name != "grad"]
         before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
-        batch = {name: wide(tensor) for name, tensor in piece.batch.items()}
+        batch = lowbit.unpack(piece.batch)
         if grad_scale is not None:
             batch["grad"] = batch["grad"] * like(batch["grad"], grad_scale)
         reflected = rule(*batch.values(), **scalars)
-        if batch["param"] is not piece.batch["param"]:
-            piece.batch["param"].copy_(batch["param"])
+        random = None if seeds is None else lowbit.noise(seeds, piece.start, batch["param"][0].numel())
+        lowbit.pack(batch, piece.batch, random)
         # Where the gradient was not finite, whatever the rule wrote is taken back, without asking the device.
         for name, old in before.items():
             piece.batch[name].copy_(torch.where(acts, piece.batch[name], old))

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from emonavi.lowbit import narrow
+
 __all__ = ["Kernel", "choose", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
@@ -48,6 +50,8 @@ def choose(
     if not wanted(group):
         return None
     kernel = _kernel(rule, lists, predicated)
+    if group["stochastic_rounding"] and narrow(lists):
+        kernel = "the kernels round 16-bit parameters to the nearest, which stochastic_rounding=True forbids"
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
