@@ -111,8 +111,8 @@ def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: R
     norm = total[4].sqrt() if joint else norm + total[4]
     if norms.device.type == "cpu" and not total[2]:
         return None, norm  # no rank has a loss: nothing is missing that could be counted as ignored
-    # The windows of all ranks together: where one rank's is partial, the mean is on another scale for all.
-    return Loss(total[0] / total[1], total[3]), norm
+    # The mean window of those that have a loss: where one rank's is partial, the mean loss is on another scale for all.
+    return Loss(total[0] / total[1], total[3] / total[2].clamp(min=1)), norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
