@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 from emonavi import checks
 from emonavi.active import Active, bounded, per_tensor
 from emonavi.capture import listen
-from emonavi.checkpoint import load_exactly
+from emonavi.checkpoint import load_exactly, taken_over
 from emonavi.distributed import Ranks, agreed, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
@@ -416,21 +416,32 @@ class EmoOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim``, but state keeps the dtype that it was saved in, so that resuming is exact.
 
+        Of an optimizer without an emotion, as AdamW is, the memories are taken over where they are this rule's. A
+        warning says so.
+
         Raises:
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
         self._refuse_inside_calm("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, self._fits)
+        load_exactly(super().load_state_dict, self, state_dict, self._fitting)
         self._note_begun()
         self._intake.clear()
 
-    def _fits(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another emotion or of another optimizer."""
+    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Make of a checkpoint what can be loaded; refuse that of another emotion, or with other memories."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        layouts = [self._layout(p) for p in params]
+        if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
+            groups = [{**g, "lr_peak": 0.0} for g in super().state_dict()["param_groups"]]
+            groups[0]["emotion"] = self._fresh()
+            own = {"param_groups": groups}
+            state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts) or state_dict
         checks.checkpoint(state_dict, self._emotion)
         # Of the defaults only our own: torch, and whoever else, may add to them.
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
-        checks.same_optimizer(state_dict, options, [self._layout(p) for g in self.param_groups for p in g["params"]])
+        checks.same_optimizer(state_dict, options, layouts)
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
