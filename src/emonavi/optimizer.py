@@ -20,7 +20,7 @@ from emonavi import checks
 from emonavi.active import Active, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.checkpoint import load_exactly, taken_over
-from emonavi.distributed import Ranks, agreed, local, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
@@ -116,6 +116,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._process_group = process_group
         self._ranks = Ranks()
         self._is_calm = False
+        self._is_loaded = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -191,7 +192,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
-            moved = [(p, i) for p, i in found if p.numel()]
+            moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
             params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
             ranks = self._peers()
             heard, norm = agreed(heard, all_norms(grads, vector), params, ranks)
@@ -203,6 +204,9 @@ class EmoOptimizer(torch.optim.Optimizer):
             if found:
                 self._intake.clear()
             return returned
+        if self._is_loaded:
+            hand_on(params, [self.state[p] for p in params], ranks)
+            self._is_loaded = False
         active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
@@ -229,14 +233,16 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _found(self) -> list[tuple[Tensor, int]]:
         """Parameters that have a gradient, with the place of their group."""
-        found = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.grad is not None]
+        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
+        # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
+        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
         for p, _ in found:
             checks.gradient(p)
         return found
 
     def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel()})
+        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
         return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
 
     def _make_state(self, param: Tensor) -> None:
@@ -424,6 +430,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         """
         self._refuse_inside_calm("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
+        self._is_loaded = True
         self._note_begun()
         self._intake.clear()
 
@@ -490,11 +497,13 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
+        weights = [p for p in weights if p.numel() or is_piece(p)]
         trained = [p for p in weights if p.requires_grad] or weights
-        counts = vector.new_tensor([p.numel() for p in trained])
-        norms = all_norms([local(p) for p in trained], vector)
-        norms = ranks.whole(norms * norms, trained).sqrt()
+        here = [local(p) for p in trained]
+        norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])
+        squares, counts = ranks.whole(torch.stack([norms * norms, sizes]), trained)
+        norms = squares.sqrt()
         return Weights(
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),
