@@ -16,7 +16,7 @@ from torch import Tensor
 from emonavi import checks
 from emonavi.active import bounded, per_tensor
 from emonavi.capture import listen
-from emonavi.distributed import Ranks, local
+from emonavi.distributed import Ranks, is_piece, local
 from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
@@ -37,6 +37,7 @@ class Bearer(torch.optim.Optimizer):
         self._process_group = process_group
         self._ranks = Ranks()
         self._is_calm = False
+        self._is_loaded = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -157,14 +158,16 @@ class Bearer(torch.optim.Optimizer):
 
     def _found(self) -> list[tuple[Tensor, int]]:
         """Parameters that have a gradient, with the place of their group."""
-        found = [(p, i) for i, g in enumerate(self.param_groups) for p in g["params"] if p.grad is not None]
+        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
+        # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
+        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
         for p, _ in found:
             checks.gradient(p)
         return found
 
     def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel()})
+        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
         return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
@@ -208,11 +211,13 @@ class Bearer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if p.numel() and not p.is_meta]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
+        weights = [p for p in weights if p.numel() or is_piece(p)]
         trained = [p for p in weights if p.requires_grad] or weights
-        counts = vector.new_tensor([p.numel() for p in trained])
-        norms = all_norms([local(p) for p in trained], vector)
-        norms = ranks.whole(norms * norms, trained).sqrt()
+        here = [local(p) for p in trained]
+        norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])
+        squares, counts = ranks.whole(torch.stack([norms * norms, sizes]), trained)
+        norms = squares.sqrt()
         return Weights(
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),

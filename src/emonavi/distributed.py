@@ -23,7 +23,18 @@ from torch import distributed as dist
 
 from emonavi.intake import Loss
 
-__all__ = ["Ranks", "add_parts", "agreed", "is_sharded", "local", "local_grad", "placed", "start"]
+__all__ = [
+    "Ranks",
+    "add_parts",
+    "agreed",
+    "hand_on",
+    "is_piece",
+    "is_sharded",
+    "local",
+    "local_grad",
+    "placed",
+    "start",
+]
 
 
 class Ranks(NamedTuple):
@@ -44,9 +55,13 @@ class Ranks(NamedTuple):
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
+        params = list(params)
         meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
         if not meshes:
-            return cls(_unless_alone(dist.group.WORLD if process_group == "auto" else process_group))
+            pieces = any(is_piece(p) for p in params)
+            own = process_group in ("auto", None) if pieces else process_group == "auto"
+            group = _unless_alone(dist.group.WORLD if own else process_group)
+            return cls(group, group if pieces else None)
         widest = max(meshes, key=lambda mesh: mesh.size())
         for mesh in meshes:
             if not set(_members(mesh)) <= set(_members(widest)):
@@ -64,7 +79,8 @@ class Ranks(NamedTuple):
         if self.shards is None:
             return sums
         size = dist.get_world_size(self.shards)
-        copies = torch.tensor([size // _parts(p) for p in params], dtype=sums.dtype, device="cpu")
+        counts = [1 if is_piece(p) else size // _parts(p) for p in params]
+        copies = torch.tensor(counts, dtype=sums.dtype, device="cpu")
         return sums / copies.to(sums.device, non_blocking=True)
 
     def whole(self, sums: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -73,6 +89,21 @@ class Ranks(NamedTuple):
         if self.shards is not None:
             dist.all_reduce(total, group=self.shards)
         return total
+
+
+def hand_on(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], ranks: Ranks) -> None:
+    """Give the scalars of loaded pieces to the ranks where nothing of them lies, which FSDP1 leaves out."""
+    if ranks.shards is None or not any(is_piece(p) for p in params):
+        return
+    names = ("step", "drive", "trust")
+    values = torch.stack([torch.stack([s[name] for s in states]) for name in names])
+    away = torch.tensor([not p.numel() for p in params], device=values.device)
+    values = torch.where(away, -torch.inf, values)  # the others all have the same
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=ranks.shards)
+    for name, row in zip(names, values, strict=True):
+        for p, s, value in zip(params, states, row, strict=True):
+            if not p.numel():
+                s[name].copy_(value)
 
 
 def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: Ranks) -> tuple[Loss | None, Tensor]:
@@ -111,13 +142,18 @@ def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: R
     norm = total[4].sqrt() if joint else norm + total[4]
     if norms.device.type == "cpu" and not total[2]:
         return None, norm  # no rank has a loss: nothing is missing that could be counted as ignored
-    # The windows of all ranks together: where one rank's is partial, the mean is on another scale for all.
-    return Loss(total[0] / total[1], total[3]), norm
+    # The mean window of those that have a loss: where one rank's is partial, the mean loss is on another scale for all.
+    return Loss(total[0] / total[1], total[3] / total[2].clamp(min=1)), norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which a part lies here."""
     return hasattr(type(tensor), "device_mesh")  # the class would have to be imported, and takes a second to be
+
+
+def is_piece(param: Tensor) -> bool:
+    """Whether it is what lies here of FSDP1's flat parameter: a plain tensor, of another size on each rank."""
+    return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -128,6 +164,8 @@ def local(tensor: Tensor) -> Tensor:
 def local_grad(param: Any) -> Tensor:
     """What lies here of a parameter's gradient, cut as the parameter is."""
     grad = param.grad
+    if grad is None:
+        return torch.zeros_like(param)  # a piece that has nothing here
     if is_sharded(param) and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)  # partial sums, as of a norm's weight
     return local(grad)

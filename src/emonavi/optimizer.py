@@ -17,8 +17,8 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 from emonavi import checks, lowbit
 from emonavi.active import Active
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import load_exactly
-from emonavi.distributed import Ranks, agreed, local_grad
+from emonavi.checkpoint import load_exactly, taken_over
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local_grad
 from emonavi.emotion import Emotion
 from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
@@ -182,7 +182,7 @@ class EmoOptimizer(Bearer):
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
-            moved = [(p, i) for p, i in found if p.numel()]
+            moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
             params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
             ranks = self._peers()
             fused = any(wanted(group) for group in self.param_groups)
@@ -195,6 +195,9 @@ class EmoOptimizer(Bearer):
             if found:
                 self._intake.clear()
             return returned
+        if self._is_loaded:
+            hand_on(params, [self.state[p] for p in params], ranks)
+            self._is_loaded = False
         active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
@@ -310,22 +313,34 @@ class EmoOptimizer(Bearer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim``, but state keeps the dtype that it was saved in, so that resuming is exact.
 
+        Of an optimizer without an emotion, as AdamW is, the memories are taken over where they are this rule's. A
+        warning says so.
+
         Raises:
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
         self._refuse_inside_calm("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, self._fits)
+        load_exactly(super().load_state_dict, self, state_dict, self._fitting)
+        self._is_loaded = True
         self._note_begun()
         self._intake.clear()
 
-    def _fits(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another emotion or of another optimizer."""
+    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Make of a checkpoint what can be loaded; refuse that of another emotion, or with other memories."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        layouts = [self._layout(p) for p in params]
+        if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
+            groups = [{**g, "lr_peak": 0.0} for g in super().state_dict()["param_groups"]]
+            groups[0]["emotion"] = self._fresh()
+            own = {"param_groups": groups}
+            state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts) or state_dict
         checks.checkpoint(state_dict, self._emotion)
         checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
         # Of the defaults only our own: torch, and whoever else, may add to them.
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
-        checks.same_optimizer(state_dict, options, [self._layout(p) for g in self.param_groups for p in g["params"]])
+        checks.same_optimizer(state_dict, options, layouts)
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
