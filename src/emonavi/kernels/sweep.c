@@ -184,6 +184,12 @@ static inline float reciprocal(float x)
     return y * (2 - x * y);
 }
 
+/* torch's lerp is one rounding where the processor has it, and two elsewhere. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
 #define SIGN(x) ((x) > 0 ? 1 : (x) < 0 ? -1 : (x)) /* of NaN it is NaN */
 #define SAME(x) (x)
 
