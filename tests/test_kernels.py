@@ -58,9 +58,9 @@ class Odd(torch.Tensor):
 @pytest.mark.parametrize(
     ("bucket", "predicated", "why"),
     [
-        (lists(state=torch.bfloat16), False, "exp_avg of torch.float32"),
-        (lists() | {"grad": [torch.ones(3, dtype=torch.float64)]}, False, "grad of torch.float32"),
-        (lists() | {"param": [torch.ones(3).as_subclass(Odd)]}, False, "another class"),
+        (lists(state=torch.bfloat16), False, "exp_avg as plain tensors of torch.float32"),
+        (lists() | {"grad": [torch.ones(3, dtype=torch.float64)]}, False, "grad as plain tensors"),
+        (lists() | {"param": [torch.ones(3).as_subclass(Odd)]}, False, "param as plain tensors"),
         (lists() | {"param": [torch.ones(3, device="meta")]}, False, "no kernels for meta"),
         (lists(), True, "capturable=True"),
     ],

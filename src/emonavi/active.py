@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi import kernels
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
@@ -31,6 +32,7 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
+    fused: bool  # kernels read and write what each tensor keeps
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class Active(NamedTuple):
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
+        fused: bool,
     ) -> Active:
         """From parameters that have a gradient, with the place of their group."""
         found = [(p, i) for p, i in found if p.numel()]
@@ -47,7 +50,7 @@ class Active(NamedTuple):
         own = [states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
-        kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
+        kept = {k: to_home(_stack([s[k] for s in own], fused), home) for k in ("step", "drive", "trust")}
         return cls(
             params=[p for p, _ in found],
             grads=[p.grad for p, _ in found if p.grad is not None],
@@ -61,6 +64,7 @@ class Active(NamedTuple):
             steps=kept["step"] + 1,
             drive=kept["drive"],
             trust=kept["trust"],
+            fused=fused,
         )
 
     def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
@@ -107,8 +111,9 @@ class Active(NamedTuple):
         """Write the scalars that each tensor keeps, where the update was not skipped."""
         new = {"step": (self.steps, self.steps - 1), "drive": (drive, self.drive), "trust": (trust, self.trust)}
         for name, (after, before) in new.items():
-            values = where(acts, after, before).to(torch.float32)
-            torch._foreach_copy_([s[name] for s in self.states], list(values.unbind()))
+            kept, values = [s[name] for s in self.states], where(acts, after, before)
+            if not self.fused or not kernels.write(kept, values):
+                torch._foreach_copy_(kept, list(values.to(torch.float32).unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
@@ -118,8 +123,11 @@ def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
 
 
-def _stack(scalars: Sequence[Tensor]) -> Tensor:
+def _stack(scalars: Sequence[Tensor], fused: bool) -> Tensor:
     """One vector, also where a model's layers lie on several devices."""
+    values = kernels.read(scalars) if fused else None
+    if values is not None:
+        return values
     device = scalars[0].device
     same = all([s.device == device for s in scalars])
     return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])

@@ -23,7 +23,7 @@ from emonavi.checkpoint import load_exactly
 from emonavi.distributed import agreed_loss
 from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
-from emonavi.kernels import choose
+from emonavi.kernels import choose, wanted
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
@@ -198,9 +198,10 @@ class EmoOptimizer(torch.optim.Optimizer):
             if found:
                 self._intake.clear()
             return returned
-        active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector)
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        active = Active.of(found, self.state, self.param_groups, self._decay_rate, vector, fused)
         buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
@@ -208,8 +209,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             state = self._emotion.begin(state, self._weights(vector), active.lr.max(), options)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
-        norm = total_norm(active.grads, vector, fused=any(bucket.kernel is not None for *_, bucket in buckets))
-        state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        state, acts, grad_scale = self._emotion.guard(state, total_norm(active.grads, vector, fused), options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         state = self._emotion.reflect(state, sums, acts, options)

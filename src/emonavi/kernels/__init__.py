@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Kernel", "choose", "squares"]
+__all__ = ["Kernel", "choose", "read", "squares", "wanted", "write"]
 
 # (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
 # of its tensors, or None where the scalars do not ask for them.
@@ -45,7 +45,7 @@ def choose(
     Raises:
         RuntimeError: the group says ``fused=True``, and there is no kernel for this bucket.
     """
-    if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
+    if not wanted(group):
         return None
     kernel = _kernel(rule, lists, predicated)
     if not isinstance(kernel, str):
@@ -53,6 +53,11 @@ def choose(
     if group["fused"]:
         raise RuntimeError(f"fused=True: {kernel}; leave fused at None, and foreach is used where there is no kernel")
     return None
+
+
+def wanted(group: Mapping[str, Any]) -> bool:
+    """Whether a group's flags leave room for kernels, or ask for them."""
+    return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None)
 
 
 def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
@@ -65,10 +70,31 @@ def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predica
     return f"there are no kernels for {device}"
 
 
+# Around the sweep a kernel spares one call of torch for each tensor. Each of these says by its result whether it did.
+
+
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
-    if tensors[0].device.type != "cpu":
+    if not tensors[0].is_cpu:
         return None
     from emonavi.kernels import cpu
 
     return cpu.squares(tensors)
+
+
+def read(numbers: Sequence[Tensor]) -> Tensor | None:
+    """The values of 0-d tensors as one vector; None where there is no kernel for it."""
+    if not numbers or not numbers[0].is_cpu:
+        return None
+    from emonavi.kernels import cpu
+
+    return cpu.read(numbers)
+
+
+def write(numbers: Sequence[Tensor], values: Tensor) -> bool:
+    """Write the values of a vector to 0-d tensors; False where there is no kernel for it, and nothing is written."""
+    if not numbers or not numbers[0].is_cpu:
+        return False
+    from emonavi.kernels import cpu
+
+    return cpu.write(numbers, values)

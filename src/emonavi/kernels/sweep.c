@@ -234,3 +234,16 @@ static inline float reciprocal(float x)
 #define RECIPROCAL reciprocal
 #include "rules.h"
 #endif
+
+/* What each tensor keeps for itself, one number each: read into a vector, and written back. */
+void read_numbers(int64_t count, float *const *numbers, double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (double)*numbers[i];
+}
+
+void write_numbers(int64_t count, float *const *numbers, const double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        *numbers[i] = (float)values[i];
+}
