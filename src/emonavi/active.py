@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
 __all__ = ["Active", "bounded", "per_tensor"]
+
+KEPT = ("step", "drive", "trust")  # the numbers in the state of each tensor
 
 
 class Active(NamedTuple):
@@ -32,7 +37,7 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
-    fused: bool  # kernels read and write what each tensor keeps
+    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
     def of(
@@ -50,7 +55,10 @@ class Active(NamedTuple):
         own = [states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
-        kept = {k: to_home(_stack([s[k] for s in own], fused), home) for k in ("step", "drive", "trust")}
+        each = [[s[k] for s in own] for k in KEPT]
+        numbers = kernels.numbers([t for column in each for t in column]) if fused else None
+        kept = [_stack(column) for column in each] if numbers is None else numbers.read().view(len(KEPT), -1)
+        step, drive, trust = (to_home(column, home) for column in kept)
         return cls(
             params=[p for p, _ in found],
             grads=[p.grad for p, _ in found if p.grad is not None],
@@ -61,10 +69,10 @@ class Active(NamedTuple):
             low=per_tensor([g["lr_floor"] for g in groups], counts, home),
             wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
             decay=per_tensor([decay_rate(g) for g in groups], counts, home),
-            steps=kept["step"] + 1,
-            drive=kept["drive"],
-            trust=kept["trust"],
-            fused=fused,
+            steps=step + 1,
+            drive=drive,
+            trust=trust,
+            numbers=numbers,
         )
 
     def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
@@ -109,11 +117,13 @@ class Active(NamedTuple):
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""
-        new = {"step": (self.steps, self.steps - 1), "drive": (drive, self.drive), "trust": (trust, self.trust)}
-        for name, (after, before) in new.items():
-            kept, values = [s[name] for s in self.states], where(acts, after, before)
-            if not self.fused or not kernels.write(kept, values):
-                torch._foreach_copy_(kept, list(values.to(torch.float32).unbind()))
+        new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))
+        values = [where(acts, after, before) for after, before in new]
+        if self.numbers is not None:
+            self.numbers.write(torch.cat(values))
+            return
+        for name, column in zip(KEPT, values, strict=True):
+            torch._foreach_copy_([s[name] for s in self.states], list(column.to(torch.float32).unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
@@ -123,11 +133,8 @@ def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
 
 
-def _stack(scalars: Sequence[Tensor], fused: bool) -> Tensor:
+def _stack(scalars: Sequence[Tensor]) -> Tensor:
     """One vector, also where a model's layers lie on several devices."""
-    values = kernels.read(scalars) if fused else None
-    if values is not None:
-        return values
     device = scalars[0].device
     same = all([s.device == device for s in scalars])
     return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])

@@ -6,11 +6,14 @@ A kernel has the rule's name and does what the rule does, tensor by tensor; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Kernel", "choose", "read", "squares", "wanted", "write"]
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
+__all__ = ["Kernel", "choose", "numbers", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
 # of its tensors, or None where the scalars do not ask for them.
@@ -70,7 +73,7 @@ def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predica
     return f"there are no kernels for {device}"
 
 
-# Around the sweep a kernel spares one call of torch for each tensor. Each of these says by its result whether it did.
+# Around the sweep a kernel spares one call of torch, or several, for each tensor.
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -82,19 +85,10 @@ def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     return cpu.squares(tensors)
 
 
-def read(numbers: Sequence[Tensor]) -> Tensor | None:
-    """The values of 0-d tensors as one vector; None where there is no kernel for it."""
-    if not numbers or not numbers[0].is_cpu:
+def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
+    """0-d tensors as one thing to read and to write; None where there is no kernel for it."""
+    if not tensors or not tensors[0].is_cpu:
         return None
     from emonavi.kernels import cpu
 
-    return cpu.read(numbers)
-
-
-def write(numbers: Sequence[Tensor], values: Tensor) -> bool:
-    """Write the values of a vector to 0-d tensors; False where there is no kernel for it, and nothing is written."""
-    if not numbers or not numbers[0].is_cpu:
-        return False
-    from emonavi.kernels import cpu
-
-    return cpu.write(numbers, values)
+    return cpu.Numbers.of(tensors)

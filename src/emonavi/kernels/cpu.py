@@ -18,7 +18,7 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import dense
 
-__all__ = ["kernel", "read", "squares", "write"]
+__all__ = ["Numbers", "kernel", "squares"]
 
 # Of parameters and gradients, with that of their states.
 DTYPES = {
@@ -99,30 +99,33 @@ def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     return _call(function, [held]).unbind(1)[0]
 
 
-def read(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The values of 0-d float32 tensors as one float64 vector; None where that cannot be done."""
-    loaded = library()
-    if isinstance(loaded, str) or not _plain(tensors, torch.float32):
-        return None
-    values = torch.empty(len(tensors), dtype=torch.float64)
-    _numbers(loaded.read_numbers, tensors, values)
-    return values
+class Numbers:
+    """Single float32 numbers that lie anywhere, read and written together. It lives no longer than one step."""
 
+    def __init__(self, library: ctypes.CDLL, tensors: Sequence[Tensor]) -> None:
+        self._library = library
+        self._tensors = tensors  # their memory must not go
+        self._pointers = array("Q", [t.data_ptr() for t in tensors])
 
-def write(tensors: Sequence[Tensor], values: Tensor) -> bool:
-    """Write the values to 0-d float32 tensors, where that can be done; returns whether it was."""
-    loaded = library()
-    if isinstance(loaded, str) or not _plain(tensors, torch.float32) or values.dtype != torch.float64:
-        return False
-    _numbers(loaded.write_numbers, tensors, values.contiguous())
-    return True
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Numbers | None:
+        """Those of 0-d tensors; None where they cannot be reached so."""
+        loaded = library()
+        return None if isinstance(loaded, str) or not _plain(tensors, torch.float32) else cls(loaded, tensors)
 
+    def read(self) -> Tensor:
+        """All in turn, as a float64 vector."""
+        values = torch.empty(len(self._tensors), dtype=torch.float64)
+        self._pass(self._library.read_numbers, values)
+        return values
 
-def _numbers(function: Any, tensors: Sequence[Tensor], values: Tensor) -> None:
-    pointers = array("Q", [t.data_ptr() for t in tensors])
-    function(
-        ctypes.c_int64(len(pointers)), ctypes.c_void_p(pointers.buffer_info()[0]), ctypes.c_void_p(values.data_ptr())
-    )
+    def write(self, values: Tensor) -> None:
+        """Set all in turn from a float64 vector."""
+        self._pass(self._library.write_numbers, values.contiguous())
+
+    def _pass(self, function: Any, values: Tensor) -> None:
+        pointers = ctypes.c_void_p(self._pointers.buffer_info()[0])
+        function(ctypes.c_int64(len(self._pointers)), pointers, ctypes.c_void_p(values.data_ptr()))
 
 
 def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
