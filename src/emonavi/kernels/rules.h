@@ -205,15 +205,17 @@ static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int6
     if (!b->reflect)
         return;
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    for (int64_t k = 0; k < b->samples[tensor]; k++) {
-        const int64_t at = k * b->stride[tensor];
-        const WIDE g = GET(grad[at]) * (WIDE)b->grad_scale, m = sample[k];
-        const WIDE denom =
-            ROOT(row[at / width]) * (WIDE)(1 / b->bias[tensor]) * columns[at % width] + (WIDE)b->eps;
-        sums[0] += (double)(m * (g / denom));
-        sums[1] += (double)(g * (g / denom));
-        sums[2] += (double)(m * (m / denom));
-        sample[k] = m + (WIDE)b->sample_rate * (g - m);
+    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, rate = (WIDE)b->sample_rate;
+    const WIDE per_bias = (WIDE)(1 / b->bias[tensor]);
+    for (int64_t k = 0, r = 0, i = 0; k < b->samples[tensor]; k++, i += b->stride[tensor]) {
+        for (; i >= width; i -= width)
+            r++;
+        const WIDE g = GET(grad[r * width + i]) * scale, m = sample[k];
+        const WIDE per_denom = 1 / (ROOT(row[r]) * per_bias * columns[i] + eps);
+        sums[0] += (double)(m * (g * per_denom));
+        sums[1] += (double)(g * (g * per_denom));
+        sums[2] += (double)(m * (m * per_denom));
+        sample[k] = m + rate * (g - m);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];
