@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
 __all__ = ["Active", "bounded", "per_tensor"]
+
+KEPT = ("step", "drive", "trust")  # the numbers in the state of each tensor
 
 
 class Active(NamedTuple):
@@ -36,6 +42,7 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
+    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
     def of(
@@ -46,13 +53,17 @@ class Active(NamedTuple):
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
+        fused: bool,
     ) -> Active:
         """From parameters with the place of their group, and what lies here of their gradients."""
         owners = [i for _, i in found]
         own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
-        kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
+        each = [[s[k] for s in own] for k in KEPT]
+        numbers = kernels.numbers([t for column in each for t in column]) if fused else None
+        kept = [_stack(column) for column in each] if numbers is None else numbers.read().view(len(KEPT), -1)
+        step, drive, trust = (to_home(column, home) for column in kept)
         return cls(
             whole=[p for p, _ in found],
             params=[local(p) for p, _ in found],
@@ -64,9 +75,10 @@ class Active(NamedTuple):
             low=per_tensor([g["lr_floor"] for g in groups], counts, home),
             wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
             decay=per_tensor([decay_rate(g) for g in groups], counts, home),
-            steps=kept["step"] + 1,
-            drive=kept["drive"],
-            trust=kept["trust"],
+            steps=step + 1,
+            drive=drive,
+            trust=trust,
+            numbers=numbers,
         )
 
     def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
@@ -117,10 +129,13 @@ class Active(NamedTuple):
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""
-        new = {"step": (self.steps, self.steps - 1), "drive": (drive, self.drive), "trust": (trust, self.trust)}
-        for name, (after, before) in new.items():
-            values = where(acts, after, before).to(torch.float32)
-            torch._foreach_copy_([s[name] for s in self.states], list(values.unbind()))
+        new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))
+        values = [where(acts, after, before) for after, before in new]
+        if self.numbers is not None:
+            self.numbers.write(torch.cat(values))
+            return
+        for name, column in zip(KEPT, values, strict=True):
+            torch._foreach_copy_([s[name] for s in self.states], list(column.to(torch.float32).unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:

@@ -179,13 +179,15 @@ class EmoOptimizer(Bearer):
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
         found, vector = self._found(), self._vector()
+        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
+        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in self.param_groups)
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
             moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
             params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
             ranks = self._peers()
-            fused = any(wanted(group) for group in self.param_groups)
             heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
@@ -198,9 +200,7 @@ class EmoOptimizer(Bearer):
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
-        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
-        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
         buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)

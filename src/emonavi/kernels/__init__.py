@@ -6,13 +6,16 @@ A kernel has the rule's name and does what the rule does, tensor by tensor; the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from emonavi.lowbit import narrow
 
-__all__ = ["Kernel", "choose", "squares", "wanted"]
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
+__all__ = ["Kernel", "choose", "numbers", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
 # of its tensors, or None where the scalars do not ask for them.
@@ -60,7 +63,7 @@ def choose(
 
 
 def wanted(group: Mapping[str, Any]) -> bool:
-    """Whether a group is to be swept by kernels, where there are any."""
+    """Whether a group's flags leave room for kernels, or ask for them."""
     return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None)
 
 
@@ -74,10 +77,22 @@ def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predica
     return f"there are no kernels for {device}"
 
 
+# Around the sweep a kernel spares one call of torch, or several, for each tensor.
+
+
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
-    if tensors[0].device.type != "cpu":
+    if not tensors[0].is_cpu:
         return None
     from emonavi.kernels import cpu
 
     return cpu.squares(tensors)
+
+
+def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
+    """0-d tensors as one thing to read and to write; None where there is no kernel for it."""
+    if not tensors or not tensors[0].is_cpu:
+        return None
+    from emonavi.kernels import cpu
+
+    return cpu.Numbers.of(tensors)

@@ -6,6 +6,7 @@ may want it at once: each that finds none compiles its own file and moves it to 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -37,7 +38,7 @@ def library() -> ctypes.CDLL | str:
     found = shutil.which(compiler[0])
     if found is None:
         return f"there is no C compiler {compiler[0]!r}: install one (as gcc or clang), or name it in CC"
-    command = [found, *compiler[1:], *FLAGS]
+    command = [found, *FLAGS, *compiler[1:]]
     try:
         return _cached(command)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -55,9 +56,11 @@ def _cached(command: list[str]) -> ctypes.CDLL:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emonavi"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"sweep-{digest}.so"
-        if not path.exists():
-            _compile(command, native, path)
-        if _is_ours(folder) and _is_ours(path):
+        if path.exists() and _is_ours(folder) and _is_ours(path):
+            with contextlib.suppress(OSError):  # no library: cut short, or made on another system
+                return ctypes.CDLL(str(path))
+        _compile(command, native, path)
+        if _is_ours(folder):
             return ctypes.CDLL(str(path))
     except (OSError, RuntimeError):  # no home, no space, read-only, a file that is no library
         pass

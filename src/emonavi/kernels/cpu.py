@@ -18,7 +18,7 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import dense
 
-__all__ = ["kernel", "squares"]
+__all__ = ["Numbers", "kernel", "squares"]
 
 # Of parameters and gradients, with that of their states.
 DTYPES = {
@@ -27,7 +27,7 @@ DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-OWN = {Tensor, Parameter}  # a subclass may have no memory of its own
+OWN = {Tensor, Parameter}
 
 
 class _Bucket(ctypes.Structure):
@@ -52,11 +52,9 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
         return "a kernel for the CPU branches on values, which capturable=True forbids"
     dtype = lists["param"][0].dtype
     for name, tensors in lists.items():
-        if not {type(t) for t in tensors} <= OWN:
-            return f"there are no kernels for tensors of another class than torch's own ({name})"
         wanted = dtype if name in ("param", "grad") else DTYPES[dtype]
-        if {t.dtype for t in tensors} != {wanted} or {t.device.type for t in tensors} != {"cpu"}:
-            return f"the kernel for {rule.__name__} takes {dtype} with {name} of {wanted} on the CPU"
+        if not _plain(tensors, wanted):
+            return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on the CPU"
     function = _function(rule.__name__, dtype)
     if isinstance(function, str):
         return function
@@ -94,11 +92,45 @@ def _shapes(columns: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     """Sum of the squares of each tensor, taken in float64; None where there is no kernel for them."""
     function = _function("squares", tensors[0].dtype)
-    if isinstance(function, str) or not {type(t) for t in tensors} <= OWN:
+    if isinstance(function, str) or not _plain(tensors, tensors[0].dtype):
         return None
     # In which order the elements lie does not matter, but each must lie there once.
     held = [t if t.is_contiguous() else t.contiguous() for t in (t.resolve_neg() for t in tensors)]
     return _call(function, [held]).unbind(1)[0]
+
+
+class Numbers:
+    """Single float32 numbers that lie anywhere, read and written together. It lives no longer than one step."""
+
+    def __init__(self, library: ctypes.CDLL, tensors: Sequence[Tensor]) -> None:
+        self._library = library
+        self._tensors = tensors  # their memory must not go
+        self._pointers = array("Q", [t.data_ptr() for t in tensors])
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Numbers | None:
+        """Those of 0-d tensors; None where they cannot be reached so."""
+        loaded = library()
+        return None if isinstance(loaded, str) or not _plain(tensors, torch.float32) else cls(loaded, tensors)
+
+    def read(self) -> Tensor:
+        """All in turn, as a float64 vector."""
+        values = torch.empty(len(self._tensors), dtype=torch.float64)
+        self._pass(self._library.read_numbers, values)
+        return values
+
+    def write(self, values: Tensor) -> None:
+        """Set all in turn from a float64 vector."""
+        self._pass(self._library.write_numbers, values.contiguous())
+
+    def _pass(self, function: Any, values: Tensor) -> None:
+        pointers = ctypes.c_void_p(self._pointers.buffer_info()[0])
+        function(ctypes.c_int64(len(self._pointers)), pointers, ctypes.c_void_p(values.data_ptr()))
+
+
+def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether all are torch's own tensors of this dtype in the CPU's memory: a subclass may have none of its own."""
+    return all([t.is_cpu and t.dtype is dtype and type(t) in OWN for t in tensors])
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:

@@ -39,7 +39,7 @@ static inline void NAME(navi_some)(STORED *param, const STORED *grad, WIDE *exp_
             lanes[1][k] += g * (g * per_denom);
             lanes[2][k] += m * (m * per_denom);
         }
-        const WIDE new_m = m + c.rest1 * (g * c.grad_trust - m);
+        const WIDE new_m = MULTIPLY_ADD(c.rest1, g * c.grad_trust - m, m);
         const WIDE new_v = v * c.beta2 + c.rest2 * (g * c.square_trust) * g;
         const WIDE step = new_m / (ROOT(new_v) * c.per_root + c.eps);
         exp_avg[k] = new_m;
@@ -84,8 +84,8 @@ int NAME(emonavi)(const bucket *b)
 /* The Lion rule (lynx.py) -------------------------------------------------------------------------------------------*/
 
 typedef struct {
-    WIDE scale, decay, step_size, rest1, rest2, trust;
-    int reflect;
+    WIDE scale, decay, step_size, blend, rest2, trust;
+    int from_grad, reflect;
 } NAME(lynx);
 
 static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_avg, int64_t n, const NAME(lynx) c,
@@ -98,9 +98,11 @@ static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_
             lanes[0][k] += SIGN(m) * g;
             lanes[1][k] += ABS(g);
         }
-        const WIDE direction = SIGN(m * c.trust + c.rest1 * (g - m * c.trust));
+        const WIDE memory = m * c.trust;
+        const WIDE blended = MULTIPLY_ADD(c.blend, memory - g, c.from_grad ? g : memory);
+        const WIDE direction = SIGN(blended);
         param[k] = PUT(GET(param[k]) * c.decay - c.step_size * direction);
-        exp_avg[k] = m + c.rest2 * (g - m);
+        exp_avg[k] = MULTIPLY_ADD(c.rest2, g - m, m);
     }
 }
 
@@ -111,8 +113,9 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
     WIDE *exp_avg = (WIDE *)b->tensors[2 * b->count + tensor] + start;
     NAME(lynx) c = {
         .scale = (WIDE)b->grad_scale, .decay = b->decay ? (WIDE)b->decay[tensor] : 1,
-        .step_size = (WIDE)b->step_size[tensor], .rest1 = (WIDE)(1 - b->beta1), .rest2 = (WIDE)(1 - b->beta2),
-        .trust = (WIDE)b->grad_trust};
+        .step_size = (WIDE)b->step_size[tensor], .rest2 = (WIDE)(1 - b->beta2), .trust = (WIDE)b->grad_trust,
+        .from_grad = b->beta1 < 0.5};
+    c.blend = c.from_grad ? (WIDE)b->beta1 : (WIDE)b->beta1 - 1; /* a sign may hang on it: as lerp has it */
     if (!b->reflect) {
         NAME(lynx_some)(param, grad, exp_avg, n, c, NULL);
         return;
@@ -202,15 +205,17 @@ static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int6
     if (!b->reflect)
         return;
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    for (int64_t k = 0; k < b->samples[tensor]; k++) {
-        const int64_t at = k * b->stride[tensor];
-        const WIDE g = GET(grad[at]) * (WIDE)b->grad_scale, m = sample[k];
-        const WIDE denom =
-            ROOT(row[at / width]) * (WIDE)(1 / b->bias[tensor]) * columns[at % width] + (WIDE)b->eps;
-        sums[0] += (double)(m * (g / denom));
-        sums[1] += (double)(g * (g / denom));
-        sums[2] += (double)(m * (m / denom));
-        sample[k] = m + (WIDE)b->sample_rate * (g - m);
+    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, rate = (WIDE)b->sample_rate;
+    const WIDE per_bias = (WIDE)(1 / b->bias[tensor]);
+    for (int64_t k = 0, r = 0, i = 0; k < b->samples[tensor]; k++, i += b->stride[tensor]) {
+        for (; i >= width; i -= width)
+            r++;
+        const WIDE g = GET(grad[r * width + i]) * scale, m = sample[k];
+        const WIDE per_denom = 1 / (ROOT(row[r]) * per_bias * columns[i] + eps);
+        sums[0] += (double)(m * (g * per_denom));
+        sums[1] += (double)(g * (g * per_denom));
+        sums[2] += (double)(m * (m * per_denom));
+        sample[k] = m + rate * (g - m);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];

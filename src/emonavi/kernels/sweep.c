@@ -184,6 +184,12 @@ static inline float reciprocal(float x)
     return y * (2 - x * y);
 }
 
+/* torch's lerp is one rounding where the processor has it, and two elsewhere. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
 #define SIGN(x) ((x) > 0 ? 1 : (x) < 0 ? -1 : (x)) /* of NaN it is NaN */
 #define SAME(x) (x)
 
@@ -228,3 +234,16 @@ static inline float reciprocal(float x)
 #define RECIPROCAL reciprocal
 #include "rules.h"
 #endif
+
+/* What each tensor keeps for itself, one number each: read into a vector, and written back. */
+void read_numbers(int64_t count, float *const *numbers, double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (double)*numbers[i];
+}
+
+void write_numbers(int64_t count, float *const *numbers, const double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        *numbers[i] = (float)values[i];
+}
