@@ -329,6 +329,7 @@ class Emotional(Bearer):
         return self.inner.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_calm("copying")
         return {"inner": self.inner, "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

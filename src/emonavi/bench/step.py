@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
+from emonavi.bearer import Bearer
 from emonavi.bench.runner import hardware, versions
 
 __all__ = ["LISTS", "measure", "report"]
@@ -31,10 +32,16 @@ CONTENDERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
     "AdamW loop": lambda params: torch.optim.AdamW(params, foreach=False),
     "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
+    "Emotional(AdamW foreach)": lambda params: _wrapped(torch.optim.AdamW(params, foreach=True)),
+    "Emotional(AdamW fused)": lambda params: _wrapped(torch.optim.AdamW(params, fused=True)),
     "EmoNavi": lambda params: emonavi.EmoNavi(params, capture=False),
     "EmoFact": lambda params: emonavi.EmoFact(params, capture=False),
     "EmoLynx": lambda params: emonavi.EmoLynx(params, capture=False),
 }
+
+
+def _wrapped(optimizer: torch.optim.Optimizer) -> emonavi.Emotional:
+    return emonavi.Emotional(optimizer, capture=False)
 
 
 def measure(shapes: list[tuple[int, ...]], rounds: int = 15, warm_up: int = 3) -> dict[str, dict[str, float]]:
@@ -52,7 +59,7 @@ def measure(shapes: list[tuple[int, ...]], rounds: int = 15, warm_up: int = 3) -
         for p in params:
             p.grad = torch.randn_like(p) * 1e-2
         optimizers[name] = build(params)
-        hears = {"loss": 1.0} if isinstance(optimizers[name], emonavi.EmoOptimizer) else {}
+        hears = {"loss": 1.0} if isinstance(optimizers[name], Bearer) else {}
         steps[name] = partial(optimizers[name].step, **hears)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + rounds):
