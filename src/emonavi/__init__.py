@@ -8,6 +8,7 @@ from emonavi.monitor import Snapshot
 from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.registry import available, create
+from emonavi.wrap import Emotional
 
 __all__ = [
     "EmoFact",
@@ -15,6 +16,7 @@ __all__ = [
     "EmoNavi",
     "EmoOptimizer",
     "Emotion",
+    "Emotional",
     "Snapshot",
     "available",
     "create",

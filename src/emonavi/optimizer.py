@@ -344,9 +344,7 @@ class EmoOptimizer(Bearer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
-        group = None if self._process_group is None else "auto"  # a process group cannot be copied
-        settings = (self._emotion, self._capture, self._missing.action, group)
-        return {**super().__getstate__(), "_settings": settings}
+        return {**super().__getstate__(), "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings", None)
