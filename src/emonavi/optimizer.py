@@ -26,6 +26,7 @@ from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.presets import Preset
+from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, total_norm, wide
 
@@ -123,6 +124,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         self._process_group = process_group
         self._is_calm = False
         self._recorder: Recorder | None = None
+        self._release: Release | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
         def params() -> Iterator[Tensor]:
@@ -189,6 +191,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
+        if self._release is not None and self._release.close(heard):
+            return returned
         found, vector = self._found(), self._vector()
         moves = self._moves(found)
         if moves:
@@ -216,12 +220,16 @@ class EmoOptimizer(torch.optim.Optimizer):
         sums = self._sweep(active, mood, acts, options, predicated)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
+        self._end(vector, state)
+        return returned
+
+    def _end(self, vector: Tensor, state: Any) -> None:
+        """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
         self._begun = True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
-        return returned
 
     def _found(self) -> list[tuple[Tensor, int]]:
         """Parameters that have a gradient, with the place of their group."""
@@ -405,6 +413,8 @@ class EmoOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
         self._refuse_inside_calm("state_dict()")
+        if self._release is not None:
+            self._release.refuse("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
