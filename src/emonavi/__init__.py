@@ -8,6 +8,7 @@ from emonavi.monitor import Snapshot
 from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.registry import available, create
+from emonavi.release import gradient_release
 from emonavi.wrap import Emotional
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Snapshot",
     "available",
     "create",
+    "gradient_release",
     "observe",
 ]
 __version__ = "0.1.0"

@@ -23,6 +23,7 @@ from emonavi.emotion import Emotion
 from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
 from emonavi.presets import Preset
+from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
@@ -113,6 +114,10 @@ class EmoOptimizer(Bearer):
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
+    def _setup(self, *settings: Any) -> None:
+        super()._setup(*settings)
+        self._release: Release | None = None
+
     @classmethod
     def describe(cls, head: str, example: str) -> str:
         """A sibling's docstring: its own head and example around the arguments that all share."""
@@ -178,6 +183,8 @@ class EmoOptimizer(Bearer):
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
+        if self._release is not None and self._release.close(heard):
+            return returned
         found, vector = self._found(), self._vector()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
@@ -216,12 +223,16 @@ class EmoOptimizer(Bearer):
             sums = Sums(grad_step, grad_grad, step_step, sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
+        self._end(vector, state)
+        return returned
+
+    def _end(self, vector: Tensor, state: Any) -> None:
+        """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
         self._begun = True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
-        return returned
 
     def _make_state(self, param: Tensor) -> None:
         """Make the state of a parameter where it is missing."""
@@ -308,6 +319,8 @@ class EmoOptimizer(Bearer):
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
         self._refuse_inside_calm("state_dict()")
+        if self._release is not None:
+            self._release.refuse("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
