@@ -33,7 +33,7 @@ from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.sweep import Reflected, Rule, dot, wide
 
-__all__ = ["EmoFact", "emofact"]
+__all__ = ["EmoFact", "emofact", "factor_shapes"]
 
 SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
 SAMPLE_RATE = 0.1
@@ -73,11 +73,7 @@ class EmoFact(EmoOptimizer):
         if param.dim() < 2:
             return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
         like = wide(param.detach())
-        shapes = {
-            "exp_avg_row": (len(param), *(1 for _ in param.shape[1:])),
-            "exp_avg_col": (1, *param.shape[1:]),
-            "exp_avg_sample": sample(param.detach()[None])[0].shape,
-        }
+        shapes = factor_shapes(param) | {"exp_avg_sample": tuple(sample(param.detach()[None])[0].shape)}
         return {name: like.new_zeros(shapes[name]) for name in self._layout(param)}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
@@ -93,6 +89,13 @@ class EmoFact(EmoOptimizer):
         bias = 1 - beta1**steps if corrects else torch.ones_like(steps)
         floor = eps * eps if corrects else eps
         return {"beta1": beta1, "eps": eps, "floor": floor, "step_size": step_size, "bias": bias, "trust": trust}
+
+
+def factor_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of a tensor's memories of rows and columns; none for vectors and scalars."""
+    if param.dim() < 2:
+        return {}
+    return {"exp_avg_row": (len(param), *(1 for _ in param.shape[1:])), "exp_avg_col": (1, *param.shape[1:])}
 
 
 def sample(batch: Tensor) -> Tensor:

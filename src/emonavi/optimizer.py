@@ -25,7 +25,7 @@ from emonavi.emotion import Emotion
 from emonavi.intake import Intake, Missing
 from emonavi.machine import Machine, Mood, Options, Sums, Weights
 from emonavi.monitor import Recorder, Snapshot
-from emonavi.presets import Preset
+from emonavi.presets import PRESETS, Preset
 from emonavi.scalars import Number
 from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, total_norm, wide
 
@@ -90,7 +90,7 @@ class EmoOptimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
     ) -> None:
-        machine = checks.emotion(emotion)
+        machine = checks.emotion(emotion, self._generations)
         felt = checks.spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         })  # fmt: skip
@@ -152,6 +152,12 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
+    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
+        """What a rule that switches by the scalar takes besides: plain numbers, which it may branch on, or tensors."""
+        return {}
+
+    # Generations for which a rule of this name was published.
+    _generations: tuple[str, ...] = tuple(PRESETS)
     # Target of trust, in standard deviations below 0. With Adam's momentum, 0 is the exact line search.
     _hold = 0.0
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
@@ -256,6 +262,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            scalars |= self._switch(layout, mood)
             parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
@@ -429,7 +436,8 @@ class EmoOptimizer(torch.optim.Optimizer):
             self._note_begun()
 
     def _note_begun(self) -> None:
-        """Whether a real step was made, read from the state."""
+        """Whether a real step was made, read from a state that was loaded."""
+        self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._begun = bool(state.steps + state.skipped_steps > 0)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from emonavi.clan import EmoClan
 from emonavi.fact import EmoFact
 from emonavi.lynx import EmoLynx
 from emonavi.navi import EmoNavi
+from emonavi.neco import EmoNeco
 from emonavi.optimizer import EmoOptimizer
+from emonavi.zeal import EmoZeal
 
 __all__ = ["SIBLINGS", "Sibling", "available", "create", "named"]
 
@@ -30,6 +33,9 @@ SIBLINGS = {
         Sibling("emonavi", EmoNavi, "Adam", "8", "the default: from scratch and for fine-tuning"),
         Sibling("emofact", EmoFact, "Adafactor", "under 0.2 for matrices", "when memory is short"),
         Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory"),
+        Sibling("emoclan", EmoClan, "Adam, Lion", "8", "EmoNavi"),
+        Sibling("emozeal", EmoZeal, "Adafactor with momentum", "4", "EmoNavi"),
+        Sibling("emoneco", EmoNeco, "Lion", "4", "EmoNavi"),
     )
 }
 
