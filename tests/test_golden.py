@@ -14,6 +14,7 @@ TRACES = json.loads((GOLDEN / "traces.json").read_text())
 PRESET = {"v1": "v1", "v3": "v3", "v4": "v4", "v41": "v4"}
 MUTE = {"v4"}
 
+
 def traces(optimizer):
     return [t for t in TRACES if t["optimizer"] == optimizer]
 

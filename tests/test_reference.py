@@ -173,7 +173,9 @@ def test_start_is_a_thousandth_of_the_weights_rms(case, foreach):
         if case.first_step is None:
             assert 0.1 * lr * wanted < float(moved.max()) <= 2 * lr * wanted + 1e-7
         else:
-            torch.testing.assert_close(moved, torch.full_like(moved, lr * wanted * case.first_step), rtol=1e-2, atol=1e-7)
+            torch.testing.assert_close(
+                moved, torch.full_like(moved, lr * wanted * case.first_step), rtol=1e-2, atol=1e-7
+            )
 
 
 # Single-tensor against foreach: the same operations in the same order, but sums over pieces of a tensor are taken piece

@@ -9,7 +9,6 @@ from cases import CASES, Valley, drive, train, vector, ways, weights, write
 import emonavi
 
 
-
 def numpy(tensor):
     return tensor.detach().double().numpy().copy()
 
@@ -136,9 +135,8 @@ def test_the_clan_is_emonavi_until_the_loss_rises(foreach):
     (navi, some), (clan, others) = runs
     assert all(torch.equal(p, q) for p, q in zip(some, others, strict=True))
     for one, params in runs:
-        train(one, params, 10, start=30, loss=lambda x: 1.0 + x)
-        for t in range(8):
-            train(one, params, 1, start=40 + t, loss=lambda x, t=t: 1.0 + t)
+        for t in range(20):
+            train(one, params, 1, start=30 + t, loss=lambda _, t=t: 1.0 + math.sin(t) + max(0, t - 12))
     assert clan.emotion.scalar > 0.5
     assert not any(torch.equal(p, q) for p, q in zip(some, others, strict=True))
     assert drive(navi) <= 1.0

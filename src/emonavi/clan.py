@@ -188,7 +188,7 @@ def emoclan_v3(
     adam = shared | {"root": root, "last_root": last_root, "beta1": beta1, "beta2": beta2, "eps": eps}
     matrix = shared | {"bias": root, "beta1": beta1, "eps": eps, "floor": eps}
     lion = shared | dict(zip(("beta1", "beta2"), LYNX_BETAS, strict=True))
-    factored = fact_first.shape != param.shape
+    factored = param.dim() > 2
     for chosen, rule, memories, scalars in (
         (navi, emonavi, (exp_avg, exp_avg_sq), adam),
         (fact, emofact if factored else emonavi, (fact_first, fact_second), matrix if factored else adam),

@@ -30,6 +30,9 @@ comes to 0. The gain is the largest first-order improvement that a step of lr 1 
 under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
 gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
+For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
+asymmetry. Nothing acts on them: two attempts at it were no better (``docs/benchmarks.md``).
+
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
 Source: the emotional scalar is an idea of muooon/EmoNavi. Reflection is hypergradient descent (Baydin et al. 2018,

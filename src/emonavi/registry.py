@@ -33,9 +33,9 @@ SIBLINGS = {
         Sibling("emonavi", EmoNavi, "Adam", "8", "the default: from scratch and for fine-tuning"),
         Sibling("emofact", EmoFact, "Adafactor", "under 0.2 for matrices", "when memory is short"),
         Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory"),
-        Sibling("emoclan", EmoClan, "Adam, Lion", "8", "EmoNavi"),
-        Sibling("emozeal", EmoZeal, "Adafactor with momentum", "4", "EmoNavi"),
-        Sibling("emoneco", EmoNeco, "Lion", "4", "EmoNavi"),
+        Sibling("emoclan", EmoClan, "Adam", "8", "as EmoNavi, with steps of one size while the loss rises"),
+        Sibling("emozeal", EmoZeal, "Adafactor", "4 for matrices", "about EmoNavi's losses at half of its memory"),
+        Sibling("emoneco", EmoNeco, "Lion", "4", "no reason was found: EmoZeal needs no more and ends lower"),
     )
 }
 
