@@ -150,7 +150,7 @@ def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capt
             trust += max(0.1, 1 / len(gains)) * (sums[0] / math.sqrt(sums[1] * sums[2]) - trust)
         assert felt(optimizer, "trust") == pytest.approx(trust, abs=1e-6)
         assert felt(optimizer, "grad_norm") == pytest.approx(math.sqrt(sum((g**2).sum() for g in grads)), rel=1e-12)
-    assert not case.fades or fade < 0.99, "the step never faded: the test shows nothing of it"
+    assert not case.fades or fade < 0.999, "the step never faded: the test shows nothing of it"
     assert any(abs(d - 1) > 1e-3 for d in own), "the tensors' own drives never moved: the test shows nothing"
 
 
@@ -169,7 +169,7 @@ def test_start_is_a_thousandth_of_the_weights_rms(case, foreach):
         train(optimizer, params, 1)
         # The first bias-corrected step of a rule is lr sign(g), but for a matrix under EmoFact and a soft sign, whose
         # steps are of that order.
-        moved = (params[1] - before[1]).abs()
+        moved = (params[1].detach() - before[1]).abs()
         if case.first_step is None:
             assert 0.1 * lr * wanted < float(moved.max()) <= 2 * lr * wanted + 1e-7
         else:
