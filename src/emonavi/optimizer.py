@@ -18,11 +18,11 @@ from emonavi import checks, lowbit
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
-from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local_grad
 from emonavi.emotion import Emotion
 from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
-from emonavi.presets import Preset
+from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
@@ -95,7 +95,7 @@ class EmoOptimizer(Bearer):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = True,
     ) -> None:
-        machine = checks.emotion(emotion)
+        machine = checks.emotion(emotion, self._generations)
         felt = checks.spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         })  # fmt: skip
@@ -152,6 +152,12 @@ class EmoOptimizer(Bearer):
         """What it has to know of the other ranks' parts, for the places of these tensors."""
         return {}
 
+    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
+        """What a rule that switches by the scalar takes besides: plain numbers, which it may branch on, or tensors."""
+        return {}
+
+    # Generations for which a rule of this name was published.
+    _generations: tuple[str, ...] = tuple(PRESETS)
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
@@ -257,6 +263,13 @@ class EmoOptimizer(Bearer):
             found.append((group, layout, rule, bucket))
         return found
 
+    def _check_shards(self, params: list[Tensor]) -> None:
+        """Raise where the rule would take the part of a sharded tensor that lies here for all of it."""
+        for p in params:
+            if is_sharded(p) and not self._needs_whole(p) and not self._rule(self._layout(p))[1]:
+                what = f"a parameter of shape {tuple(p.shape)} is a DTensor"
+                raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
+
     def _honour_fused(self, group: dict[str, Any]) -> None:
         """Raise where there is no kernel for one of the group's tensors."""
         for p in group["params"]:
@@ -281,6 +294,7 @@ class EmoOptimizer(Bearer):
             at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            scalars |= self._switch(layout, mood)
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
@@ -306,6 +320,7 @@ class EmoOptimizer(Bearer):
         try:
             checks.parameters(group["params"])
             checks.whole(group["params"], group["state_dtype"])
+            self._check_shards(group["params"])
             if group["fused"]:
                 self._honour_fused(group)
         except (RuntimeError, TypeError, ValueError):

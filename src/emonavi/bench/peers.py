@@ -123,7 +123,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("AdamW + cosine", "torch", 1e-3, torch.optim.AdamW, **_COSINE),
         Contender("Lion + cosine", "pytorch_optimizer", 1e-4, _LION, **_COSINE),
         Contender("EmoFact rule + cosine", "emonavi", 1e-3, _ours("EmoFact", use_trust=False), **_COSINE),
-        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx")),
+        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx", "EmoClan", "EmoZeal", "EmoNeco")),
         Contender("AdamW", "torch", 1e-3, torch.optim.AdamW),
         Contender("Prodigy", "prodigyopt", 1.0, **_PRODIGY),
         Contender("Prodigy + cosine", "prodigyopt", 1.0, **_PRODIGY, warm_up=0.0),
