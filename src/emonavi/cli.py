@@ -57,6 +57,7 @@ def build() -> typer.Typer:
     benches.command()(step)
     benches.command()(capture)
     benches.command("lr")(learning_rates)
+    benches.command()(landscape)
     for name in ("stop", "shock", "schedules"):
         benches.command(name)(_ledgered(name))
     commands.add_typer(benches, name="bench")
@@ -202,6 +203,33 @@ def capture(
     from emonavi.bench.capture import report
 
     print("\n".join(report(out, rounds)))
+
+
+def landscape(
+    out: Annotated[Path, typer.Option(help="Folder of the figures and pictures.")] = Path("runs/landscape"),
+    optimizers: Annotated[str, typer.Option(help="Names separated by commas.", show_default="all")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Of each path.")] = 500,
+) -> None:
+    """Draw paths on five functions of two variables, from lrs over five decades: siblings and peers, a few minutes."""
+    _require("emonavi bench landscape", _BENCH_NEEDS, "bench")
+    from rich.console import Console
+
+    from emonavi.bench import landscape as bench
+    from emonavi.bench.lr import choose
+    from emonavi.bench.peers import missing
+    from emonavi.registry import SIBLINGS
+
+    known = [*(sibling.cls.__name__ for sibling in SIBLINGS.values()), *bench.PEERS]
+    try:
+        names = choose(optimizers, known, "optimizer") or known
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if absent := missing([name for name in names if name in bench.PEERS]):
+        raise typer.Exit(_refuse("emonavi bench landscape", absent, "bench"))
+    console = Console(highlight=False)
+    for shown in bench.run(out, names, steps, shlex.join(["emonavi", *sys.argv[1:]])):
+        console.print(shown, soft_wrap=True)
 
 
 def learning_rates(
