@@ -33,6 +33,7 @@ _DEMO_NEEDS = {
     "sklearn": "scikit-learn",
 }
 _PLOT_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
+_PCA_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "sklearn")}
 _BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
 
 
@@ -125,14 +126,22 @@ def plot(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of TensorBoard event files, searched with all below.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for the two files.", show_default="RUN")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="RUN")] = None,
+    pca: Annotated[
+        bool, typer.Option("--pca", help="The way of the weights that monitor.trajectory() recorded, instead.")
+    ] = False,
 ) -> None:
     """Draw what optimizers felt, from what writer= wrote: one PNG, and one HTML page that needs no network."""
-    _require("emonavi plot", _PLOT_NEEDS)
+    _require("emonavi plot", _PCA_NEEDS if pca else _PLOT_NEEDS)
 
+    from emonavi.pca import draw as draw_ways
     from emonavi.plot import draw
 
     try:
+        if pca:
+            picture, lines = draw_ways(run, out or run)
+            print("\n".join([*lines, str(picture)]))
+            return
         png, page, count = draw(run, out or run)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="RUN") from error
