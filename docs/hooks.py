@@ -1,11 +1,15 @@
-"""What MkDocs is told beyond ``mkdocs.yml``: files of the site that lie outside ``docs/``."""
+"""What MkDocs and mkdocstrings are told beyond ``mkdocs.yml``."""
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,7 +19,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
     for picture in sorted((ROOT / "benchmarks").glob("*.png")):
         name = f"benchmarks/{picture.name}"
-        added = File.generated(config, f"../{name}", abs_src_path=str(picture))
+        added = File.generated(config, f"../{name}", abs_src_path=str(picture), inclusion=InclusionLevel.INCLUDED)
         added.dest_uri = name
         files.append(added)
     return files
+
+
+class Described(griffe.Extension):
+    """The siblings' docstrings are put together when the library is imported: reading the source does not find them."""
+
+    def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Give a public class without a docstring the one that it has at run time."""
+        if cls.docstring is None and not cls.name.startswith("_") and cls.parent is cls.module:
+            found = inspect.getdoc(getattr(import_module(cls.module.path), cls.name))
+            cls.docstring = griffe.Docstring(found or "", parent=cls)
