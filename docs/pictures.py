@@ -73,7 +73,8 @@ def any_lr(out, steps):
 
 def senses(out, steps):
     """Draw the two senses of one run: the loss in units of its noise, and the cosine with the last step."""
-    figure, (losses, feeling, trust, drive) = sheet(("loss and its memories", "feeling: the scalar", "reflection: trust", "drive"))
+    titles = ("loss and its memories", "feeling: the scalar", "reflection: trust", "drive")
+    figure, (losses, feeling, trust, drive) = sheet(titles)
     felt = [felt for felt, _ in train(*build("digits"), steps)]
     for name, colour in zip(("loss", "short", "medium", "long"), (page.GREY, *page.PALETTE), strict=False):
         curve(losses, (getattr(f, name) for f in felt), colour, name, 0.6 if name == "loss" else 1.4)

@@ -42,7 +42,7 @@ def run(task, cls, how, steps):
 
 
 def compare(name, cls, how, steps, whole):
-    """A broken run beside the whole one: its end, its worst, and when it is below the break's loss for the first time."""
+    """A broken run beside the whole one: its end, its worst, and when its loss is below the break's again."""
     losses = run(TASKS[name], cls, how, steps)
     below = next((place for place, loss in enumerate(losses[1:], start=1) if loss < losses[0]), None)
     row = {"task": name, "optimizer": cls.__name__, "how": how, "end": losses[-1] / whole[-1]}

@@ -33,7 +33,7 @@ _DEMO_NEEDS = {
     "sklearn": "scikit-learn",
 }
 _PLOT_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
-_PCA_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "sklearn")}
+_PCA_NEEDS = {"matplotlib": "matplotlib"}
 _BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
 
 

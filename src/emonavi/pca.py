@@ -45,7 +45,7 @@ def read(folder: Path) -> list[Way]:
     files = sorted(folder.rglob(FILE))
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no {FILE}: record it by `with emonavi.monitor.trajectory(optimizer, folder):` around the loop"
+            f"{folder} holds no {FILE}: record it with emonavi.monitor.trajectory(optimizer, folder) around the loop"
         )
     return [_read(file, folder) for file in files]
 
@@ -68,11 +68,8 @@ def project(way: Way) -> Tensor:
     Returns shape (records, 2), in the units of the weights. In one plane for all runs the widest way would hide the
     others.
     """
-    from sklearn.decomposition import PCA
-
-    moved = way.weights - way.weights[0]
-    plane = PCA(2, svd_solver="full").fit(moved.numpy()).components_
-    return moved @ torch.from_numpy(plane).T
+    plane = torch.linalg.svd(way.weights - way.weights.mean(0), full_matrices=False).Vh[:2]
+    return (way.weights - way.weights[0]) @ plane.T
 
 
 def explained(way: Way, points: Tensor) -> tuple[float, float]:
@@ -99,8 +96,8 @@ def draw(folder: Path, out: Path) -> tuple[Path, list[str]]:
 
 def _said(way: Way, points: Tensor) -> str:
     one, two = explained(way, points)
-    far = points[-1].norm().item()
-    return f"{way.label}: {one:.0%} and {two:.0%} of the variance, {int(way.steps[-1])} steps, end {far:.3g} from the start"
+    far = (way.weights[-1] - way.weights[0]).norm().item()
+    return f"{way.label}: {one:.0%} and {two:.0%} of the variance, {way.steps[-1]} steps, end {far:.3g} from the start"
 
 
 def _write_png(path: Path, ways: list[Way], planes: list[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The way that the weights take through a training run, as a small file: a sample of them, now and then.
 
-``emonavi plot --pca`` draws it. The file is a dict of tensors, so that ``torch.load(path, weights_only=True)`` reads it.
+``emonavi plot --pca`` draws it. The file is a dict of tensors: ``torch.load(path, weights_only=True)`` reads it.
 """
 
 from __future__ import annotations

@@ -93,10 +93,8 @@ class Walk:
 
 def build(name: str, point: torch.nn.Parameter, lr: float) -> Any:
     """Construct a sibling or a peer at its defaults but for the lr, and without weight decay."""
-    if name in PEERS:
-        optimizer = CONTENDERS[name].build([point], lr)
-    else:
-        optimizer = SIBLINGS[name.lower()].cls([point], lr=lr)
+    make = CONTENDERS[name].build if name in PEERS else SIBLINGS[name.lower()].cls
+    optimizer: Any = make([point], lr)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     return optimizer

@@ -19,7 +19,10 @@ from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
 from emonavi.bench.runner import hardware, versions
 from emonavi.bench.tasks import TASKS, Problem
 
-__all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run", "switch", "train"]
+__all__ = [
+    *("HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run"),
+    *("switch", "train"),
+]
 
 HALF_DECADES = tuple(float(f"{10 ** (e / 2):.2e}") for e in range(-10, 1))  # 1e-5 to 1
 STANDARD = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
