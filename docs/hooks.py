@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 class Described(griffe.Extension):
-    """The siblings' docstrings are put together when the library is imported: reading the source does not find them."""
+    """Docstrings as the site shows them.
+
+    The siblings' are put together when the library is imported, so that reading the source does not find them; and the
+    roles of reStructuredText become plain code.
+    """
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         """Give a public class without a docstring the one that it has at run time."""
         if cls.docstring is None and not cls.name.startswith("_") and cls.parent is cls.module:
             found = inspect.getdoc(getattr(import_module(cls.module.path), cls.name))
-            cls.docstring = griffe.Docstring(found or "", parent=cls)
+            cls.docstring = griffe.Docstring(_plain(found or ""), parent=cls, parser=griffe.Parser.google)
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Take the roles out of every docstring."""
+        if obj.docstring is not None:
+            obj.docstring.value = _plain(obj.docstring.value)
+
+
+def _plain(text: str) -> str:
+    """Turn :class:`~emonavi.Emotion` into `Emotion`."""
+    return re.sub(r":\w+:`(?:~[\w.]*\.)?([\w.]+)`", r"`\1`", text)
