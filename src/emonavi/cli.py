@@ -55,10 +55,10 @@ def build() -> typer.Typer:
     commands.command()(report)
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
+    benches.command()(landscape)
     benches.command()(step)
     benches.command()(capture)
     benches.command("lr")(learning_rates)
-    benches.command()(landscape)
     for name in ("stop", "shock", "schedules"):
         benches.command(name)(_ledgered(name))
     commands.add_typer(benches, name="bench")
