@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi.distributed import is_sharded, local
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
@@ -17,8 +18,12 @@ __all__ = ["Active", "bounded", "per_tensor"]
 
 
 class Active(NamedTuple):
-    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them."""
+    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them.
 
+    Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
+    """
+
+    whole: list[Tensor]  # the parameters themselves
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
@@ -36,21 +41,22 @@ class Active(NamedTuple):
     def of(
         cls,
         found: Sequence[tuple[Tensor, int]],
+        grads: list[Tensor],
         states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
     ) -> Active:
-        """From parameters that have a gradient, with the place of their group."""
-        found = [(p, i) for p, i in found if p.numel()]
+        """From parameters with the place of their group, and what lies here of their gradients."""
         owners = [i for _, i in found]
-        own = [states[p] for p, _ in found]
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
         kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
         return cls(
-            params=[p for p, _ in found],
-            grads=[p.grad for p, _ in found if p.grad is not None],
+            whole=[p for p, _ in found],
+            params=[local(p) for p, _ in found],
+            grads=grads,
             states=own,
             groups=owners,
             counts=counts,
@@ -63,7 +69,7 @@ class Active(NamedTuple):
             trust=kept["trust"],
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
@@ -79,7 +85,7 @@ class Active(NamedTuple):
             max_norm=groups[0]["max_norm"],
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
-            hold=hold,
+            hold=hold[bool(groups[0]["use_shadow"])],
             fades=fades,
             decayed=torch.stack(decayed).all(),
         )
@@ -90,17 +96,23 @@ class Active(NamedTuple):
         own = torch.minimum(effective * self.drive, self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
-    def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout."""
+    def buckets(
+        self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
+    ) -> dict[tuple[Any, ...], list[int]]:
+        """Places of the tensors that share a group, a device, dtypes and a layout, unless one is to be alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            buckets.setdefault((group, p.device, p.dtype, layout(p)), []).append(place)
+            names = layout(p)
+            dtypes = (p.dtype, *(self.states[place][name].dtype for name in names))
+            own = place if alone(self.whole[place]) else None
+            buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets
 
-    def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
-        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
+    def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
+        """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        lists |= {name: [self.states[i][name] for i in places] for name in layout}
+        names = [k for name in layout for k in (name, f"{name}_scale") if k in self.states[places[0]]]
+        lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
