@@ -28,11 +28,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # The python blocks ---------------------------------------------------------------------------------------------------
 
-BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```$", re.S | re.M)
+# A block that cannot run here has a line before it that says why: <!-- not run: needs two machines -->
+BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n+)?```python\n(.*?)^```$", re.S | re.M)
 
 
-def blocks(page: Path) -> list[str]:
-    return [code for _, code in BLOCK.findall(page.read_text(encoding="utf-8"))]
+def blocks(text: str) -> list[tuple[bool, str]]:
+    """The python blocks of a page, each with whether it is to be run."""
+    return [(not mark, code) for mark, code in BLOCK.findall(text)]
 
 
 def usual() -> dict:
@@ -79,6 +81,15 @@ def rows(space: dict) -> None:
     space |= {"wandb": SimpleNamespace(init=lambda: run), "mlflow": SimpleNamespace(log_metric=lambda *a, **k: None)}
 
 
+def alone(space: dict) -> None:
+    """A process group of one, and a user's own loop."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=Path("alone").absolute().as_uri(), rank=0, world_size=1)
+    space |= {"dist": dist, "my_own_data": space["data"], "loss_of": lambda model, batch: model(batch).square().mean()}
+
+
 # A word of a block -> the package that it needs, and what is set up for it.
 STAGES = {
     "optimizer_cls_and_kwargs(": ("transformers", trainer),
@@ -90,45 +101,64 @@ STAGES = {
     "monitor.live": ("rich", lambda space: None),
     "wandb.init": ("torch", rows),
     "mlflow.": ("torch", rows),
+    "Merger(": ("torch", alone),
 }
 
 
-def run(code: str, space: dict, name: str) -> None:
-    """Run a block; where a trainer is not installed, it has to compile, and the names of this library to exist."""
+def run(code: str, space: dict, name: str, wanted: bool = True) -> None:
+    """Run a block; where that is not possible, it has to compile, and the names of this library to exist."""
     compiled = compile(code, name, "exec")
     stages = [stage for word, stage in STAGES.items() if word in code]
+    if not wanted or any(find_spec(package) is None for package, _ in stages):
+        assert unknown(code) == []
+        return
     with warnings.catch_warnings():
         if stages:
             warnings.simplefilter("ignore")  # of trainers, about themselves
-        if any(find_spec(package) is None for package, _ in stages):
-            for path in re.findall(r"emonavi((?:\.\w+)+)\(", code):
-                module, _, attribute = f"emonavi{path}".rpartition(".")
-                file = ROOT / "src" / f"{module.replace('.', '/')}.py"
-                assert f"def {attribute}(" in file.read_text() if file.exists() else hasattr(emonavi, attribute), path
-            return
         for _, prepare in stages:
             prepare(space)
         exec(compiled, space)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def unknown(code: str) -> list[str]:
+    """Names of this library that a block uses and that are not there; read, since their trainers may be missing."""
+    used = [tuple(path.rsplit(".", 1)) for path in re.findall(r"\b(emonavi(?:\.\w+)+)\b(?= ?[(\[])", code)]
+    for module, names in re.findall(r"^from (emonavi[.\w]*) import (.+)$", code, re.M):
+        used += [(module, name.strip()) for name in names.split(",")]
+    files = {module: ROOT / "src" / f"{module.replace('.', '/')}.py" for module, _ in used}
+    files["emonavi"] = ROOT / "src" / "emonavi" / "__init__.py"
+    texts = {module: file.read_text() if file.exists() else "" for module, file in files.items()}
+    return [f"{module}.{name}" for module, name in used if not re.search(rf"\b{name}\b", texts[module])]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p.read_text())], ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # pages read what is committed
     monkeypatch.chdir(tmp_path)
     space = usual()
-    for number, code in enumerate(blocks(page), start=1):
-        run(code, space, f"{page.name}, block {number}")
-    with contextlib.suppress(KeyError):  # what a page has left: no writer may outlive the test
+    for number, (wanted, code) in enumerate(blocks(page.read_text(encoding="utf-8")), start=1):
+        run(code, space, f"{page.name}, block {number}", wanted)
+    with contextlib.suppress(AttributeError):  # of a wrapper: no writer may outlive the test
         space["optimizer"].writer = None
+    if "dist" in space:
+        space["dist"].destroy_process_group()
 
 
 def test_a_block_that_fails_is_seen(monkeypatch):
+    page = "```python\nemonavi.EmoNobody(params)\n```\n<!-- not run: slow -->\n```python\nhere\n```\n```python\n2\n```"
+    assert [wanted for wanted, _ in blocks(page)] == [True, False, True]
     with pytest.raises(AttributeError, match="EmoNobody"):
-        run("emonavi.EmoNobody(params)", usual(), "by hand")
+        run(blocks(page)[0][1], usual(), "by hand")
+    with pytest.raises(AssertionError, match="EmoNobody"):
+        run(blocks(page)[0][1], usual(), "by hand", wanted=False)
+    run(blocks(page)[1][1], usual(), "by hand", wanted=False)
     monkeypatch.setattr("test_docs.find_spec", lambda name: None)
     run("emonavi.integrations.timm.register()\ntimm.optim", usual(), "by hand")
-    with pytest.raises(AssertionError, match="nothing"):
-        run("emonavi.integrations.timm.nothing()\ntimm.optim", usual(), "by hand")
+    run("from emonavi.integrations.timm import register\ntimm.optim", usual(), "by hand")
+    with pytest.raises(AssertionError, match="unheard"):
+        run("emonavi.integrations.timm.unheard()\ntimm.optim", usual(), "by hand")
+    with pytest.raises(AssertionError, match="unheard"):
+        run("from emonavi.integrations.timm import register, unheard\ntimm.optim", usual(), "by hand")
     with pytest.raises(SyntaxError):
         run("timm.optim = = 1", usual(), "by hand")
 
