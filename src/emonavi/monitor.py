@@ -1,6 +1,7 @@
 """What an optimizer feels, as plain numbers: a snapshot to read, and a recorder that writes it step by step.
 
-``live``, a line in the terminal, is at home in ``terminal.py``.
+``live``, a line in the terminal, is at home in ``terminal.py``, and ``trajectory``, the way of the weights, in
+``trajectory.py``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from emonavi.machine import Machine
 from emonavi.terminal import live
+from emonavi.trajectory import trajectory
 
-__all__ = ["LAYOUT", "Recorder", "Snapshot", "live", "tagged"]
+__all__ = ["LAYOUT", "Recorder", "Snapshot", "live", "tagged", "trajectory"]
 
 ROUNDING = 1e-24  # a variance of the scalar below it is that of its last digits
 RING = 50  # steps that wait on a device before they are written
