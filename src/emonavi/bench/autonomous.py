@@ -1,0 +1,264 @@
+"""``emonavi bench autonomous``: workers that train alone and merge, beside workers that agree at every step.
+
+K workers each hold every K-th sample (of text: a K-th of it), and begin alike. ``sync`` is DDP: one optimizer, the mean
+of all gradients at every step. ``mean`` takes the mean of the weights every H steps and at the end, ``outer`` takes
+DiLoCo's outer step instead. The workers run one after another in one process; a test shows that processes come to the
+same weights. Bytes are those of a ring all-reduce, 2 (K - 1) / K times the size of what is sent, which are the figures
+of each worker's own line. For the time, the line is 100 Mbit/s with 50 ms for each of the ring's 2 (K - 1) hops.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+
+import emonavi
+from emonavi.autonomous import Merger, nesterov
+from emonavi.bench import factor, loss_of, lr_label, page
+from emonavi.bench.ledger import Row
+from emonavi.bench.runner import EMOTIONAL, hardware, versions
+from emonavi.bench.tasks import TASKS, Problem, data
+from emonavi.bench.tasks.text import CharTransformer, next_character
+
+__all__ = ["Cell", "cells", "draw", "lines", "measure", "shard", "traffic"]
+
+NAMES = ("cnn", "charlm", "lora")
+STEPS = 384
+PERIODS = (1, 16, 64, 256, STEPS)  # the last: at the end only
+MANY = (1, 10, 100, 1000)
+PEER, PEER_LRS = "AdamW", (3e-3, 1e-2, 1e-3)
+NEAR, FEW = 1.03, 0.02  # what is aimed at: this near to sync's loss, with this share of its bytes
+
+_BYTES_A_SECOND, _LATENCY = 100e6 / 8, 0.05
+_CONTEXT = 24  # characters
+_LOSS_BYTES = 4 * 8  # of the emotion's own all-reduce at every step of sync
+
+
+class Cell(NamedTuple):
+    """What defines a run."""
+
+    task: str
+    optimizer: str
+    lr: float
+    workers: int
+    scheme: str  # "sync", "mean" or "outer"
+    period: int
+    steps: int  # of the fastest worker
+    speeds: int  # the fastest worker over the slowest
+    seed: int
+
+
+def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
+    """The comparison of four workers first, then other numbers of workers, then many workers of unlike speed."""
+    everyone = [(name, 1e-3) for name in optimizers] + [(PEER, lr) for lr in PEER_LRS]
+    few, all_periods = (64, STEPS), PERIODS
+    grid = [
+        Cell(task, name, lr, workers, scheme, period, STEPS, 1, seed)
+        for workers, periods in ((4, all_periods), (2, few), (8, few), (1, ()))
+        for name, lr in everyone
+        for task in NAMES
+        for scheme, some in (("sync", (1,)), ("mean", periods), ("outer", (64,) if periods else ()))
+        for period in some
+        for seed in range(seeds)
+    ]
+    many = [
+        Cell("softmax", name, 1e-3, workers, "mean", 32, 96, 8, seed)
+        for name in optimizers for workers in MANY for seed in range(seeds)
+    ]  # fmt: skip
+    return grid + many
+
+
+def shard(name: str, seed: int, rank: int, workers: int) -> Problem:
+    """The problem of one worker: its own part of the training data; weights and held-out data are everyone's."""
+    if name == "charlm":
+        train, val = data.source_code()
+        return next_character(seed, CharTransformer, (train.chunk(workers)[rank], val), _CONTEXT)
+    problem = TASKS[name].build(seed)
+    batch: Any = problem.batch
+    part = {key: batch.keywords[key][rank::workers] for key in ("inputs", "targets")}
+    size = min(batch.keywords["size"], len(part["targets"]))
+    return replace(problem, batch=partial(batch, **part, size=size))
+
+
+def measure(cell: Cell) -> Row:
+    """Train all workers; the held-out loss at the end, what each worker has sent, and the time of one of its steps."""
+    torch.manual_seed(cell.seed)
+    problems = [shard(cell.task, cell.seed, rank, cell.workers) for rank in range(cell.workers)]
+    started = time.process_time()
+    figures = _synchronous(cell, problems) if cell.scheme == "sync" else _autonomous(cell, problems)
+    seconds = time.process_time() - started - figures.pop("looking")
+    figures |= {"step_seconds": seconds / figures["worker_steps"], "val": problems[0].val()}
+    return figures | {"hardware": hardware(), "versions": versions()}
+
+
+def _optimizer(cell: Cell, problem: Problem) -> Any:
+    params = [p for p in problem.model.parameters() if p.requires_grad]
+    if cell.optimizer == PEER:
+        return torch.optim.AdamW(params, lr=cell.lr)
+    return emonavi.create(cell.optimizer, params, lr=cell.lr, process_group=None)
+
+
+def _synchronous(cell: Cell, problems: Sequence[Problem]) -> Row:
+    """DDP, in one process: the mean of the gradients, one optimizer, and the mean of the losses for its emotion."""
+    model = problems[0].model
+    optimizer = _optimizer(cell, problems[0])
+    problems = [replace(problem, model=model) for problem in problems]
+    for step in range(cell.steps):
+        optimizer.zero_grad()
+        for problem in problems:
+            (problem.loss(step) / cell.workers).backward()
+        optimizer.step()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sent = [4 * trained] + [_LOSS_BYTES] * (cell.optimizer != PEER)
+    return {"sent": sent, "times": cell.steps, "worker_steps": cell.steps * cell.workers, "looking": 0.0}
+
+
+def _autonomous(cell: Cell, problems: Sequence[Problem]) -> Row:
+    optimizers = [_optimizer(cell, problem) for problem in problems]
+    outer = nesterov if cell.scheme == "outer" else None
+    mergers = [Merger(p.model, o, outer=outer) for p, o in zip(problems, optimizers, strict=True)]
+    made = [0] * cell.workers
+    times, alone, looked = 0, math.nan, 0.0
+    for end in [*range(cell.period, cell.steps, cell.period), cell.steps]:
+        for rank, (problem, optimizer, merger) in enumerate(zip(problems, optimizers, mergers, strict=True)):
+            until = round(end * pace(cell, rank))
+            for step in range(made[rank], until):
+                optimizer.zero_grad()
+                problem.loss(step).backward()
+                optimizer.step()
+                merger.step()
+            made[rank] = until
+        if end == cell.steps:
+            looked = time.process_time()
+            alone = sum(problem.val() for problem in problems[:8]) / min(cell.workers, 8)
+            looked = time.process_time() - looked
+        mean = torch.stack([merger.offer() / cell.workers for merger in mergers]).sum(0)
+        for merger in mergers:
+            merger.accept(mean)
+        times += 1
+    sent = [mean.numel() * mean.element_size()]
+    return {"sent": sent, "times": times, "worker_steps": sum(made), "alone": alone, "looking": looked}
+
+
+def pace(cell: Cell, rank: int) -> float:
+    """How many steps a worker makes while the fastest makes one; evenly spread on a logarithmic scale."""
+    return float(cell.speeds ** -(rank / max(cell.workers - 1, 1)))
+
+
+# --- What was found
+
+_LOOKS: dict[tuple[str, str], dict[str, Any]] = {
+    ("EmoNavi", "mean"): {"color": page.PALETTE[0], "marker": "o"},
+    ("EmoNavi", "outer"): {"color": page.PALETTE[0], "marker": "s", "ls": "", "mfc": "none"},
+    (PEER, "mean"): {"color": page.GREY, "marker": "o"},
+    (PEER, "outer"): {"color": page.GREY, "marker": "s", "ls": "", "mfc": "none"},
+}
+
+
+def traffic(row: Row) -> tuple[float, float]:
+    """Bytes that a worker sends in a run, and seconds that its line takes for them."""
+    workers = row["workers"]
+    if workers == 1:
+        return 0.0, 0.0
+    sent = [2 * (workers - 1) / workers * size for size in row["sent"]]
+    seconds = [size / _BYTES_A_SECOND + 2 * (workers - 1) * _LATENCY for size in sent]
+    return sum(sent) * row["times"], sum(seconds) * row["times"]
+
+
+def _label(row: Row) -> str:
+    if row["scheme"] == "sync":
+        return "sync" if row["workers"] > 1 else "alone"
+    at = f"H = {row['period']}" if row["period"] < row["steps"] else "at the end"
+    return at if row["scheme"] == "mean" else f"{at}, outer step"
+
+
+def _best(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
+    """The best lr's row of each task, optimizer, number of workers, scheme and seed; ours have one lr only."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in Cell._fields if name != "lr")
+        if key not in best or loss_of(row["val"]) < loss_of(best[key]["val"]):
+            best[key] = row
+    return best
+
+
+def _against(row: Row, best: dict[tuple[Any, ...], Row]) -> Row | None:
+    """The synchronous run of the same workers."""
+    wanted = {"scheme": "sync", "period": 1}
+    return best.get(tuple((row | wanted)[name] for name in Cell._fields if name != "lr"))
+
+
+def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
+    """A table for each task, the verdicts, and how the number of workers acts."""
+    best = _best(rows)
+    for task in dict.fromkeys(row["task"] for row in rows):
+        yield _table(task, [row for row in best.values() if row["task"] == task], best)
+    yield from _verdicts(best)
+
+
+def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> Table:
+    table = Table(box=None, padding=(0, 1), title=f"{task}: {TASKS[task].title}", title_justify="left")
+    for name in ("workers", "optimizer", "scheme", "held-out loss", "over sync", "sent", "of sync", "time on the line"):
+        table.add_column(name, justify="left" if name in ("optimizer", "scheme") else "right")
+    order = sorted(rows, key=lambda r: (r["workers"], r["optimizer"] == PEER, r["optimizer"], r["scheme"] != "sync",
+                                        r["scheme"] == "outer", r["period"], r["seed"]))  # fmt: skip
+    for row in order:
+        sync = _against(row, best)
+        size, line = traffic(row)
+        own = [f"{factor(loss_of(row['val']) / loss_of(sync['val']))}" if sync else "-"]
+        share = f"{size / traffic(sync)[0]:.1%}" if sync and traffic(sync)[0] else "-"
+        name = f"{row['optimizer']} lr {lr_label(row['lr'])}" if row["optimizer"] == PEER else row["optimizer"]
+        compute = row["step_seconds"] * row["steps"]
+        table.add_row(
+            str(row["workers"]), name, _label(row), f"{loss_of(row['val']):#.4g}", *own, f"{size / 1e6:.2f} MB", share,
+            f"{compute + line:.0f} s",
+        )  # fmt: skip
+    return table
+
+
+def _verdicts(best: dict[tuple[Any, ...], Row]) -> Iterator[str]:
+    """Whether four workers and H = 64 come within reach of sync, task by task."""
+    for row in best.values():
+        sync = _against(row, best)
+        if (row["workers"], row["scheme"], row["period"], row["speeds"]) != (4, "mean", 64, 1) or sync is None:
+            continue
+        ratio, share = loss_of(row["val"]) / loss_of(sync["val"]), traffic(row)[0] / traffic(sync)[0]
+        reached = "within reach" if ratio <= NEAR and share <= FEW else "not within reach"
+        yield (
+            f"{row['task']}, {row['optimizer']}, 4 workers, H = 64, seed {row['seed']}: {ratio:.3f} of sync's loss for "
+            f"{share:.2%} of its bytes: {reached} ({NEAR:.2f}, {FEW:.0%})"
+        )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw what merging costs and saves, a panel for each task: the loss and the bytes of four workers over sync's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    best = _best([row for row in rows if row["workers"] == 4])
+    tasks = list(dict.fromkeys(row["task"] for row in best.values()))
+    if not tasks:
+        return
+    figure = Figure(figsize=(4.2 * len(tasks), 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+        axis.set(title=task, xlabel="bytes sent, over sync's", xscale="log", yscale="log")
+        axis.axhspan(0.9, NEAR, color=page.GREY, alpha=0.15, lw=0)
+        axis.axvline(FEW, color=page.GREY, lw=0.8, ls=":")
+        for (name, scheme), look in _LOOKS.items():
+            some = [r for r in best.values() if (r["task"], r["scheme"]) == (task, scheme)]
+            some = [r for r in some if (r["optimizer"] == PEER) == (name == PEER)]
+            found = [(traffic(r)[0] / traffic(s)[0], loss_of(r["val"]) / loss_of(s["val"]))
+                     for r in some if (s := _against(r, best))]  # fmt: skip
+            axis.plot(*zip(*sorted(found), strict=True) if found else ((), ()), label=f"{name}, {scheme}", **look)
+    axis.legend(frameon=False)
+    figure.supylabel("held-out loss, over sync's")
+    figure.savefig(path)
