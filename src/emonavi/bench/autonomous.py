@@ -2,16 +2,17 @@
 
 K workers each hold every K-th sample (of text: a K-th of it), and begin alike. ``sync`` is DDP: one optimizer, the mean
 of all gradients at every step. ``mean`` takes the mean of the weights every H steps and at the end, ``outer`` takes
-DiLoCo's outer step instead. The workers run one after another in one process; a test shows that processes come to the
-same weights. Bytes are those of a ring all-reduce, 2 (K - 1) / K times the size of what is sent, which are the figures
-of each worker's own line. For the time, the line is 100 Mbit/s with 50 ms for each of the ring's 2 (K - 1) hops.
+DiLoCo's outer step instead; ``kept`` is ``mean`` with every drive left as it is, and without the rest, ``moments`` is
+``mean`` with the first memories as well. The workers run one after another in one process; a test shows that processes
+come to the same weights. Bytes are those that each worker sends in a ring all-reduce, 2 (K - 1) / K times the size of
+what is reduced. For the time, its line has 100 Mbit/s, and 50 ms for each of the ring's 2 (K - 1) hops.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 import emonavi
 from emonavi.autonomous import Merger, nesterov
@@ -49,7 +51,7 @@ class Cell(NamedTuple):
     optimizer: str
     lr: float
     workers: int
-    scheme: str  # "sync", "mean" or "outer"
+    scheme: str  # "sync", "mean", "outer", "kept" or "moments"
     period: int
     steps: int  # of the fastest worker
     speeds: int  # the fastest worker over the slowest
@@ -57,27 +59,32 @@ class Cell(NamedTuple):
 
 
 def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
-    """What is asked for first: four workers; then other numbers of them, and many of unlike speed."""
+    """What is asked for first: four workers; then many of unlike speed, and other numbers of them."""
     ours, peers = [(name, 1e-3) for name in optimizers], [(PEER, lr) for lr in PEER_LRS]
-    few, all_periods = (64, STEPS), PERIODS
-    plan = (
-        *((4, few, ours), (4, few, peers), (4, all_periods, ours), (2, few, ours), (8, few, ours)),
-        *((1, (), ours + peers), (2, few, peers), (8, few, peers), (4, all_periods, peers)),
-    )
-    grid = [
-        Cell(task, name, lr, workers, scheme, period, STEPS, 1, seed)
-        for workers, periods, some in plan
-        for name, lr in some
-        for task in NAMES
-        for scheme, at in (("sync", (1,)), ("mean", periods), ("outer", (64,) if periods else ()))
-        for period in at
-        for seed in range(seeds)
-    ]
+    sync, few = [("sync", 1)], [("mean", 64), ("mean", STEPS), ("outer", 64)]
+    every = [("mean", period) for period in PERIODS]
+    variants = [(name, period) for name in ("kept", "moments") for period in (64, 16)]
+
+    def block(workers: int, schemes: Sequence[tuple[str, int]], some: Sequence[tuple[str, float]]) -> list[Cell]:
+        return [
+            Cell(task, name, lr, workers, scheme, period, STEPS, 1, seed)
+            for name, lr in some
+            for task in NAMES
+            for scheme, period in schemes
+            for seed in range(seeds)
+        ]
+
     many = [
         Cell("softmax", name, 1e-3, workers, "mean", 32, 96, 8, seed)
         for name in optimizers for workers in MANY for seed in range(seeds)
     ]  # fmt: skip
-    return list(dict.fromkeys(grid + many))
+    plan = (
+        *(block(4, sync + few, ours), block(4, every, ours), block(4, variants, [("EmoNavi", 1e-3)])),
+        *(block(4, sync + few, peers), block(1, sync, ours + peers), many),
+        *(block(workers, sync + few, some) for some in (ours, peers) for workers in (2, 8)),
+        block(4, every, peers),
+    )
+    return list(dict.fromkeys(cell for part in plan for cell in part))
 
 
 def shard(name: str, seed: int, rank: int, workers: int) -> Problem:
@@ -125,10 +132,28 @@ def _synchronous(cell: Cell, problems: Sequence[Problem]) -> Row:
     return {"sent": sent, "times": cell.steps, "worker_steps": cell.steps * cell.workers, "looking": 0.0}
 
 
+class _Kept(Merger):
+    """Every worker keeps the drive that it has, and goes on at once."""
+
+    def _feel(self, drives: Tensor, rest: int) -> None:
+        pass
+
+
+class _Moments(Merger):
+    """The first memories become the mean, too: of Adam's kind only, and for twice the bytes."""
+
+    def _followers(self) -> list[Tensor]:
+        return super()._followers() + [self.optimizer.state[p]["exp_avg"] for p in self._params()]
+
+
+_MERGERS: dict[str, Callable[..., Merger]] = {
+    "mean": Merger, "outer": partial(Merger, outer=nesterov), "kept": _Kept, "moments": _Moments
+}  # fmt: skip
+
+
 def _autonomous(cell: Cell, problems: Sequence[Problem]) -> Row:
     optimizers = [_optimizer(cell, problem) for problem in problems]
-    outer = nesterov if cell.scheme == "outer" else None
-    mergers = [Merger(p.model, o, outer=outer) for p, o in zip(problems, optimizers, strict=True)]
+    mergers = [_MERGERS[cell.scheme](p.model, o) for p, o in zip(problems, optimizers, strict=True)]
     made = [0] * cell.workers
     times, alone, looked = 0, math.nan, 0.0
     for end in [*range(cell.period, cell.steps, cell.period), cell.steps]:
@@ -181,7 +206,9 @@ def _label(row: Row) -> str:
     if row["scheme"] == "sync":
         return "sync" if row["workers"] > 1 else "alone"
     at = f"H = {row['period']}" if row["period"] < row["steps"] else "at the end"
-    return at if row["scheme"] == "mean" else f"{at}, outer step"
+    return (
+        at + {"mean": "", "outer": ", outer step", "kept": ", drives kept", "moments": ", moments too"}[row["scheme"]]
+    )
 
 
 def _best(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
@@ -213,7 +240,7 @@ def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> 
     for name in ("workers", "optimizer", "scheme", "held-out loss", "over sync", "sent", "of sync", "time on the line"):
         table.add_column(name, justify="left" if name in ("optimizer", "scheme") else "right")
     order = sorted(rows, key=lambda r: (r["workers"], r["optimizer"] == PEER, r["optimizer"], r["scheme"] != "sync",
-                                        r["scheme"] == "outer", r["period"], r["seed"]))  # fmt: skip
+                                        r["scheme"], r["period"], r["seed"]))  # fmt: skip
     for row in order:
         sync = _against(row, best)
         size, line = traffic(row)
