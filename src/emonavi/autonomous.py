@@ -11,8 +11,8 @@ step towards it::
 So a worker that has just joined (n = 0) takes the mean and gives nothing, and so does one whose weights are not finite.
 torch's own averagers decide when it is time, and send.
 
-What the emotion does at a merge: the drives become the mean of the workers' (of their logarithms), and it rests for up
-to three steps, since the loss may jump for a reason that is not the worker's own. Its memories, and the moments, stay.
+What the emotion does at a merge: it rests for a step, since the loss may jump for a reason that is not the worker's
+own. Its drive, its memories and the moments stay as they are; nothing of them is sent.
 
 Sources: local SGD (Stich 2019, https://arxiv.org/abs/1805.09767); the outer step is that of DiLoCo (Douillard et al.
 2023, https://arxiv.org/abs/2311.08105).
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emonavi.emotion import REST_STEPS, Emotion
+from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer
 from emonavi.sweep import wide
 
 __all__ = ["Merger", "nesterov"]
 
-# Rest is at most this share of the time between two merges: a drive that always rests never moves.
-_REST_SHARE = 1 / 16
+# Steps alone before a merge is worth a rest: a drive that rests after every step never moves.
+_REST_AFTER = 16
 
 
 def nesterov(params: Sequence[Tensor], lr: float = 0.7, momentum: float = 0.9) -> torch.optim.Optimizer:
@@ -44,9 +44,9 @@ def nesterov(params: Sequence[Tensor], lr: float = 0.7, momentum: float = 0.9) -
 class Merger:
     """Merges a worker's weights with those of the others: call :meth:`step` after each ``optimizer.step()``.
 
-    What travels is what the optimizer trains, the model's floating-point buffers (BatchNorm's statistics), the shadow
-    where there is one, and the logarithms of the drives: 4 bytes for each number (8 where a parameter is float64).
-    Frozen weights and moments stay at home.
+    What travels is what the optimizer trains, the model's floating-point buffers (BatchNorm's statistics) and the
+    shadow where there is one: 4 bytes for each number (8 where a parameter is float64). Frozen weights, moments and the
+    emotion stay at home.
 
     Args:
         model: what is trained. All workers begin with the same weights, for example those of the same seed.
@@ -54,10 +54,12 @@ class Merger:
             the worker's own replicas.
         averager: one of ``torch.distributed.algorithms.model_averaging``; at which steps which workers merge is its
             business. None: nothing is merged before :meth:`merge`.
-        outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean.
+        outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean. Who
+            joins later loads another's :meth:`state_dict` first: the step begins at the last merged weights.
 
     Raises:
-        ValueError: the optimizer averages its loss with the other workers at every step.
+        ValueError: the optimizer averages its loss with the other workers at every step, or an outer step is asked for
+            where the averager merges a part of the workers.
 
     Example:
         Without processes; whatever carries one tensor will do. With processes: ``examples/autonomous.py``.
@@ -93,8 +95,13 @@ class Merger:
                 "the optimizer has process_group='auto', and would average its loss with the other workers at every "
                 "step: build it with process_group=None"
             )
+        if outer is not None and len(getattr(averager, "period_process_group_dict", ())) > 1:
+            raise ValueError(
+                "outer= with an averager that merges a part of the workers: their last merged weights would differ; "
+                "use a PeriodicModelAverager, or leave outer out"
+            )
         self.model, self.optimizer, self.averager = model, optimizer, averager
-        # The published generations have no drive that could be shared, and nothing that a jump of the loss frightens.
+        # The published generations have no panic that would have to be kept from them.
         machine = optimizer._emotion if isinstance(optimizer, EmoOptimizer) else None
         self._emotion = machine if isinstance(machine, Emotion) else None
         self._alone = 0  # steps since the last merge
@@ -155,14 +162,13 @@ class Merger:
         It is everything that travels times the steps made since the last merge, and then these steps; all zeros where
         there were none, or where a number is not finite.
         """
-        weights = _flat([*self._params(), *self._followers()])
-        flat = torch.cat([weights, self._drives().to(weights)])
+        flat = _flat([*self._params(), *self._followers()])
         sound = flat.isfinite().all()
         return torch.where(sound, torch.cat([flat * self._alone, flat.new_full((1,), self._alone)]), 0.0)
 
     @torch.no_grad()
     def accept(self, mean: Tensor) -> None:
-        """Take the mean of all workers' offers: weights, buffers, shadow and drives become the mean of theirs.
+        """Take the mean of all workers' offers: weights, buffers and shadow become the mean of theirs.
 
         Where no worker had anything to give, nothing changes.
 
@@ -172,8 +178,8 @@ class Merger:
         Raises:
             ValueError: the mean is of another model.
         """
-        params, followers, drives = self._params(), self._followers(), self._drives()
-        sizes = [sum(t.numel() for t in some) for some in (params, followers, [drives])]
+        params, followers = self._params(), self._followers()
+        sizes = [sum(t.numel() for t in some) for some in (params, followers)]
         if mean.shape != (sum(sizes) + 1,):
             raise ValueError(
                 f"the mean has shape {tuple(mean.shape)}, this worker's offer ({sum(sizes) + 1},): all workers need "
@@ -182,14 +188,17 @@ class Merger:
         alone, self._alone = self._alone, 0
         if mean[-1] == 0:
             return
-        weights, following, felt = (mean[:-1] / mean[-1]).split(sizes)
+        weights, following = (mean[:-1] / mean[-1]).split(sizes)
         if self._outer is not None and self._last is not None:
             self._last.grad = self._last - weights.to(self._last)
             self._outer.step()
             weights = self._last
         _write(params, weights)
         _write(followers, following)
-        self._feel(felt, int(alone * _REST_SHARE))
+        if self._emotion is not None and alone >= _REST_AFTER:
+            # Whoever rests is not frightened by a jump, and goes on resting as long as the loss is beyond its memory.
+            vector, place = self.optimizer.param_groups[0]["emotion"], self._emotion.index("rest")
+            vector[place] = vector[place].clamp(min=1)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -199,29 +208,8 @@ class Merger:
         buffers = [b for b in self.model.buffers() if b.is_floating_point()]
         if not self.optimizer.param_groups[0].get("use_shadow"):
             return buffers
-        return buffers + [self.optimizer.state[p].get("shadow", p.detach().clone()) for p in self._params()]
-
-    def _drives(self) -> Tensor:
-        """Logarithms of the emotion's drive and of each tensor's; 0 where nothing has begun."""
-        params = self._params()
-        if self._emotion is None:
-            return params[0].new_zeros(0)
-        vector = self.optimizer.param_groups[0]["emotion"]
-        one = vector.new_ones(())
-        own = [self.optimizer.state.get(p, {}).get("drive", one).to(vector) for p in params]
-        return torch.stack([vector[self._emotion.index("log_drive")], *[drive.log() for drive in own]])
-
-    def _feel(self, drives: Tensor, rest: int) -> None:
-        """Take the mean of the drives, and rest: neither panic nor brake for what a merge did to the loss."""
-        if self._emotion is None:
-            return
-        vector = self.optimizer.param_groups[0]["emotion"]
-        vector[self._emotion.index("log_drive")] = drives[0]
-        place = self._emotion.index("rest")
-        vector[place] = vector[place].clamp(min=min(rest, REST_STEPS))
-        for p, drive in zip(self._params(), drives[1:].exp(), strict=True):
-            if "drive" in self.optimizer.state.get(p, {}):
-                self.optimizer.state[p]["drive"].copy_(drive)
+        states = ((p, self.optimizer.state.get(p, {})) for p in self._params())
+        return buffers + [state["shadow"] if "shadow" in state else p.detach().clone() for p, state in states]
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
 K workers each hold every K-th sample (of text: a K-th of it), and begin alike. ``sync`` is DDP: one optimizer, the mean
 of all gradients at every step. ``mean`` takes the mean of the weights every H steps and at the end, ``outer`` takes
-DiLoCo's outer step instead; ``kept`` is ``mean`` with every drive left as it is, and without the rest, ``moments`` is
-``mean`` with the first memories as well. The workers run one after another in one process; a test shows that processes
-come to the same weights. Bytes are those that each worker sends in a ring all-reduce, 2 (K - 1) / K times the size of
-what is reduced. For the time, its line has 100 Mbit/s, and 50 ms for each of the ring's 2 (K - 1) hops.
+DiLoCo's outer step instead; ``shared`` is ``mean`` of the emotions' drives as well, and ``moments`` of the first
+memories. The workers run one after another in one process; a test shows that processes come to the same weights.
+
+Bytes are those that each worker sends in a ring all-reduce, 2 (K - 1) / K times the size of what is reduced. For the
+time, its line has 100 Mbit/s, and 50 ms for each of the ring's 2 (K - 1) hops.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from emonavi.bench.ledger import Row
 from emonavi.bench.runner import EMOTIONAL, hardware, versions
 from emonavi.bench.tasks import TASKS, Problem, data
 from emonavi.bench.tasks.text import CharTransformer, next_character
+from emonavi.emotion import Emotion
 
 __all__ = ["Cell", "cells", "draw", "lines", "measure", "shard", "traffic"]
 
@@ -51,7 +53,7 @@ class Cell(NamedTuple):
     optimizer: str
     lr: float
     workers: int
-    scheme: str  # "sync", "mean", "outer", "kept" or "moments"
+    scheme: str  # "sync", "mean", "outer", "shared" or "moments"
     period: int
     steps: int  # of the fastest worker
     speeds: int  # the fastest worker over the slowest
@@ -63,7 +65,7 @@ def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
     ours, peers = [(name, 1e-3) for name in optimizers], [(PEER, lr) for lr in PEER_LRS]
     sync, few = [("sync", 1)], [("mean", 64), ("mean", STEPS), ("outer", 64)]
     every = [("mean", period) for period in PERIODS]
-    variants = [(name, period) for name in ("kept", "moments") for period in (64, 16)]
+    variants = [(name, period) for name in ("shared", "moments") for period in (64, 16)]
 
     def block(workers: int, schemes: Sequence[tuple[str, int]], some: Sequence[tuple[str, float]]) -> list[Cell]:
         return [
@@ -75,8 +77,9 @@ def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
         ]
 
     many = [
-        Cell("softmax", name, 1e-3, workers, "mean", 32, 96, 8, seed)
-        for name in optimizers for workers in MANY for seed in range(seeds)
+        Cell("softmax", name, 1e-3, workers, scheme, 32, 96, 8, seed)
+        for name in optimizers for workers in MANY for scheme in ("mean", "shared")[: 1 + (workers == 10)]
+        for seed in range(seeds)
     ]  # fmt: skip
     plan = (
         *(block(4, sync + few, ours), block(4, every, ours), block(4, variants, [("EmoNavi", 1e-3)])),
@@ -132,11 +135,23 @@ def _synchronous(cell: Cell, problems: Sequence[Problem]) -> Row:
     return {"sent": sent, "times": cell.steps, "worker_steps": cell.steps * cell.workers, "looking": 0.0}
 
 
-class _Kept(Merger):
-    """Every worker keeps the drive that it has, and goes on at once."""
+class _Shared(Merger):
+    """The logarithms of the drives, the emotion's and each tensor's, become the mean, too."""
 
-    def _feel(self, drives: Tensor, rest: int) -> None:
-        pass
+    def _followers(self) -> list[Tensor]:
+        vector, place, drives = self._felt()
+        self._drives = torch.stack([vector[place].float(), *(drive.log() for drive in drives)])
+        return [*super()._followers(), self._drives]
+
+    def _felt(self) -> tuple[Tensor, int, list[Tensor]]:
+        vector, place = self.optimizer.param_groups[0]["emotion"], Emotion().index("log_drive")
+        return vector, place, [self.optimizer.state[p]["drive"] for p in self._params()]
+
+    def accept(self, mean: Tensor) -> None:
+        super().accept(mean)
+        vector, place, drives = self._felt()
+        vector[place] = self._drives[0]
+        torch._foreach_copy_(drives, list(self._drives[1:].exp().unbind()))
 
 
 class _Moments(Merger):
@@ -147,7 +162,7 @@ class _Moments(Merger):
 
 
 _MERGERS: dict[str, Callable[..., Merger]] = {
-    "mean": Merger, "outer": partial(Merger, outer=nesterov), "kept": _Kept, "moments": _Moments
+    "mean": Merger, "outer": partial(Merger, outer=nesterov), "shared": _Shared, "moments": _Moments
 }  # fmt: skip
 
 
@@ -184,6 +199,7 @@ def pace(cell: Cell, rank: int) -> float:
 
 # --- What was found
 
+_ADDED = {"mean": "", "outer": ", outer step", "shared": ", drives shared", "moments": ", moments too"}
 _LOOKS: dict[tuple[str, str], dict[str, Any]] = {
     ("EmoNavi", "mean"): {"color": page.PALETTE[0], "marker": "o"},
     ("EmoNavi", "outer"): {"color": page.PALETTE[0], "marker": "s", "ls": "", "mfc": "none"},
@@ -206,9 +222,7 @@ def _label(row: Row) -> str:
     if row["scheme"] == "sync":
         return "sync" if row["workers"] > 1 else "alone"
     at = f"H = {row['period']}" if row["period"] < row["steps"] else "at the end"
-    return (
-        at + {"mean": "", "outer": ", outer step", "kept": ", drives kept", "moments": ", moments too"}[row["scheme"]]
-    )
+    return at + _ADDED[row["scheme"]]
 
 
 def _best(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
