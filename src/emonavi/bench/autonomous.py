@@ -242,7 +242,7 @@ def _against(row: Row, best: dict[tuple[Any, ...], Row]) -> Row | None:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
-    """A table for each task, the verdicts, and how the number of workers acts."""
+    """A table for each task (held-out loss of a worker before its last merge, and after it), and the verdicts."""
     best = _best(rows)
     for task in dict.fromkeys(row["task"] for row in rows):
         yield _table(task, [row for row in best.values() if row["task"] == task], best)
@@ -251,7 +251,7 @@ def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
 
 def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> Table:
     table = Table(box=None, padding=(0, 1), title=f"{task}: {TASKS[task].title}", title_justify="left")
-    for name in ("workers", "optimizer", "scheme", "held-out loss", "over sync", "sent", "of sync", "time on the line"):
+    for name in ("workers", "optimizer", "scheme", "one's own", "merged", "over sync", "sent", "of sync", "time"):
         table.add_column(name, justify="left" if name in ("optimizer", "scheme") else "right")
     order = sorted(rows, key=lambda r: (r["workers"], r["optimizer"] == PEER, r["optimizer"], r["scheme"] != "sync",
                                         r["scheme"], r["period"], r["seed"]))  # fmt: skip
@@ -260,10 +260,11 @@ def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> 
         size, line = traffic(row)
         own = [f"{factor(loss_of(row['val']) / loss_of(sync['val']))}" if sync else "-"]
         share = f"{size / traffic(sync)[0]:.1%}" if sync and traffic(sync)[0] else "-"
+        alone = f"{loss_of(row['alone']):#.4g}" if "alone" in row else "-"
         name = f"{row['optimizer']} lr {lr_label(row['lr'])}" if row["optimizer"] == PEER else row["optimizer"]
         compute = row["step_seconds"] * row["steps"]
         table.add_row(
-            str(row["workers"]), name, _label(row), f"{loss_of(row['val']):#.4g}", *own, f"{size / 1e6:.2f} MB", share,
+            str(row["workers"]), name, _label(row), alone, f"{loss_of(row['val']):#.4g}", *own, f"{size / 1e6:.2f} MB", share,
             f"{compute + line:.0f} s",
         )  # fmt: skip
     return table
