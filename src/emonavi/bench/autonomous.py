@@ -264,8 +264,8 @@ def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> 
         name = f"{row['optimizer']} lr {lr_label(row['lr'])}" if row["optimizer"] == PEER else row["optimizer"]
         compute = row["step_seconds"] * row["steps"]
         table.add_row(
-            str(row["workers"]), name, _label(row), alone, f"{loss_of(row['val']):#.4g}", *own, f"{size / 1e6:.2f} MB", share,
-            f"{compute + line:.0f} s",
+            str(row["workers"]), name, _label(row), alone, f"{loss_of(row['val']):#.4g}", *own,
+            f"{size / 1e6:.2f} MB", share, f"{compute + line:.0f} s",
         )  # fmt: skip
     return table
 
@@ -296,7 +296,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(tasks), 4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
-        axis.set(title=task, xlabel="bytes sent, over sync's", xscale="log", yscale="log")
+        axis.set(title=task, xlabel="bytes sent, over sync's")
+        page.prepare(axis, 0.002, 1.5, True, {share: f"{share:.1%}" for share in (0.003, 0.016, 0.06, 1)}, "x")
+        page.prepare(axis, 0.9, 3, True, page.ticks(0.9, 3, plain=True) | {1.1: "1.1", 1.5: "1.5"})
         axis.axhspan(0.9, NEAR, color=page.GREY, alpha=0.15, lw=0)
         axis.axvline(FEW, color=page.GREY, lw=0.8, ls=":")
         for (name, scheme), look in _LOOKS.items():
