@@ -59,7 +59,7 @@ def build() -> typer.Typer:
     benches.command()(step)
     benches.command()(capture)
     benches.command("lr")(learning_rates)
-    for name in ("stop", "shock", "schedules", "lowbit"):
+    for name in _LEDGERED:
         benches.command(name)(_ledgered(name))
     commands.add_typer(benches, name="bench")
     return commands
@@ -304,6 +304,7 @@ _LEDGERED = {
     "stop": "When should_stop speaks on a budget four times too long, and what running on would bring: ten minutes.",
     "shock": "Spikes, NaN, wrong labels and another task in the middle of a run: does it recover? Fifteen minutes.",
     "lowbit": "What memories and weights in bfloat16 and 8 bits cost in the final loss: four minutes a seed.",
+    "autonomous": "Workers that train alone and merge now and then, beside data-parallel ones: an hour and a half.",
     "schedules": "The same runs under a constant lr and five schedules: does a scheduler matter? Five minutes.",
 }
 
@@ -348,8 +349,11 @@ def _ledgered(name: str) -> Callable[..., None]:
             )  # fmt: skip
         finally:
             ledger.close()
-        for line in (*outcome.failures, *bench.lines([ledger.rows[c] for c in cells if c in ledger.rows])):
+        rows = [ledger.rows[c] for c in cells if c in ledger.rows]
+        for line in (*outcome.failures, *bench.lines(rows)):
             console.print(line, markup=False, soft_wrap=True)
+        if hasattr(bench, "draw"):
+            bench.draw(rows, ledger.path.with_suffix(".png"))
         if outcome.stopped:
             console.print(f"Stopped; the same command goes on. Everything finished is in {ledger.path}.")
         raise typer.Exit(130 if outcome.stopped else 1 if outcome.failures else 0)
