@@ -34,7 +34,7 @@ SIBLINGS = {
         Sibling("emofact", EmoFact, "Adafactor", "under 0.2 for matrices", "when memory is short"),
         Sibling("emolynx", EmoLynx, "Lion", "4", "half of EmoNavi's memory"),
         Sibling("emoclan", EmoClan, "Adam", "8", "as EmoNavi, with steps of one size while the loss rises"),
-        Sibling("emozeal", EmoZeal, "Adafactor", "4 for matrices", "about EmoNavi's losses at half of its memory"),
+        Sibling("emozeal", EmoZeal, "Adafactor", "4 for matrices", "near EmoNavi's losses at half of its memory"),
         Sibling("emoneco", EmoNeco, "Lion", "4", "no reason was found: EmoZeal needs no more and ends lower"),
     )
 }
