@@ -301,7 +301,7 @@ def test_checkpoint_of_another_version(case, emotion):
     before, saved = contents(optimizer), through_file(optimizer.state_dict())
     saved["param_groups"][0]["emotion"][1] -= 1
     with pytest.raises(
-        ValueError, match=r"\(version [01], \d+ entries\).*\(version [13], \d+ entries\).*that saved it"
+        ValueError, match=r"\(version [02], \d+ entries\).*\(version [13], \d+ entries\).*that saved it"
     ):
         optimizer.load_state_dict(saved)
     assert differences(before, contents(optimizer)) == []

@@ -31,7 +31,7 @@ under a hundredth of its mean so far there is nothing to gain. A rule whose step
 gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
 For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
-asymmetry. Nothing acts on them: two attempts at it were no better (``docs/benchmarks.md``).
+asymmetry. Nothing acts on them: two attempts at it were no better (``docs/watching.md``).
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 

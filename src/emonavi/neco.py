@@ -44,8 +44,8 @@ class EmoNeco(EmoOptimizer):
     __doc__ = EmoOptimizer.describe(
         """Lion-type optimizer with a soft sign that listens to the loss.
 
-    State: 4 bytes per float32 parameter. EmoZeal needs no more and ended lower on nearly every task measured: this one
-    is here for the sake of the family. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the rule was published.""",
+    State: 4 bytes per float32 parameter. EmoZeal needs no more and ended lower on 23 of 27 tasks: this one is here for
+    the sake of the family. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the rule was published.""",
         """
     Example:
         >>> import torch

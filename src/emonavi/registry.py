@@ -44,7 +44,7 @@ SIBLINGS = {
         Sibling("emofact", EmoFact, "Adafactor", "when memory is short"),
         Sibling("emolynx", EmoLynx, "Lion", "half of EmoNavi's memory"),
         Sibling("emoclan", EmoClan, "Adam", "as EmoNavi, with steps of one size while the loss rises"),
-        Sibling("emozeal", EmoZeal, "Adafactor", "about EmoNavi's losses at half of its memory"),
+        Sibling("emozeal", EmoZeal, "Adafactor", "near EmoNavi's losses at half of its memory"),
         Sibling("emoneco", EmoNeco, "Lion", "no reason was found: EmoZeal needs no more and ends lower"),
     )
 }

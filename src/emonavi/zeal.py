@@ -45,7 +45,7 @@ __all__ = ["EmoZeal", "emozeal", "emozeal_v3"]
 
 class EmoZeal(EmoOptimizer):
     __doc__ = EmoOptimizer.describe(
-        """Adafactor-type optimizer with momentum that listens to the loss: EmoNavi at half of its state.
+        """Adafactor-type optimizer with momentum that listens to the loss: near EmoNavi, at half of its state.
 
     State: 4 bytes per float32 parameter of a matrix, and one float32 for each of its rows and columns; vectors keep 8
     bytes per parameter. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the rule was published.""",
