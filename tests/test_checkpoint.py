@@ -1,5 +1,6 @@
 """A run that is saved, loaded and continued is the run that was not interrupted, bit by bit."""
 
+import collections
 import copy
 import io
 import pickle
@@ -193,6 +194,58 @@ def test_checkpoint_of_a_stranger(case, stranger):
     before = contents(optimizer)
     with pytest.raises(ValueError, match=r"no emotion.*'adaptive'|'adaptive'.*no emotion"):
         optimizer.load_state_dict(stranger(weights(), lr=0.1).state_dict())
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+@pytest.mark.parametrize("published", [False, True], ids=["AdamW", "published"])
+@pytest.mark.parametrize("emotion", ["adaptive", "v4"])
+def test_memories_of_an_optimizer_without_an_emotion(case, emotion, published):
+    """torch's AdamW; or the published EmoNavi, which counts no steps and keeps its emotion under keys of text."""
+    params = weights()
+    stranger = torch.optim.AdamW(params, lr=0.3, weight_decay=0.0)
+    for t in range(5):
+        Valley(params).fill(params, t)
+        stranger.step()
+    saved = stranger.state_dict()
+    if published:
+        saved["state"] = {i: {**s, "shadow": s["exp_avg"], "ema": {"short": 1.0}} for i, s in saved["state"].items()}
+        for s in saved["state"].values():
+            del s["step"]
+        saved["state"] |= {"ema": {"short": 1.0, "long": 2.0}, "scalar_hist": collections.deque([0.1], maxlen=32)}
+    optimizer = case.make(params, emotion=emotion)
+    train(optimizer, params, 3)
+    before = contents(optimizer)
+    if "exp_avg" not in case.matrix_state:
+        with pytest.raises(ValueError, match=r"no emotion"):
+            optimizer.load_state_dict(saved)
+        assert differences(before, contents(optimizer)) == []
+        return
+    with pytest.warns(UserWarning, match=r"exp_avg.* of 6 parameters were taken over, the emotion begins afresh"):
+        optimizer.load_state_dict(saved)
+    assert all(isinstance(p, torch.Tensor) for p in optimizer.state)
+    assert (optimizer.param_groups[0]["lr"], optimizer.emotion.steps) == (case.lr, 0)
+    for i, p in enumerate(params):
+        memories = {k: v for k, v in optimizer.state[p].items() if v.dim() or k.startswith("exp")}
+        assert set(memories) == set(case.matrix_state)
+        assert all(torch.equal(v, saved["state"][i][k]) for k, v in memories.items())
+        # A memory whose age is not known is not taken for a fresh one, or the first step would be ten times too long.
+        assert optimizer.state[p]["step"] == (5 if not published else pytest.approx(10 / (1 - case.betas[1])))
+    train(optimizer, params, 3, start=5)
+    assert optimizer.emotion.steps == 3
+
+
+@siblings
+def test_memories_of_a_model_of_another_shape(case):
+    stranger = torch.optim.AdamW(weights(shapes=((4, 6), (5,))), lr=0.1)
+    for p in stranger.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    stranger.step()
+    params = weights(shapes=((6, 4), (5,)))
+    optimizer = case.make(params)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match="no emotion"):
+        optimizer.load_state_dict(stranger.state_dict())
     assert differences(before, contents(optimizer)) == []
 
 

@@ -206,8 +206,8 @@ def group(merged: dict[str, Any]) -> None:
             raise ValueError(
                 f"max_lr={merged['max_lr']!r} is below min_lr={merged['min_lr']!r}: raise one or lower the other"
             )
-    if merged["fused"]:
-        raise ValueError("fused=True: this version has no fused kernels; leave it at None, and foreach is used")
+    if merged["fused"] and merged["foreach"]:
+        raise ValueError("fused=True and foreach=True exclude each other: leave one at None")
 
 
 def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -241,8 +241,6 @@ def parameters(params: Sequence[Tensor]) -> None:
             raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
         if p.layout != torch.strided:
             raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
-        if hasattr(p, "device_mesh"):
-            raise ValueError(f"{what} is a DTensor: this version does not work on shards; use DDP, or a plain module")
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:

@@ -187,13 +187,21 @@ def siblings() -> None:
 
 
 def step(
-    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Lists of shapes, separated by commas: one, gpt2, tiny, lora.")
+    ] = "one,gpt2,tiny,lora",
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file, and a PNG.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each optimizer.")] = 15,
 ) -> None:
-    """Time one step beside torch's AdamW: ratios of medians, taken in turns, with one thread."""
+    """Time one step beside torch's AdamW and others: ratios of medians, taken in turns, with one thread."""
+    if out is not None:
+        _require("emonavi bench step --out", {"matplotlib": "matplotlib"}, "bench")
     from emonavi.bench import step as bench
 
-    print("\n".join(bench.report(out, rounds)))
+    try:
+        print("\n".join(bench.report(model.split(","), out, rounds)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
 def capture(

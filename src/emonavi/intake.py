@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Intake", "Loss", "Mark", "Missing", "listening", "observe", "unwrapped"]
+__all__ = ["Intake", "Loss", "Mark", "Missing", "callers_level", "listening", "observe", "unwrapped"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
 
@@ -146,11 +146,11 @@ class Missing:
             warnings.warn(
                 f"{name} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss is not felt and "
                 f"should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
-                stacklevel=_callers_level(),
+                stacklevel=callers_level(),
             )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """How far up the stack, for a warning, the code is that is neither torch's nor ours."""
     ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__]))
     level, frame = 1, sys._getframe(1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "CHUNK", "Piece", "pieces"]
+__all__ = ["BLOCK", "CHUNK", "Piece", "dense", "pieces"]
 
 CHUNK = 131_072  # elements, half a MiB of float32: less pays more for calls, more for memory (`make bench`)
 BLOCK = 256  # elements that share a scale where they have one: no cut goes through a block
@@ -93,3 +93,13 @@ def _cut(row: Sequence[Tensor], limit: int) -> Iterator[tuple[int, list[Tensor]]
                 for t in row
             ],
         )
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without holes or overlap (channels_last, transposed)."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -22,9 +22,10 @@ from emonavi import checks
 from emonavi.active import Active
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
+from emonavi.kernels import wanted
 from emonavi.machine import Mood, Options, Sums
 from emonavi.scalars import Number
-from emonavi.sweep import Bucket, total_norm
+from emonavi.sweep import Bucket, all_norms
 
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
@@ -40,6 +41,7 @@ class _Begun(NamedTuple):
     options: Options
     mood: Mood
     predicated: bool
+    fused: bool
 
 
 class _Moved(NamedTuple):
@@ -92,16 +94,21 @@ class Release:
         checks.memory([p for p, _ in everything])
         for p, _ in everything:
             optimizer._make_state(p)
-        active = Active.of(everything, optimizer.state, optimizer.param_groups, optimizer._decay_rate, vector)
-        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fades)
         predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in optimizer.param_groups)
+        active = self._active(everything, [], vector, fused)
+        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fades)
         emotion: Any = optimizer._emotion
         state = emotion.unpack(vector, plain=not predicated)
         if not optimizer._begun:
-            state = emotion.begin(state, optimizer._weights(vector), active.lr.max(), options)
+            state = emotion.begin(state, optimizer._weights(vector, optimizer._peers()), active.lr.max(), options)
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
         mood = emotion.mood(state, yes, one, options)
-        return _Begun(vector, state, options, mood, predicated)
+        return _Begun(vector, state, options, mood, predicated, fused)
+
+    def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor], vector: Tensor, fused: bool) -> Active:
+        optimizer = self._optimizer
+        return Active.of(found, grads, optimizer.state, optimizer.param_groups, optimizer._decay_rate, vector, fused)
 
     @torch.no_grad()
     def _move(self, param: Tensor) -> None:
@@ -116,11 +123,12 @@ class Release:
         checks.gradient(param)
         begun = self._begun = self._begun or self._begin()
         if begun is not None and param.numel():
-            found = [(param, self._groups[param])]
-            active = Active.of(found, optimizer.state, optimizer.param_groups, optimizer._decay_rate, begun.vector)
-            norm = total_norm(active.grads, begun.vector)
+            found, grads = [(param, self._groups[param])], [param.grad] if param.grad is not None else []
+            active = self._active(found, grads, begun.vector, begun.fused)
+            buckets = optimizer._buckets(active, begun.predicated)
+            norm = all_norms(grads, begun.vector, begun.fused)[0]
             acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
-            sums = optimizer._sweep(active, begun.mood, acts, begun.options, begun.predicated)
+            sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options)
             self._moved[param] = _Moved(found[0][1], norm, acts, sums)
         param.grad = None
 
@@ -128,14 +136,16 @@ class Release:
         """End the step that backward began. Returns whether it was one."""
         # In the order of the groups: backward's own is the other way round, and sums would differ in their last bits.
         begun, moved = self._begun, {p: self._moved[p] for p in self._groups if p in self._moved}
+        optimizer = self._optimizer
+        if begun is not None and moved:
+            optimizer._missing.note(heard, type(optimizer).__name__)  # may raise: the step can then be told its loss
         self._begun, self._moved = None, {}
         if begun is None or not moved:
             return False
-        optimizer, vector = self._optimizer, begun.vector
+        vector = begun.vector
         emotion: Any = optimizer._emotion
         found = [(p, m.group) for p, m in moved.items()]
-        active = Active.of(found, optimizer.state, optimizer.param_groups, optimizer._decay_rate, vector)
-        optimizer._missing.note(heard, type(optimizer).__name__)
+        active = self._active(found, [], vector, begun.fused)
         state = begun.state
         if heard is not None:
             state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)
@@ -143,9 +153,9 @@ class Release:
         state, acts, _ = emotion.guard(state, norm, begun.options)
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
-            for places in active.buckets(optimizer._layout).values():
-                how = {"cut": True, "foreach": True, "predicated": begun.predicated}
-                bucket = Bucket(places, {"param": [active.params[i] for i in places]}, **how)
+            for places in active.buckets(optimizer._layout, optimizer._needs_whole).values():
+                some = {"param": [active.params[i] for i in places]}
+                bucket = Bucket(places, some, cut=True, foreach=True, predicated=begun.predicated)
                 bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, 0.0)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         state = emotion.reflect(state, sums, acts, begun.options)
@@ -168,6 +178,7 @@ def gradient_release(optimizer: Any) -> Release:
         A handle whose ``remove()`` ends it.
 
     Raises:
+        TypeError: there is none, or it moves nothing itself.
         ValueError: the emotion is a published generation, whose losses act in their own step.
         RuntimeError: it is released already, or there are several processes (each would move by its own gradient).
 
@@ -182,7 +193,11 @@ def gradient_release(optimizer: Any) -> Release:
         >>> loss = optimizer.step()
         >>> handle.remove()
     """
+    from emonavi.optimizer import EmoOptimizer  # which imports this
+
     inner = listening(optimizer)
+    if not isinstance(inner, EmoOptimizer):
+        raise TypeError(f"{type(inner).__name__} moves its tensors by another optimizer: gradients cannot be released")
     if not isinstance(inner._emotion, Emotion):
         remedy = "construct the optimizer with emotion='adaptive'"
         raise ValueError(f"gradients cannot be released with emotion {inner._emotion.name!r}: {remedy}")

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from emonavi import lowbit
+from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
 
-__all__ = ["Bucket", "Reflected", "Rule", "dot", "gather", "to_home", "total_norm", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "to_home", "wide"]
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ class Bucket(NamedTuple):
     cut: bool  # the rule is elementwise: tensors may be cut
     foreach: bool
     predicated: bool  # never branch on a value
+    kernel: Kernel | None = None  # moves the whole bucket in the rule's place
 
     def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
         """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
@@ -54,6 +56,9 @@ class Bucket(NamedTuple):
 
         ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
         """
+        if self.kernel is not None:
+            reflected = self.kernel(self.lists, scalars, grad_scale, acts)
+            return [] if reflected is None else [(self.places, reflected)]
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
@@ -129,17 +134,20 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together."""
-    norms = []
-    for (_, dtype), some in _by_kind(tensors, lambda tensor: tensor).items():
-        # Sums of squares of 16-bit numbers overflow in 16 bits.
-        at_least = torch.promote_types(dtype, torch.float32)
-        norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
-    return torch.cat(norms)
-
-
-def total_norm(grads: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of all gradients together; not finite where one element is not."""
-    total: Tensor = torch.linalg.vector_norm(all_norms(grads, home))
-    return total
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
+    norms, places = [], []
+    for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
+        some = [t for _, t in items]
+        sums = squares(some) if fused else None
+        if sums is None:
+            # Sums of squares of 16-bit numbers overflow in 16 bits.
+            at_least = torch.promote_types(dtype, torch.float32)
+            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        else:
+            norms.append(to_home(sums.sqrt(), home))
+        places += [place for place, _ in items]
+    if len(norms) == 1:
+        return norms[0]
+    order = torch.tensor(places, device="cpu").argsort()
+    return torch.cat(norms)[order.to(home.device, non_blocking=True)]
