@@ -14,6 +14,7 @@ from test_checkpoint import through_file
 
 import emonavi
 from emonavi.active import Active
+from emonavi.distributed import Ranks
 from emonavi.machine import Sums
 from emonavi.sweep import all_norms
 
@@ -34,6 +35,11 @@ def made(case, **kwargs):
     return model, case.make(model.parameters(), foreach=False, **kwargs)
 
 
+def active_of(optimizer, found):
+    grads, home = [p.grad for p, _ in found], vector(optimizer)
+    return Active.of(found, grads, optimizer.state, optimizer.param_groups, optimizer._decay_rate, home, fused=False)
+
+
 @torch.no_grad()
 def plain(optimizer, loss):
     """One step as gradient release makes it, with all gradients at hand: moved by the mood of the step before."""
@@ -41,21 +47,16 @@ def plain(optimizer, loss):
     found = [(p, i) for i, g in enumerate(groups) for p in g["params"]]
     for p, _ in found:
         optimizer._make_state(p)
-
-    def of(some):
-        grads = [p.grad for p, _ in some]
-        return Active.of(some, grads, optimizer.state, groups, optimizer._decay_rate, state, False)
-
-    active = of(found)
+    active = active_of(optimizer, found)
     options = active.options(groups, optimizer._hold, optimizer._fades)
     felt = emotion.unpack(state, plain=True)
     if not optimizer._begun:
-        felt = emotion.begin(felt, optimizer._weights(state, optimizer._peers()), active.lr.max(), options)
+        felt = emotion.begin(felt, optimizer._weights(state, Ranks()), active.lr.max(), options)
     mood = emotion.mood(felt, True, 1.0, options)
     finite = [bool(p.grad.isfinite().all()) for p, _ in found]
     sums = torch.zeros(4, len(found), dtype=torch.float64)
     for i, (p, g) in enumerate(found):
-        one = of([(p, g)])
+        one = active_of(optimizer, [(p, g)])
         sums[:, i] = torch.cat(optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options))
     felt = emotion.feel(felt, loss, 1)
     felt, acts, _ = emotion.guard(felt, torch.linalg.vector_norm(all_norms(active.grads, state)), options)
@@ -112,7 +113,7 @@ def test_it_trains_as_well_as_the_normal_step(case):
         model, optimizer = made(case, capture=True)
         if released:
             emonavi.gradient_release(optimizer)
-        for t in range(100):
+        for t in range(150):
             optimizer.zero_grad()
             loss_of(model, t).backward()
             optimizer.step()
@@ -177,6 +178,18 @@ def test_the_example_measures():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert re.search(r"released, 8bit state +\d+ MB, +\d+\.\d\d bytes for each parameter; loss 0\.9", result.stdout)
+
+
+def test_a_missing_loss_that_is_an_error_can_still_be_told():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), capture=False, on_missing_loss="error")
+    emonavi.gradient_release(optimizer)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step()
+    optimizer.step(loss=1.0)
+    assert optimizer.emotion.steps == 1
+    assert {float(optimizer.state[p]["step"]) for p in model.parameters()} == {1.0}
 
 
 def test_what_is_refused():

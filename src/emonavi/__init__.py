@@ -9,6 +9,7 @@ from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.registry import available, create
 from emonavi.release import gradient_release
+from emonavi.wrap import Emotional
 
 __all__ = [
     "EmoFact",
@@ -16,6 +17,7 @@ __all__ = [
     "EmoNavi",
     "EmoOptimizer",
     "Emotion",
+    "Emotional",
     "Snapshot",
     "available",
     "create",

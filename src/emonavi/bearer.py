@@ -49,6 +49,11 @@ class Bearer(torch.optim.Optimizer):
         if capture:
             listen(self._intake)
 
+    def _settings(self) -> tuple[Machine, bool, str, Any]:
+        """What a copy is set up with."""
+        group = None if self._process_group is None else "auto"  # a process group cannot be copied
+        return self._emotion, self._capture, self._missing.action, group
+
     # What can be read -------------------------------------------------------------------------------------------
 
     @property

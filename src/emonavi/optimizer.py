@@ -114,13 +114,15 @@ class EmoOptimizer(Bearer):
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
+    def _setup(self, *settings: Any) -> None:
+        super()._setup(*settings)
+        self._release: Release | None = None
+
     @classmethod
     def describe(cls, head: str, example: str) -> str:
         """A sibling's docstring: its own head and example around the arguments that all share."""
         shared = (EmoOptimizer.__doc__ or "").partition("\n\n")[2]  # None under python -OO
         return f"{head}\n\n{shared.rstrip()}\n{example}"
-
-    _release: Release | None = None  # where gradients are freed inside backward
 
     # What a sibling adds ----------------------------------------------------------------------------------------
 
@@ -355,9 +357,7 @@ class EmoOptimizer(Bearer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
-        group = None if self._process_group is None else "auto"  # a process group cannot be copied
-        settings = (self._emotion, self._capture, self._missing.action, group)
-        return {**super().__getstate__(), "_settings": settings}
+        return {**super().__getstate__(), "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings", None)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from emonavi import checks
 from emonavi.active import Active
+from emonavi.distributed import Ranks
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
-from emonavi.kernels import wanted
 from emonavi.machine import Mood, Options, Sums
 from emonavi.scalars import Number
 from emonavi.sweep import Bucket, all_norms
@@ -41,7 +41,6 @@ class _Begun(NamedTuple):
     options: Options
     mood: Mood
     predicated: bool
-    fused: bool
 
 
 class _Moved(NamedTuple):
@@ -94,21 +93,16 @@ class Release:
         checks.memory([p for p, _ in everything])
         for p, _ in everything:
             optimizer._make_state(p)
-        predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in optimizer.param_groups)
-        active = self._active(everything, [], vector, fused)
+        active = self._active(everything, [p.detach() for p, _ in everything])
         options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fades)
+        predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
         emotion: Any = optimizer._emotion
         state = emotion.unpack(vector, plain=not predicated)
         if not optimizer._begun:
-            state = emotion.begin(state, optimizer._weights(vector, optimizer._peers()), active.lr.max(), options)
+            state = emotion.begin(state, optimizer._weights(vector, Ranks()), active.lr.max(), options)
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
         mood = emotion.mood(state, yes, one, options)
-        return _Begun(vector, state, options, mood, predicated, fused)
-
-    def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor], vector: Tensor, fused: bool) -> Active:
-        optimizer = self._optimizer
-        return Active.of(found, grads, optimizer.state, optimizer.param_groups, optimizer._decay_rate, vector, fused)
+        return _Begun(vector, state, options, mood, predicated)
 
     @torch.no_grad()
     def _move(self, param: Tensor) -> None:
@@ -122,15 +116,20 @@ class Release:
             )
         checks.gradient(param)
         begun = self._begun = self._begun or self._begin()
-        if begun is not None and param.numel():
-            found, grads = [(param, self._groups[param])], [param.grad] if param.grad is not None else []
-            active = self._active(found, grads, begun.vector, begun.fused)
-            buckets = optimizer._buckets(active, begun.predicated)
-            norm = all_norms(grads, begun.vector, begun.fused)[0]
+        if begun is not None and param.grad is not None and param.numel():
+            found = [(param, self._groups[param])]
+            active = self._active(found, [param.grad])
+            norm = all_norms(active.grads, begun.vector)[0]
             acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
+            buckets = optimizer._buckets(active, begun.predicated)
             sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options)
             self._moved[param] = _Moved(found[0][1], norm, acts, sums)
         param.grad = None
+
+    def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor]) -> Active:
+        optimizer, vector = self._optimizer, self._optimizer._vector()
+        states, groups, decay = optimizer.state, optimizer.param_groups, optimizer._decay_rate
+        return Active.of(found, grads, states, groups, decay, vector, fused=False)
 
     def close(self, heard: Loss | None) -> bool:
         """End the step that backward began. Returns whether it was one."""
@@ -145,7 +144,7 @@ class Release:
         vector = begun.vector
         emotion: Any = optimizer._emotion
         found = [(p, m.group) for p, m in moved.items()]
-        active = self._active(found, [], vector, begun.fused)
+        active = self._active(found, [p.detach() for p in moved])
         state = begun.state
         if heard is not None:
             state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)
@@ -154,8 +153,8 @@ class Release:
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
             for places in active.buckets(optimizer._layout, optimizer._needs_whole).values():
-                some = {"param": [active.params[i] for i in places]}
-                bucket = Bucket(places, some, cut=True, foreach=True, predicated=begun.predicated)
+                params = [active.params[i] for i in places]
+                bucket = Bucket(places, {"param": params}, cut=True, foreach=True, predicated=begun.predicated)
                 bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, 0.0)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         state = emotion.reflect(state, sums, acts, begun.options)
@@ -178,7 +177,7 @@ def gradient_release(optimizer: Any) -> Release:
         A handle whose ``remove()`` ends it.
 
     Raises:
-        TypeError: there is none, or it moves nothing itself.
+        TypeError: ``optimizer`` is an :class:`~emonavi.Emotional`, which cannot move one tensor alone.
         ValueError: the emotion is a published generation, whose losses act in their own step.
         RuntimeError: it is released already, or there are several processes (each would move by its own gradient).
 
@@ -193,11 +192,11 @@ def gradient_release(optimizer: Any) -> Release:
         >>> loss = optimizer.step()
         >>> handle.remove()
     """
-    from emonavi.optimizer import EmoOptimizer  # which imports this
+    from emonavi.optimizer import EmoOptimizer
 
     inner = listening(optimizer)
     if not isinstance(inner, EmoOptimizer):
-        raise TypeError(f"{type(inner).__name__} moves its tensors by another optimizer: gradients cannot be released")
+        raise TypeError(f"{type(inner).__name__} moves all tensors at once: only a sibling's gradients can be released")
     if not isinstance(inner._emotion, Emotion):
         remedy = "construct the optimizer with emotion='adaptive'"
         raise ValueError(f"gradients cannot be released with emotion {inner._emotion.name!r}: {remedy}")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
+from emonavi.bearer import Bearer
 from emonavi.bench import page
 from emonavi.bench.runner import hardware, versions
 
@@ -65,6 +66,7 @@ def _peer(name: str) -> Build:
 OPTIMIZERS: dict[str, Build] = {
     **{name: _ours(name) for name in ("EmoNavi", "EmoLynx", "EmoFact")},
     "AdamW": torch.optim.AdamW,
+    "Emotional(AdamW)": lambda params: emonavi.Emotional(torch.optim.AdamW(params), capture=False),
     "Adafactor": torch.optim.Adafactor,
     **{f"{name} (pytorch_optimizer)": _peer(name) for name in ("EmoNavi", "Lion") if find_spec("pytorch_optimizer")},
 }
@@ -85,7 +87,8 @@ CONTENDERS = [
         for name, least in {"EmoNavi": 32.0, "EmoLynx": 24.0, "EmoFact": 16.0}.items()
         for way, flags in _WAYS.items()
     ),
-    *(Contender(name, name) for name in OPTIMIZERS if name not in ("AdamW", "EmoNavi", "EmoLynx", "EmoFact")),
+    *(Contender(f"Emotional(AdamW {way})", "Emotional(AdamW)", _WAYS[way]) for way in ("fused", "foreach")),
+    *(Contender(name, name) for name in OPTIMIZERS if name.startswith("Adafactor") or "pytorch_optimizer" in name),
 ]
 
 
@@ -139,7 +142,7 @@ def measure(shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 
 
 def _step(contender: Contender, optimizer: Any, params: list[nn.Parameter]) -> Callable[[], Any]:
     """One step as its users make it."""
-    ours = isinstance(optimizer, emonavi.EmoOptimizer)
+    ours = isinstance(optimizer, Bearer)
     theirs = type(optimizer).__name__ == "EmoNavi" and not ours
 
     def step() -> None:
