@@ -164,7 +164,7 @@ def test_a_low_bit_run_follows_the_float32_run(case, state_dtype):
     def end(dtype=torch.bfloat16, **kwargs):
         params = weights(dtype, ((64, 64), (4100,)))
         optimizer = case.make(params, lr=1e-3, use_trust=False, **kwargs)
-        train(optimizer, params, 120)
+        train(optimizer, params, 80)
         start = weights(shapes=((64, 64), (4100,)))
         moved = torch.cat([(p.detach().float() - q.detach()).flatten() for p, q in zip(params, start, strict=True)])
         return moved, low(optimizer, params)

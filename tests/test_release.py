@@ -2,6 +2,10 @@
 
 import copy
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,14 +75,14 @@ def plain(optimizer, loss):
 @pytest.mark.parametrize(
     "kwargs", [{}, {"use_shadow": True}, {"use_trust": False, "state_dtype": "bf16", "weight_decay": 0.1}], ids=str
 )
-@pytest.mark.parametrize("bad", [None, "one tensor", "loss"])
+@pytest.mark.parametrize("bad", [None, "one tensor", "loss"], ids=str)
 def test_equals_the_plain_reference_bit_by_bit(case, kwargs, bad):
     runs = []
     for released in (True, False):
         model, optimizer = made(case, capture=True, **kwargs)
         handle = emonavi.gradient_release(optimizer) if released else None
         spoil = {"one tensor": 12}.get(bad, -1)
-        for t in range(25):
+        for t in range(18):
             hook = model[2].weight.register_hook(lambda g: g * math.nan) if t == spoil else None
             loss = loss_of(model, t) * (math.nan if bad == "loss" and t == 12 else 1.0)
             loss.backward()
@@ -93,9 +97,9 @@ def test_equals_the_plain_reference_bit_by_bit(case, kwargs, bad):
         if handle:
             handle.remove()
         runs.append(optimizer)
-        assert (optimizer.emotion.steps, optimizer.emotion.skipped_steps) == ((24, 1) if bad else (25, 0))
+        assert (optimizer.emotion.steps, optimizer.emotion.skipped_steps) == ((17, 1) if bad else (18, 0))
         steps = {float(optimizer.state[p]["step"]) for p in model.parameters()}
-        assert steps == {"one tensor": {24.0, 25.0}, "loss": {24.0}, None: {25.0}}[bad]
+        assert steps == {"one tensor": {17.0, 18.0}, "loss": {17.0}, None: {18.0}}[bad]
         assert all(bool(p.isfinite().all()) for p in model.parameters())
     for optimizer in runs:
         optimizer._intake.clear()
@@ -166,6 +170,26 @@ def test_lr_zero_moves_nothing_and_frees_all_the_same():
     assert [n for n in changed if not n.startswith("state")] == []
     assert all(p.grad is None for p in model.parameters())
     assert optimizer.emotion.steps == 0
+
+
+def test_the_example_measures():
+    example = Path(__file__).parents[1] / "examples" / "gradient_release.py"
+    command = [sys.executable, example, "--small", "--way", "released, 8bit state"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert re.search(r"released, 8bit state +\d+ MB, +\d+\.\d\d bytes for each parameter; loss 0\.9", result.stdout)
+
+
+def test_a_missing_loss_that_is_an_error_can_still_be_told():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), capture=False, on_missing_loss="error")
+    emonavi.gradient_release(optimizer)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step()
+    optimizer.step(loss=1.0)
+    assert optimizer.emotion.steps == 1
+    assert {float(optimizer.state[p]["step"]) for p in model.parameters()} == {1.0}
 
 
 def test_what_is_refused():

@@ -135,14 +135,16 @@ class Release:
         """End the step that backward began. Returns whether it was one."""
         # In the order of the groups: backward's own is the other way round, and sums would differ in their last bits.
         begun, moved = self._begun, {p: self._moved[p] for p in self._groups if p in self._moved}
+        optimizer = self._optimizer
+        if begun is not None and moved:
+            optimizer._missing.note(heard, type(optimizer).__name__)  # may raise: the step can then be told its loss
         self._begun, self._moved = None, {}
         if begun is None or not moved:
             return False
-        optimizer, vector = self._optimizer, begun.vector
+        vector = begun.vector
         emotion: Any = optimizer._emotion
         found = [(p, m.group) for p, m in moved.items()]
         active = self._active(found, [p.detach() for p in moved])
-        optimizer._missing.note(heard, type(optimizer).__name__)
         state = begun.state
         if heard is not None:
             state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)

@@ -27,6 +27,7 @@ STORAGE: dict[str, dict[str, Any]] = {
     f"{_WEIGHTS}, 8bit state": {"state_dtype": "8bit"},
     f"{_WEIGHTS}, to the nearest": {"stochastic_rounding": False},
 }
+_USUAL, _CAREFUL = 1e-3, 1e-5  # the second as in a careful fine-tune: reflection may not lengthen the steps
 
 
 class Cell(NamedTuple):
@@ -40,27 +41,34 @@ class Cell(NamedTuple):
 
 
 def cells(optimizers: Sequence[str], seeds: int = 1) -> list[Cell]:
-    """Each way to store, at the default lr."""
+    """Each way to store at the usual lr, and to keep weights at a small one that stays as it is."""
+    usual = [(task, _USUAL, storage) for task in NAMES for storage in STORAGE]
+    careful = [
+        (task, _CAREFUL, storage)
+        for task in ("mlp", "patches") for storage in STORAGE if "state_dtype" not in STORAGE[storage]
+    ]  # fmt: skip
     return [
-        Cell(task, name, 1e-3, storage, seed)
-        for seed in range(seeds) for task in NAMES for name in optimizers for storage in STORAGE
+        Cell(task, name, lr, storage, seed)
+        for seed in range(seeds) for name in optimizers for task, lr, storage in (*usual, *careful)
     ]  # fmt: skip
 
 
 def measure(cell: Cell) -> Row:
-    """Train once; the held-out loss at the end."""
+    """Train once; the held-out loss before and at the end."""
     task = TASKS[cell.task]
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
     if cell.storage.startswith(_WEIGHTS):
         in_bfloat16(problem.model)
     params = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = emonavi.create(cell.optimizer, params, lr=cell.lr, **STORAGE[cell.storage])
+    options = STORAGE[cell.storage] | ({"use_trust": False} if cell.lr == _CAREFUL else {})
+    optimizer = emonavi.create(cell.optimizer, params, lr=cell.lr, **options)
+    before = problem.val()
     for step in range(task.steps):
         optimizer.zero_grad()
         problem.loss(step).backward()
         optimizer.step()
-    return {"split": task.split, "raw": problem.val()}
+    return {"split": task.split, "before": before, "raw": problem.val()}
 
 
 def in_bfloat16(model: nn.Module) -> None:
@@ -75,17 +83,29 @@ def in_bfloat16(model: nn.Module) -> None:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Final losses over that of float32 with the same seed: the geometric mean over the seeds, task by task."""
-    whole = {(r["task"], r["optimizer"], r["seed"]): loss_of(r["raw"]) for r in rows if r["storage"] == "float32"}
-    for optimizer in dict.fromkeys(r["optimizer"] for r in rows):
-        tasks = [t for t in NAMES if any((r["task"], r["optimizer"]) == (t, optimizer) for r in rows)]
-        yield f"{optimizer:28}" + "".join(f"{t:>10}" for t in tasks) + f"{'mean':>10}"
+    """Means over the seeds: final loss over that of float32, and at the small lr the share of float32's fall."""
+    table = {(r["optimizer"], r["lr"], r["storage"], r["task"], r["seed"]): r for r in rows}
+    for optimizer, lr in dict.fromkeys((r["optimizer"], r["lr"]) for r in rows):
+        tasks = [t for t in NAMES if any(key[0] == optimizer and key[1] == lr and key[3] == t for key in table)]
+        what = "final loss over float32's" if lr == _USUAL else "fall over float32's, use_trust=False"
+        yield f"{optimizer}, lr {lr:g}: {what}"
+        yield f"{'':28}" + "".join(f"{t:>10}" for t in tasks)
         for storage in STORAGE:
-            logs: dict[str, list[float]] = {}
-            for r in rows:
-                key = (r["task"], optimizer, r["seed"])
-                if (r["optimizer"], r["storage"]) == (optimizer, storage) and key in whole:
-                    logs.setdefault(r["task"], []).append(math.log(loss_of(r["raw"]) / whole[key]))
-            means = [sum(logs[t]) / len(logs[t]) if t in logs else math.nan for t in tasks]
-            shown = [math.exp(x) for x in (*means, sum(means) / len(means))] if means else []
-            yield f"{storage:28}" + "".join(f"{x:10.3f}" for x in shown)
+            shown = ""
+            for t in tasks:
+                pairs = [
+                    (row, table[optimizer, lr, "float32", t, key[4]])
+                    for key, row in table.items()
+                    if key[:4] == (optimizer, lr, storage, t) and (optimizer, lr, "float32", t, key[4]) in table
+                ]
+                shown += f"{_mean(pairs, falls=lr == _CAREFUL):10.3f}" if pairs else f"{'':10}"
+            if shown.strip():
+                yield f"{storage:28}{shown}"
+
+
+def _mean(pairs: Sequence[tuple[Row, Row]], falls: bool) -> float:
+    """Mean over the seeds: geometric of final losses, plain of falls, which may be none at all."""
+    if falls:
+        shares: list[float] = [(r["before"] - r["raw"]) / (base["before"] - base["raw"]) for r, base in pairs]
+        return sum(shares) / len(shares)
+    return math.exp(sum(math.log(loss_of(r["raw"]) / loss_of(base["raw"])) for r, base in pairs) / len(pairs))
