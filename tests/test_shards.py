@@ -161,6 +161,23 @@ def spoilt(rank, way):
     return outcome(model, optimizer, loss=optimizer.emotion.loss)
 
 
+def staged(rank):
+    """Two stages of a pipeline, each sharded over two ranks, of which only the last one has a loss."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, last = mesh_of(2, 2), rank >= 2
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(4, 3 if last else 5).double(), mesh=mesh["near"])
+    optimizer = EmoNavi(model.parameters(), lr=1e-2, capture=False)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.full((2, 4), 1.0 + step + rank, dtype=torch.float64)).square().sum().backward()
+        if last:
+            optimizer.observe(10.0 / (1 + step) + rank)
+        optimizer.step()
+    return outcome(model, optimizer, loss=optimizer.emotion.loss, norm=optimizer.emotion.grad_norm)
+
+
 def asks(rank, way, sibling, options):
     """How many numbers each collective of the third step has."""
     model, share = laid(way)
@@ -247,10 +264,10 @@ def zero(rank):
     dist.broadcast_object_list(saved)
     other = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=EmoNavi, lr=1e-2)
     other.load_state_dict(saved[0])
-    mine = {
-        f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in optimizer.optim.state.get(p, {}).items()
-    }
-    back = {f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in other.optim.state.get(p, {}).items()}
+    mine, back = (
+        {f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in one.optim.state.get(p, {}).items()}
+        for one in (optimizer, other)
+    )
     return {
         "tensors": {f"{i}": whole(p) for i, p in enumerate(model.parameters())},
         "memories": (mine, back),
@@ -294,7 +311,7 @@ def resharded(rank, sibling, folder):
 # Each way with the adaptive emotion; the presets, and the path without branches, where parts are smallest. EmoLynx has
 # nothing that EmoNavi has not.
 NAMES = [(sibling, way, "adaptive") for sibling in ("EmoNavi", "EmoFact") for way in WAYS]
-NAMES += [("EmoLynx", way, "adaptive") for way in ("ddp 4", "fsdp 4", "fsdp 2 x tp 2")]
+NAMES += [("EmoLynx", way, "adaptive") for way in ("ddp 4", "fsdp 4", "fsdp 2", "fsdp 2 x tp 2")]
 NAMES += [(sibling, "fsdp 4", name) for sibling in ("EmoNavi", "EmoFact") for name in ("tight", "v4")]
 NAMES += [("EmoNavi", "fsdp 4", "v1"), ("EmoLynx", "fsdp 4", "v3"), ("EmoFact", "fsdp 4", "begun anew")]
 SPOILT = ("ddp 4", "fsdp 4", "hsdp 2x2")
@@ -323,6 +340,7 @@ def cases(folder):
     found |= {"asks, fsdp 4, v4": (asks, "fsdp 4", "EmoNavi", {"emotion": "v4"})}
     found |= {f"loaded, {s}, {kind}": (loaded, s, kind) for s, kind in LOADED}
     found["zero"] = (zero,)
+    found["staged"] = (staged,)
     found |= {f"first generation, {original}": (first_generation, original) for original in (True, False)}
     return found | {f"resharded, {s}": (resharded, s, folder) for s in SIBLINGS}
 
@@ -359,6 +377,14 @@ def test_what_is_not_finite_on_one_rank_is_left_out_by_all(way, ranks):
     assert (found["steps"], found["skipped"], found["ignored"]) == (9, 1, 0)
     assert found["loss"] == pytest.approx((1 + 3 + 4) / 3)  # the last step's, without rank 1
     assert all(t.isfinite().all() for t in found["tensors"].values())
+
+
+def test_stages_feel_the_loss_of_the_last_one(ranks):
+    found = ranks("staged")
+    assert {one["loss"] for one in found} == {10.0 / 8 + 2.5}
+    for stage in (found[:2], found[2:]):
+        agree(stage)
+    assert found[0]["norm"] != found[2]["norm"]
 
 
 @pytest.mark.parametrize(("way", "sibling"), ASKS)
