@@ -178,6 +178,35 @@ def staged(rank):
     return outcome(model, optimizer, loss=optimizer.emotion.loss, norm=optimizer.emotion.grad_norm)
 
 
+def partial(rank):
+    """A replicated parameter whose gradient is a sum that nobody has made yet, as sequence parallelism leaves it."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    begin = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    one, two = nn.Parameter(distribute_tensor(begin, mesh_of(4), [Replicate()])), nn.Parameter(begin.clone())
+    optimizers = [EmoNavi([one], lr=1e-2), EmoNavi([two], lr=1e-2, process_group=None)]
+    for step in range(4):
+        one.grad = DTensor.from_local(begin * (rank + step), mesh_of(4), [Partial()])
+        two.grad = begin * (0 + 1 + 2 + 3 + 4 * step)
+        for optimizer in optimizers:
+            optimizer.step(loss=1.0 / (1 + step))
+    return {"tensors": {"sharded": whole(one)}, "plain": two.detach()}
+
+
+def apart(rank):
+    """Parameters that are cut over two meshes of two, neither of which holds the other."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    meshes = mesh_of(2, 2)["far"], mesh_of(2, 2)["near"]
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])) for mesh in meshes]
+    optimizer = EmoNavi(params, lr=1e-2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"sharded over the ranks \[\d, \d\] .* shard all over one mesh"):
+        optimizer.step(loss=1.0)
+    return {"same": all(bool((p.to_local() == 1).all()) for p in params), "state": len(optimizer.state)}
+
+
 def asks(rank, way, sibling, options):
     """How many numbers each collective of the third step has."""
     model, share = laid(way)
@@ -340,7 +369,7 @@ def cases(folder):
     found |= {"asks, fsdp 4, v4": (asks, "fsdp 4", "EmoNavi", {"emotion": "v4"})}
     found |= {f"loaded, {s}, {kind}": (loaded, s, kind) for s, kind in LOADED}
     found["zero"] = (zero,)
-    found["staged"] = (staged,)
+    found |= {f.__name__: (f,) for f in (staged, partial, apart)}
     found |= {f"first generation, {original}": (first_generation, original) for original in (True, False)}
     return found | {f"resharded, {s}": (resharded, s, folder) for s in SIBLINGS}
 
@@ -385,6 +414,15 @@ def test_stages_feel_the_loss_of_the_last_one(ranks):
     for stage in (found[:2], found[2:]):
         agree(stage)
     assert found[0]["norm"] != found[2]["norm"]
+
+
+def test_a_gradient_of_partial_sums_is_added_up(ranks):
+    found = ranks("partial")
+    torch.testing.assert_close(agree(found)["tensors"]["sharded"], found[0]["plain"], rtol=0.0, atol=1e-12)
+
+
+def test_meshes_that_nothing_holds_together_are_refused(ranks):
+    assert all(found == {"same": True, "state": 0} for found in ranks("apart"))
 
 
 @pytest.mark.parametrize(("way", "sibling"), ASKS)
