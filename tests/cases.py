@@ -120,7 +120,8 @@ CASES = (
 )  # fmt: skip
 
 siblings = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-ways = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+# None is the kernel, where a C compiler is at hand.
+ways = pytest.mark.parametrize("foreach", [False, True, None], ids=["single", "foreach", "kernel"])
 
 
 def configured(only: Callable[[Config], bool] = lambda _: True) -> Any:

@@ -46,8 +46,9 @@ def test_a_run_of_stop_looks_at_the_whole_budget():
 
 
 def run(shock_name, optimizer="EmoNavi", seed=0):
-    row = {"task": "a", "optimizer": optimizer, "lr": 1e-3, "shock": shock_name, "seed": seed}
-    return lambda soon, end: {**row, "soon": soon, "end": end}
+    row = {"task": "digits", "optimizer": optimizer, "lr": 1e-3, "shock": shock_name, "seed": seed}
+    at = str(148 + 50)  # of 370 steps
+    return lambda soon, end: {**row, "soon": {at: soon}, "end": end}
 
 
 def test_what_counts_as_recovered():
@@ -55,15 +56,20 @@ def test_what_counts_as_recovered():
     rows += [run("switch")(9.0, 3.1)]
     said = dict(line.split(" EmoNavi lr 0.001: ") for line in list(shock.lines(rows))[1:])
     said = {name.strip(): words for name, words in said.items()}
-    assert said["loss x10"] == "0 / 1 of 1, worst 1.04 (a)"
-    assert said["loss NaN"] == "0 / 0 of 1, worst inf (a)"
-    assert said["switch"] == "1 of 1, worst 1.03 (a)"  # against the fresh run
+    assert said["loss x10"] == "0 / 1 of 1, worst 1.04 (digits)"
+    assert said["loss NaN"] == "0 / 0 of 1, worst inf (digits)"
+    assert said["switch"] == "1 of 1, worst 1.03 (digits)"  # against the fresh run
 
 
-@pytest.mark.parametrize("name", shock.LOSSES)
+def test_shocks_that_last_and_early_ones_are_looked_at_later_and_earlier():
+    assert shock._soon(shock.SPOILT["inputs x100, five times"], 1000) == 400 + 4 + 100
+    assert shock._soon(shock.SPOILT["loss x1000, sixth step"], 370) == 5 + 50
+
+
+@pytest.mark.parametrize("name", [name for name, s in shock.SPOILT.items() if s.gradients is None])
 def test_a_spoilt_loss_is_another_one(name):
     problem = TASKS["digits"].build(0)
-    loss, spoilt = problem.loss(3), shock.LOSSES[name](problem, 3)
+    loss, spoilt = problem.loss(3), shock.SPOILT[name].loss(problem, 3)
     assert spoilt.requires_grad
     assert not spoilt.isfinite() or abs((spoilt - loss).item()) > 1e-4  # an untrained net knows no label
 
@@ -72,8 +78,16 @@ def test_a_spoilt_loss_is_another_one(name):
 def test_spoilt_gradients(name, factor):
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
-    shock.GRADIENTS[name]([weight])
+    shock.SPOILT[name].gradients([weight])
     assert weight.grad[0].item() == pytest.approx(factor, nan_ok=True)
+
+
+def test_a_shock_in_a_row_is_one_at_each_step(monkeypatch):
+    seen = []
+    spoil = shock.Shock(lambda problem, step: seen.append(step) or problem.loss(step), at=3, times=2)
+    monkeypatch.setitem(shock.SPOILT, "twice", spoil)
+    shock.measure(shock.Cell("diabetes", "EmoNavi", 1e-3, "twice", 0))
+    assert seen == [3, 4]
 
 
 def test_a_switch_turns_training_and_held_out_data_round():

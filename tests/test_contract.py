@@ -342,7 +342,9 @@ def test_missing_losses_are_told_once(case):
 
 @ADAPTIVE
 @pytest.mark.parametrize(
-    ("foreach", "capturable"), [(False, False), (True, False), (True, True)], ids=["single", "foreach", "predicated"]
+    ("foreach", "capturable"),
+    [(False, False), (True, False), (True, True), (None, False)],
+    ids=["single", "foreach", "predicated", "kernel"],
 )
 @pytest.mark.parametrize(("bad", "k"), [(math.nan, 15), (math.inf, 15), (-math.inf, 0)])
 def test_bad_gradient_skips_the_step_and_panics(case, config, foreach, capturable, bad, k):

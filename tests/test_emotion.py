@@ -389,6 +389,27 @@ def test_an_absurd_gradient_is_scaled_down_before_the_spread_is_known(heard):
     assert float(off) == 1.0
 
 
+def test_outliers_in_a_row_do_not_open_the_gate():
+    machine, state = fresh()
+    for t in range(40):
+        state, _, _ = machine.guard(state, given_as(2.0 + 0.1 * (t % 2)), OPTIONS)
+    limit = math.exp(float(state.log_norm) + 6 * math.sqrt(float(state.log_norm_var)))
+    for _ in range(5):
+        state, _, scale = machine.guard(state, given_as(200.0), OPTIONS)
+        assert float(scale) * 200 < 1.5 * limit
+
+
+def test_a_new_level_of_the_norm_is_accepted_in_time():
+    machine, state = fresh()
+    for t in range(40):
+        state, _, _ = machine.guard(state, given_as(2.0 + 0.1 * (t % 2)), OPTIONS)
+    scales = []
+    for t in range(80):
+        state, _, scale = machine.guard(state, given_as(200.0 + 10 * (t % 2)), OPTIONS)
+        scales.append(float(scale))
+    assert min(scales[60:]) == 1.0
+
+
 # should_stop ---------------------------------------------------------------------------------------------------------
 
 

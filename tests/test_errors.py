@@ -43,7 +43,8 @@ CONSTRUCTOR = [
     ({"use_trust": 2}, ValueError, r"use_trust=2: give True or False"),
     ({"capture": "always"}, ValueError, r"capture='always'"),
     ({"on_missing_loss": "shout"}, ValueError, r"on_missing_loss='shout'"),
-    ({"fused": True}, ValueError, r"fused=True"),
+    ({"fused": True, "foreach": True}, ValueError, r"fused=True and foreach=True"),
+    ({"fused": True, "capturable": True}, RuntimeError, r"fused=True: .*leave fused at None"),
     ({"writer": 3}, TypeError, r"writer=3 has no add_scalar"),
     ({"writer": SQUARE}, TypeError, r"add_scalar"),
     ({"learning_rate": 1e-3}, TypeError, r"unexpected keyword argument 'learning_rate'"),
@@ -79,7 +80,7 @@ GROUP = [
     (lambda p: [{"params": p, "lr": -1.0}], ValueError, r"lr=-1\.0"),
     (lambda p: [{"params": p[:1]}, {"params": p[1:], "betas": (2, 0)}], ValueError, "betas"),
     (lambda p: [{"params": p, "max_lr": 1e-9}], ValueError, "below min_lr"),
-    (lambda p: [{"params": p, "fused": True}], ValueError, "fused=True"),
+    (lambda p: [{"params": p, "fused": True, "foreach": True}], ValueError, "fused=True"),
     # The emotion is one for all groups.
     (lambda p: [{"params": p, "use_shadow": True}], ValueError, "use_shadow=True in a group.*to the constructor"),
     (lambda p: [{"params": p[:1]}, {"params": p[1:], "max_norm": 0.0}], ValueError, r"max_norm=0\.0 in a group"),
@@ -112,7 +113,7 @@ def test_parameters_and_groups(case, bad, kind, words):
         ({"betas": (1.0, 0.0)}, ValueError, "betas"),
         ({"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, ValueError, "complex64"),
         ({"params": "same"}, ValueError, "more than one parameter group"),
-        ({"fused": True}, ValueError, "fused"),
+        ({"fused": True, "foreach": True}, ValueError, "fused"),
     ],
     ids=str,
 )

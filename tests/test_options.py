@@ -68,10 +68,8 @@ def test_flags_that_may_be_left_open(option, spelled):
     assert group_of(**{option: spelled})[option] is group_of()[option]
 
 
-def test_fused_may_be_declined_and_not_asked_for():
+def test_fused_may_be_declined():
     assert group_of(fused="False")["fused"] is False
-    with pytest.raises(ValueError, match="no fused kernels"):
-        group_of(fused="True")
 
 
 @pytest.mark.parametrize(

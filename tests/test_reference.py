@@ -105,7 +105,9 @@ def test_first_memory_trust_equals_reference():
 @siblings
 @MOODS
 @pytest.mark.parametrize(
-    ("foreach", "capturable"), [(False, False), (True, False), (True, True)], ids=["single", "foreach", "predicated"]
+    ("foreach", "capturable"),
+    [(False, False), (True, False), (True, True), (None, False)],
+    ids=["single", "foreach", "predicated", "kernel"],
 )
 def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capturable):
     """The whole step: bias correction, the tensors' own drives, decay that follows the drive, and trust."""
@@ -180,13 +182,16 @@ def compared(a, b, **tolerance):
 
 
 @configured()
-def test_single_equals_foreach(case, config):
+def test_single_equals_foreach_and_kernel(case, config):
     runs = []
-    for foreach in (False, True):
+    for foreach in (False, True, None):
         params = weights(shapes=(*SHAPES, BIG, (300, 250)))
         runs.append(case.make(params, foreach=foreach, **config.kwargs))
         train(runs[-1], params, 30)
-    compared(*runs, **SAME)
+    for other in runs[1:]:
+        for optimizer in (runs[0], other):
+            optimizer.param_groups[0]["foreach"] = None
+        compared(runs[0], other, **SAME)
 
 
 @configured()

@@ -8,6 +8,8 @@ from emonavi.monitor import Snapshot
 from emonavi.navi import EmoNavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.registry import available, create
+from emonavi.release import gradient_release
+from emonavi.wrap import Emotional
 
 __all__ = [
     "EmoFact",
@@ -15,9 +17,11 @@ __all__ = [
     "EmoNavi",
     "EmoOptimizer",
     "Emotion",
+    "Emotional",
     "Snapshot",
     "available",
     "create",
+    "gradient_release",
     "observe",
 ]
 __version__ = "0.1.0"

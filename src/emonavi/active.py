@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.machine import Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
 __all__ = ["Active", "bounded", "per_tensor"]
+
+KEPT = ("step", "drive", "trust")  # the numbers in the state of each tensor
 
 
 class Active(NamedTuple):
@@ -27,7 +33,6 @@ class Active(NamedTuple):
     params: list[Tensor]
     grads: list[Tensor]
     states: list[dict[str, Any]]
-    wholes: list[Any]  # what the rule has to know of the other ranks' parts of a sharded tensor; else None
     groups: list[int]
     counts: list[int]  # of tensors in each group
     lr: Tensor
@@ -37,6 +42,7 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
+    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
     def of(
@@ -47,31 +53,35 @@ class Active(NamedTuple):
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
+        fused: bool,
     ) -> Active:
         """From parameters with the place of their group, and what lies here of their gradients."""
         owners = [i for _, i in found]
         own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
         counted = Counter(owners)
         counts = [counted[i] for i in range(len(groups))]
-        kept = {k: to_home(_stack([s[k] for s in own]), home) for k in ("step", "drive", "trust")}
+        each = [[s[k] for s in own] for k in KEPT]
+        numbers = kernels.numbers([t for column in each for t in column]) if fused else None
+        kept = [_stack(column) for column in each] if numbers is None else numbers.read().view(len(KEPT), -1)
+        step, drive, trust = (to_home(column, home) for column in kept)
         return cls(
             whole=[p for p, _ in found],
             params=[local(p) for p, _ in found],
             grads=grads,
             states=own,
-            wholes=[None] * len(own),
             groups=owners,
             counts=counts,
             lr=per_tensor([g["lr"] for g in groups], counts, home),
             low=per_tensor([g["lr_floor"] for g in groups], counts, home),
             wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
             decay=per_tensor([decay_rate(g) for g in groups], counts, home),
-            steps=kept["step"] + 1,
-            drive=kept["drive"],
-            trust=kept["trust"],
+            steps=step + 1,
+            drive=drive,
+            trust=trust,
+            numbers=numbers,
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: float, fades: bool) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
@@ -87,7 +97,7 @@ class Active(NamedTuple):
             max_norm=groups[0]["max_norm"],
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
-            hold=hold,
+            hold=hold[bool(groups[0]["use_shadow"])],
             fades=fades,
             decayed=torch.stack(decayed).all(),
         )
@@ -98,26 +108,34 @@ class Active(NamedTuple):
         own = torch.minimum(effective * self.drive, self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
 
-    def buckets(self, layout: Callable[[Tensor], tuple[str, ...]]) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, a dtype and a state layout; one with a whole is alone."""
+    def buckets(
+        self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
+    ) -> dict[tuple[Any, ...], list[int]]:
+        """Places of the tensors that share a group, a device, dtypes and a layout, unless one is to be alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
-            alone = None if self.wholes[place] is None else place
-            buckets.setdefault((group, p.device, p.dtype, alone, layout(p)), []).append(place)
+            names = layout(p)
+            dtypes = (p.dtype, *(self.states[place][name].dtype for name in names))
+            own = place if alone(self.whole[place]) else None
+            buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets
 
-    def bucket(self, places: list[int], layout: tuple[str, ...], **how: bool) -> Bucket:
-        """The bucket of the tensors at the given places, with the state tensors that their layout names."""
+    def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
+        """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        lists |= {name: [self.states[i][name] for i in places] for name in layout}
+        names = [k for name in layout for k in (name, f"{name}_scale") if k in self.states[places[0]]]
+        lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""
-        new = {"step": (self.steps, self.steps - 1), "drive": (drive, self.drive), "trust": (trust, self.trust)}
-        for name, (after, before) in new.items():
-            values = where(acts, after, before).to(torch.float32)
-            torch._foreach_copy_([s[name] for s in self.states], list(values.unbind()))
+        new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))
+        values = [where(acts, after, before) for after, before in new]
+        if self.numbers is not None:
+            self.numbers.write(torch.cat(values))
+            return
+        for name, column in zip(KEPT, values, strict=True):
+            torch._foreach_copy_([s[name] for s in self.states], list(column.to(torch.float32).unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:

@@ -26,8 +26,10 @@ __all__ = [
     "parameters",
     "process_group",
     "same_optimizer",
+    "same_storage",
     "shared",
     "spelled",
+    "whole",
     "writer",
 ]
 
@@ -38,11 +40,18 @@ NUMBERS = ("lr", "eps", "weight_decay", "max_norm", "min_lr", "max_lr")
 FLAGS = {
     **{"use_shadow": True, "use_trust": True, "foreach": True, "fused": True},
     **{"maximize": False, "capturable": False, "decoupled_weight_decay": False},
+    "stochastic_rounding": False,
 }
 # What is felt is one for all groups, and so is how: a group that asks for something else would not be heard.
-SHARED = ("use_shadow", "use_trust", "max_norm", "capturable")
+SHARED = ("use_shadow", "use_trust", "max_norm", "capturable", "state_dtype")
 CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_group")
 WORDS = {"true": True, "1": True, "false": False, "0": False}
+# How a command line, or torch, may call the ways to store state.
+STATE_DTYPES: dict[Any, str | None] = {
+    **dict.fromkeys((None, "none", "fp32", "float32", "torch.float32", torch.float32)),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16), "bf16"),
+    **dict.fromkeys(("8bit", "int8", "uint8", "torch.int8", "torch.uint8", torch.int8, torch.uint8), "8bit"),
+}
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -96,7 +105,16 @@ def spelled(given: dict[str, Any]) -> dict[str, Any]:
             meant[name] = _number(value, none=name in ("max_norm", "min_lr", "max_lr"))
         elif name == "betas":
             meant[name] = _pair(value)
+        elif name == "state_dtype":
+            meant[name] = _state_dtype(value)
     return meant
+
+
+def _state_dtype(given: Any) -> str | None:
+    word = given.strip().lower() if isinstance(given, str) else given
+    if not isinstance(word, (str, torch.dtype, type(None))) or word not in STATE_DTYPES:
+        raise ValueError(f"state_dtype={given!r}: choose None (float32), 'bf16' or '8bit'")
+    return STATE_DTYPES[word]
 
 
 def _pair(given: Any) -> Any:
@@ -188,8 +206,8 @@ def group(merged: dict[str, Any]) -> None:
             raise ValueError(
                 f"max_lr={merged['max_lr']!r} is below min_lr={merged['min_lr']!r}: raise one or lower the other"
             )
-    if merged["fused"]:
-        raise ValueError("fused=True: this version has no fused kernels; leave it at None, and foreach is used")
+    if merged["fused"] and merged["foreach"]:
+        raise ValueError("fused=True and foreach=True exclude each other: leave one at None")
 
 
 def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -225,6 +243,14 @@ def parameters(params: Sequence[Tensor]) -> None:
             raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
 
 
+def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
+    """Parameters whose blocks of 8-bit state lie on one rank."""
+    for p in params:
+        if state_dtype == "8bit" and hasattr(p, "device_mesh"):
+            what = f"state_dtype='8bit' with a DTensor, a parameter of shape {tuple(p.shape)}"
+            raise ValueError(f"{what}: a shard would end inside a block; choose 'bf16' or None")
+
+
 def gradient(param: Tensor) -> None:
     """A gradient that the rules can take in."""
     if param.grad is not None and param.grad.layout != torch.strided:
@@ -254,6 +280,16 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
         saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
         mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
+
+
+def same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
+    """A checkpoint whose memories are stored alike."""
+    saved = state_dict["param_groups"][0].get("state_dtype")
+    if saved != state_dtype:
+        raise ValueError(
+            f"the checkpoint was saved with state_dtype={saved!r}, this optimizer has {state_dtype!r}: construct it "
+            f"with state_dtype={saved!r}"
+        )
 
 
 def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:

@@ -54,7 +54,7 @@ class EmoLynx(EmoOptimizer):
 
     # Lion's memory is ten times as long as Adam's, so that trust comes to 0 at too bold a step. Final loss over that of
     # the same rule tuned with cosine, on the dev task `digits`: 0.96 at -0.3, 1.25 at 0. Beyond, a long run freezes.
-    _hold = -0.3
+    _hold = (-0.3, -0.3)
     # A sign is as long beside a gradient of 0 as beside any other: sixty digits learnt by heart ended at 25 times the
     # loss of Lion tuned, with this at 3.3.
     _fades = True
@@ -82,13 +82,15 @@ class EmoLynx(EmoOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         own = checks.spelled({"decoupled_weight_decay": decoupled_weight_decay})
         super().__init__(
             params, lr, betas, eps, weight_decay, emotion=emotion, use_shadow=use_shadow, use_trust=use_trust,
             max_norm=max_norm, min_lr=min_lr, max_lr=max_lr, writer=writer, capture=capture,
             on_missing_loss=on_missing_loss, process_group=process_group, maximize=maximize, foreach=foreach,
-            fused=fused, capturable=capturable,
+            fused=fused, capturable=capturable, state_dtype=state_dtype, stochastic_rounding=stochastic_rounding,
         )  # fmt: skip
         self.defaults.update(own)
         for group in self.param_groups:

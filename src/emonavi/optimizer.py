@@ -7,34 +7,32 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
-from emonavi import checks
-from emonavi.active import Active, bounded, per_tensor
-from emonavi.capture import listen
+from emonavi import checks, lowbit
+from emonavi.active import Active
+from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
-from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local_grad
 from emonavi.emotion import Emotion
-from emonavi.intake import Intake, Missing
-from emonavi.machine import Machine, Mood, Options, Sums, Weights
-from emonavi.monitor import Recorder, Snapshot
+from emonavi.kernels import choose, wanted
+from emonavi.machine import Mood, Options, Sums
 from emonavi.presets import Preset
+from emonavi.release import Release
 from emonavi.scalars import Number
-from emonavi.sweep import Reflected, Rule, all_norms, gather, to_home, wide
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
 
 ParamsT: TypeAlias = Iterable[Any]
 
 
-class EmoOptimizer(torch.optim.Optimizer):
+class EmoOptimizer(Bearer):
     """Base of the siblings. A sibling adds its state, its scalars and its rule; see ``navi.py``.
 
     Args:
@@ -58,9 +56,14 @@ class EmoOptimizer(torch.optim.Optimizer):
             ``torch.distributed`` is initialised, or the mesh that sharded parameters were cut from. None is never, but
             for shards, which must feel one loss.
         maximize: climb instead of descend.
-        foreach: update lists of tensors in cache-sized pieces (None: yes) or tensor by tensor (False).
-        fused: not available yet; True raises.
+        foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
+        fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
+            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
+        state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
+            or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
+        stochastic_rounding: round 16-bit parameters and low-bit memories at random, so that steps smaller than a bit
+            add up. False: to the nearest, where they vanish.
 
     Raises:
         ValueError: an option is out of range, or the emotion does not have it. Strings that spell a number, a flag or
@@ -90,6 +93,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        stochastic_rounding: bool = True,
     ) -> None:
         machine = checks.emotion(emotion)
         felt = checks.spelled({
@@ -98,36 +103,21 @@ class EmoOptimizer(torch.optim.Optimizer):
         defaults = checks.spelled({
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
+            "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
         hears, missing, group = (
             checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
         )  # fmt: skip
+        self._emotion = machine  # a group that asks for kernels needs it
         super().__init__(params, defaults)
         self._setup(machine, hears, missing, group)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
-    def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
-        """Set what is not part of a checkpoint."""
-        self._begun = False
-        self._emotion = machine
-        self._capture = capture
-        self._missing = Missing(on_missing_loss)
-        self._process_group = process_group
-        self._ranks = Ranks()
-        self._is_calm = False
-        self._is_loaded = False
-        self._recorder: Recorder | None = None
-        me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
-
-        def params() -> Iterator[Tensor]:
-            alive = me()
-            return (p for g in alive.param_groups for p in g["params"]) if alive is not None else iter(())
-
-        self._intake = Intake(params)
-        if capture:
-            listen(self._intake)
+    def _setup(self, *settings: Any) -> None:
+        super()._setup(*settings)
+        self._release: Release | None = None
 
     @classmethod
     def describe(cls, head: str, example: str) -> str:
@@ -155,12 +145,17 @@ class EmoOptimizer(torch.optim.Optimizer):
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
 
-    def _wholes(self, active: Active, grad_scale: Number) -> list[Any]:
-        """For each tensor, what its rule has to know of the parts of a sharded gradient on other ranks; else None."""
-        return active.wholes
+    def _needs_whole(self, param: Tensor) -> bool:
+        """Whether the rule has to know more of a sharded tensor than what lies here."""
+        return False
 
-    # Target of trust, in standard deviations below 0. With Adam's momentum, 0 is the exact line search.
-    _hold = 0.0
+    def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Any]:
+        """What it has to know of the other ranks' parts, for the places of these tensors."""
+        return {}
+
+    # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
+    # line search.
+    _hold = (0.0, 0.0)
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
 
@@ -189,14 +184,19 @@ class EmoOptimizer(torch.optim.Optimizer):
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
+        if self._release is not None and self._release.close(heard):
+            return returned
         found, vector = self._found(), self._vector()
+        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
+        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in self.param_groups)
         moves = self._moves(found)
         if moves:
             checks.memory([p for p, _ in found])
             moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
             params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
             ranks = self._peers()
-            heard, norm = agreed(heard, all_norms(grads, vector), params, ranks)
+            heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
             self._missing.note(heard, type(self).__name__)
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
@@ -208,9 +208,8 @@ class EmoOptimizer(torch.optim.Optimizer):
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector)
-        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
-        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
+        buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
@@ -219,32 +218,22 @@ class EmoOptimizer(torch.optim.Optimizer):
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
-        sums = self._sweep(active, mood, acts, options, predicated)
+        sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
             grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), params).unbind()
             sums = Sums(grad_step, grad_grad, step_step, sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
+        self._end(vector, state)
+        return returned
+
+    def _end(self, vector: Tensor, state: Any) -> None:
+        """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
         self._begun = True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
-        return returned
-
-    def _found(self) -> list[tuple[Tensor, int]]:
-        """Parameters that have a gradient, with the place of their group."""
-        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
-        # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
-        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
-        for p, _ in found:
-            checks.gradient(p)
-        return found
-
-    def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
-        """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
-        return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
 
     def _make_state(self, param: Tensor) -> None:
         """Make the state of a parameter where it is missing."""
@@ -252,145 +241,55 @@ class EmoOptimizer(torch.optim.Optimizer):
         if not state:
             for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
-            state.update(self._init_state(param))
+            state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
-    def _sweep(self, active: Active, mood: Mood, acts: Number, options: Options, predicated: bool) -> Sums:
-        """Move every tensor, bucket by bucket, and gather what reflection needs."""
-        own_lr, step_sizes, decays = active.rates(mood)
-        reflect = self._emotion.reflects and options.use_trust
-        skip = not predicated and not bool(acts)
-        if not skip:
-            active = active._replace(wholes=self._wholes(active, mood.grad_scale))
-        parts: list[tuple[list[int], Reflected]] = []
-        for (index, *_, layout), places in active.buckets(self._layout).items():
+    def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
+        """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
+        found = []
+        for (index, *_, layout), places in active.buckets(self._layout, self._needs_whole).items():
             group = self.param_groups[index]
             rule, cut = self._rule(layout)
             how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
             bucket = active.bucket(places, layout, **how)
+            if not self._needs_whole(active.whole[places[0]]):
+                bucket = bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))
+            found.append((group, layout, rule, bucket))
+        return found
+
+    def _honour_fused(self, group: dict[str, Any]) -> None:
+        """Raise where there is no kernel for one of the group's tensors."""
+        for p in group["params"]:
+            if self._needs_whole(p):
+                remedy = "leave fused at None, and foreach is used for it"
+                raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
+            predicated = p.device.type != "cpu" or bool(group["capturable"])
+            choose(self._rule(self._layout(p))[0], {"param": [p]}, group, predicated)
+
+    def _sweep(self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options) -> Sums:
+        """Move every tensor, bucket by bucket, and gather what reflection needs."""
+        own_lr, step_sizes, decays = active.rates(mood)
+        reflect = self._emotion.reflects and options.use_trust
+        parts: list[tuple[list[int], Reflected]] = []
+        skip = not any(bucket.predicated for *_, bucket in buckets) and not bool(acts)
+        wholes = {} if skip else self._wholes(active, mood.grad_scale)
+        for group, layout, rule, bucket in buckets:
             if options.use_shadow:
-                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, mood.follow)
-            if skip:
+                bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
+            if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
-            if (whole := active.wholes[places[0]]) is not None:
-                scalars["whole"] = whole
-            parts += bucket.move(rule, scalars, -mood.grad_scale if group["maximize"] else mood.grad_scale, acts)
+            if bucket.places[0] in wholes:
+                scalars["whole"] = wholes[bucket.places[0]]
+            rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
+            seeds = lowbit.seeds(active.steps[at], at).to(bucket.lists["param"][0].device) if rounds else None
+            scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
+            parts += bucket.move(rule, scalars, scale, acts, seeds)
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
-
-    def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
-        """The loss as the emotion takes it: a number to be made small."""
-        value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
-        return -value if self.param_groups[0]["maximize"] else value
-
-    # What can be read -------------------------------------------------------------------------------------------
-
-    @property
-    def emotion(self) -> Snapshot:
-        """A snapshot of what the optimizer feels, as plain numbers. Reading it waits for the device."""
-        return Snapshot.of(self._emotion, self._vector())
-
-    @property
-    def should_stop(self) -> bool:
-        """True while there is next to nothing left to learn; it can turn False again. Waits for the device."""
-        vector = self._vector()
-        return bool(self._emotion.should_stop(self._emotion.unpack(vector, plain=True)))
-
-    @property
-    def effective_lr(self) -> list[float]:
-        """Lr times drive for each group, within ``min_lr`` and ``max_lr``. Waits for the device."""
-        return self._effective_lr(self._vector()).tolist()
-
-    def _effective_lr(self, vector: Tensor) -> Tensor:
-        drive = vector[self._emotion.index("log_drive")].exp() if self._begun else vector.new_ones(())
-        one_each = [1] * len(self.param_groups)
-        lr, low, wall = (
-            per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
-        )
-        return bounded(lr, drive, low, wall)
-
-    # What can be told -------------------------------------------------------------------------------------------
-
-    def observe(self, loss: Tensor | float) -> None:
-        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
-        self._intake.observe(loss)
-
-    def reset_emotion(self) -> None:
-        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
-        self._refuse_inside_calm("reset_emotion()")
-        self._vector().copy_(self._fresh())
-        self._begun = False
-        self._intake.clear()
-        with torch.no_grad():
-            for group in self.param_groups:
-                group["lr_peak"] = 0.0
-                for p in group["params"]:
-                    state = self.state.get(p, {})
-                    for name, value in (("drive", 1.0), ("trust", 0.0), ("shadow", p)):
-                        if name in state:
-                            state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
-
-    @contextmanager
-    def calm(self) -> Iterator[None]:
-        """Put the shadow in the place of the weights, for evaluation; the weights return at the end, whatever happens.
-
-        While it lasts, a copy of the weights is held. BatchNorm's statistics are not averaged: where a model has
-        them, ``torch.optim.swa_utils.update_bn`` sets them from data.
-
-        Raises:
-            RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
-                called inside it.
-
-        Example:
-            >>> import torch, emonavi
-            >>> model = torch.nn.Linear(2, 1)
-            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
-            >>> model(torch.ones(4, 2)).sum().backward()
-            >>> _ = optimizer.step()
-            >>> with optimizer.calm():
-            ...     evaluated = model(torch.ones(1, 2))
-        """
-        self._refuse_inside_calm("calm()")
-        pairs = [
-            (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
-        ]
-        if not pairs:
-            raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
-        shown, shadows = ([local(t.detach()) for t in some] for some in zip(*pairs, strict=True))
-        held = [p.clone() for p in shown]
-        self._is_calm = True
-        try:
-            torch._foreach_copy_(shown, shadows)
-            yield
-        finally:
-            torch._foreach_copy_(shown, held)
-            self._is_calm = False
-
-    def _refuse_inside_calm(self, what: str) -> None:
-        if self._is_calm:
-            raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
-
-    @property
-    def writer(self) -> Any:
-        """Where the emotion is written to; not part of a checkpoint. A string is a TensorBoard log directory."""
-        return None if self._recorder is None else self._recorder.writer
-
-    @writer.setter
-    def writer(self, writer: Any) -> None:
-        given = None if writer is None else checks.writer(writer)  # None for "None", too
-        recorder = None if given is None else Recorder(given, self._emotion)
-        old, self._recorder = self._recorder, recorder  # the new one is known to work: until then the old one goes on
-        if old is not None:
-            old.close()  # last: a writer that fails once more must not stay for that
-
-    def flush(self) -> None:
-        """Write what is waiting to be written."""
-        if self._recorder is not None:
-            self._recorder.flush()
 
     # Groups and checkpoints -------------------------------------------------------------------------------------
 
@@ -407,7 +306,10 @@ class EmoOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             checks.parameters(group["params"])
-        except (TypeError, ValueError):
+            checks.whole(group["params"], group["state_dtype"])
+            if group["fused"]:
+                self._honour_fused(group)
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
         group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
@@ -418,6 +320,8 @@ class EmoOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
         self._refuse_inside_calm("state_dict()")
+        if self._release is not None:
+            self._release.refuse("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -445,6 +349,7 @@ class EmoOptimizer(torch.optim.Optimizer):
             own = {"param_groups": groups}
             state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts) or state_dict
         checks.checkpoint(state_dict, self._emotion)
+        checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
         # Of the defaults only our own: torch, and whoever else, may add to them.
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
@@ -453,9 +358,7 @@ class EmoOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_calm("copying")
-        group = None if self._process_group is None else "auto"  # a process group cannot be copied
-        settings = (self._emotion, self._capture, self._missing.action, group)
-        return {**super().__getstate__(), "_settings": settings}
+        return {**super().__getstate__(), "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings", None)
@@ -463,53 +366,3 @@ class EmoOptimizer(torch.optim.Optimizer):
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()
-
-    def _note_begun(self) -> None:
-        """Whether a real step was made, read from the state."""
-        state = self._emotion.unpack(self._vector())
-        self._begun = bool(state.steps + state.skipped_steps > 0)
-
-    def _fresh(self) -> Tensor:
-        """The state vector before anything was felt."""
-        device = self._home()
-        vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
-        # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
-        rates = [torch.as_tensor(g[k]).to(vector) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
-        vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
-        return vector
-
-    def _home(self) -> torch.device:
-        """The device of the first parameter; the CPU where it has no memory yet."""
-        device: torch.device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
-        return torch.device("cpu") if device.type == "meta" else device
-
-    def _vector(self) -> Tensor:
-        """The emotion's state, where the first parameter is: a model may move after construction."""
-        vector: Tensor = self.param_groups[0]["emotion"]
-        if vector.device != self._home():
-            vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
-        return vector
-
-    def _peers(self) -> Ranks:
-        """Who is asked in a step; found out once, since a process group may have to be made."""
-        if self._ranks == Ranks():
-            self._ranks = Ranks.of((p for g in self.param_groups for p in g["params"]), self._process_group)
-        return self._ranks
-
-    def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
-        """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
-        weights = [p for p in weights if p.numel() or is_piece(p)]
-        trained = [p for p in weights if p.requires_grad] or weights
-        here = [local(p) for p in trained]
-        norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])
-        squares, counts = ranks.whole(torch.stack([norms * norms, sizes]), trained)
-        norms = squares.sqrt()
-        return Weights(
-            rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
-            blank=((norms == 0) * counts).sum() / counts.sum(),
-        )
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

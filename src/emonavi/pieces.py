@@ -7,15 +7,17 @@ one each. A rule sees neither: it is given a batch of n tensors of one shape, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Piece", "pieces"]
+__all__ = ["BLOCK", "CHUNK", "Piece", "dense", "pieces"]
 
 CHUNK = 131_072  # elements, half a MiB of float32: less pays more for calls, more for memory (`make bench`)
+BLOCK = 256  # elements that share a scale where they have one: no cut goes through a block
 CHUNK_ON_DEVICE = 1 << 24  # there a call costs a launch, and the cache is shared
 
 
@@ -24,7 +26,8 @@ class Piece(NamedTuple):
 
     owners: list[int]  # which tensors of the bucket it holds
     batch: dict[str, Tensor]  # for each name a tensor of shape (n, ...)
-    home: dict[str, list[Tensor]] | None  # where a stacked batch has to be copied back to; None: it is a view
+    home: dict[str, list[Tensor]] | None = None  # where a stacked batch has to be copied back to; None: it is a view
+    start: int = 0  # index of the first element in its tensor, in the order of the shape
 
     def write_back(self, names: Sequence[str]) -> None:
         """Copy the named parts of a stacked batch to the tensors that it was made of."""
@@ -53,12 +56,8 @@ def pieces(lists: dict[str, list[Tensor]], *, cut: bool, stack: bool) -> Iterato
             small.setdefault(tensor.shape, []).append(owner)
             continue
         row = [column[owner] for column in columns]
-        flat = _flat(row) if cut and size > limit else None
-        if flat is None:
-            yield Piece([owner], {n: t.unsqueeze(0) for n, t in zip(names, row, strict=True)}, None)
-            continue
-        for part in zip(*(t.split(limit) for t in flat), strict=True):
-            yield Piece([owner], {n: t.unsqueeze(0) for n, t in zip(names, part, strict=True)}, None)
+        for start, part in _cut(row, limit) if cut and size > limit else [(0, row)]:
+            yield Piece([owner], {n: t.unsqueeze(0) for n, t in zip(names, part, strict=True)}, start=start)
     for shape, owners in small.items():
         most = max(1, limit // max(1, shape.numel()))
         for start in range(0, len(owners), most):
@@ -67,22 +66,36 @@ def pieces(lists: dict[str, list[Tensor]], *, cut: bool, stack: bool) -> Iterato
 
 def _stacked(lists: dict[str, list[Tensor]], owners: list[int]) -> Piece:
     if len(owners) == 1:
-        return Piece(owners, {name: column[owners[0]].unsqueeze(0) for name, column in lists.items()}, None)
+        return Piece(owners, {name: column[owners[0]].unsqueeze(0) for name, column in lists.items()})
     home = {name: [column[i] for i in owners] for name, column in lists.items()}
     return Piece(owners, {name: torch.stack(some) for name, some in home.items()}, home)
 
 
-def _flat(row: Sequence[Tensor]) -> Sequence[Tensor] | None:
-    """One-dimensional views of tensors in one common element order, or None where there is none."""
+def _cut(row: Sequence[Tensor], limit: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Parts of parallel tensors, in the order of the shape, with the index of their first element.
+
+    Where there is no flat view (channels_last, transposed) they are cut by rows. A tensor of another shape than the
+    first one's holds one value for each block.
+    """
     first = row[0]
-    if all(t.is_contiguous() for t in row):
-        return [t.view(-1) for t in row]
-    if _dense(first) and all(t.stride() == first.stride() for t in row):
-        return [torch.as_strided(t, (t.numel(),), (1,), t.storage_offset()) for t in row]
-    return None
+    flat = all(t.is_contiguous() for t in row)
+    width = 1 if flat else first[0].numel()
+    unit = BLOCK // math.gcd(width, BLOCK)  # rows that end with a block
+    rows = max(unit, limit // width // unit * unit)
+    for at in range(0, first.numel() // width, rows):
+        start, end = at * width, (at + rows) * width
+        yield (
+            start,
+            [
+                t[start // BLOCK : end // BLOCK]
+                if t.shape != first.shape
+                else (t.view(-1) if flat else t)[at : at + rows]
+                for t in row
+            ],
+        )
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without holes or overlap (channels_last, transposed)."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):

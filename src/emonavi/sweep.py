@@ -1,7 +1,7 @@
 """The one pass over the tensors: lean on the shadow, move by the rule, gather what reflection needs.
 
 A bucket is a list of tensors that share a group, a device, a dtype and a state layout. Its tensors are swept in
-cache-sized pieces; parameters of 16 bits are computed in float32 and written back.
+cache-sized pieces; what is stored in fewer bits is computed in float32 and written back (``lowbit.py``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from emonavi import lowbit
+from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
@@ -33,6 +35,7 @@ class Bucket(NamedTuple):
     cut: bool  # the rule is elementwise: tensors may be cut
     foreach: bool
     predicated: bool  # never branch on a value
+    kernel: Kernel | None = None  # moves the whole bucket in the rule's place
 
     def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
         """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
@@ -47,9 +50,15 @@ class Bucket(NamedTuple):
                 piece.write_back(["shadow"])
 
     def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> list[tuple[list[int], Reflected]]:
-        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to."""
+        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to.
+
+        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
+        """
+        if self.kernel is not None:
+            reflected = self.kernel(self.lists, scalars, grad_scale, acts)
+            return [] if reflected is None else [(self.places, reflected)]
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
@@ -59,22 +68,23 @@ class Bucket(NamedTuple):
             if len(piece.owners) > 1:
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][piece.owners].view(shape) for k in singles}
-            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts)
+            own_seeds = None if seeds is None else seeds[piece.owners]
+            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
                 parts.append(([self.places[i] for i in piece.owners], reflected))
         return parts
 
     def _apply(
-        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number
+        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
         written = [name for name in piece.batch if name != "grad"]
         before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
-        batch = {name: wide(tensor) for name, tensor in piece.batch.items()}
+        batch = lowbit.unpack(piece.batch)
         if grad_scale is not None:
             batch["grad"] = batch["grad"] * like(batch["grad"], grad_scale)
         reflected = rule(*batch.values(), **scalars)
-        if batch["param"] is not piece.batch["param"]:
-            piece.batch["param"].copy_(batch["param"])
+        random = None if seeds is None else lowbit.noise(seeds, piece.start, batch["param"][0].numel())
+        lowbit.pack(batch, piece.batch, random)
         # Where the gradient was not finite, whatever the rule wrote is taken back, without asking the device.
         for name, old in before.items():
             piece.batch[name].copy_(torch.where(acts, piece.batch[name], old))
@@ -124,14 +134,19 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def all_norms(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """Norm of each tensor, computed together with those of its device and dtype."""
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
     norms, places = [], []
-    for (_, dtype), some in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
-        # Sums of squares of 16-bit numbers overflow in 16 bits.
-        at_least = torch.promote_types(dtype, torch.float32)
-        norms.append(to_home(torch.stack(torch._foreach_norm([t for _, t in some], 2, dtype=at_least)), home))
-        places += [place for place, _ in some]
+    for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
+        some = [t for _, t in items]
+        sums = squares(some) if fused else None
+        if sums is None:
+            # Sums of squares of 16-bit numbers overflow in 16 bits.
+            at_least = torch.promote_types(dtype, torch.float32)
+            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        else:
+            norms.append(to_home(sums.sqrt(), home))
+        places += [place for place, _ in items]
     if len(norms) == 1:
         return norms[0]
     order = torch.tensor(places, device="cpu").argsort()

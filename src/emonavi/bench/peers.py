@@ -85,6 +85,26 @@ def _adaptive(name: str) -> Contender:
     return Contender(name, "emonavi", 1e-3, _ours(name, use_shadow=True), rate=_effective, shadow=True)
 
 
+def _sgd(params: Params, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+def _muon(params: Params, lr: float) -> Any:
+    """Muon for matrices and AdamW for the rest, whose steps are equally long at one lr."""
+    matrices, rest = ([p for p in params if (p.dim() == 2) == wanted] for wanted in (True, False))
+    groups: list[Any] = [{"params": matrices, "use_muon": True}, {"params": rest, "use_muon": False}]
+    return _peer("pytorch_optimizer", "Muon", adamw_lr=lr, use_adjusted_lr=True)([g for g in groups if g["params"]], lr)
+
+
+def _emotional(name: str, build: Callable[[Params, float], Any]) -> Contender:
+    """The same optimizer, as it comes, under the emotion."""
+
+    def wrapped(params: Params, lr: float) -> emonavi.Emotional:
+        return emonavi.Emotional(build(params, lr), use_shadow=True)
+
+    return Contender(f"Emotional({name})", "emonavi", 1e-3, wrapped, rate=_effective, shadow=True)
+
+
 def _effective(optimizer: Any) -> float:
     return float(optimizer.effective_lr[0])
 
@@ -114,6 +134,11 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender("Adafactor", "torch", 1e-2, torch.optim.Adafactor),
         Contender("Lion", "pytorch_optimizer", 1e-4, _LION),
+        Contender("SGD", "torch", 1e-3, _sgd),
+        Contender("Muon", "pytorch_optimizer", 1e-3, _muon),
+        _emotional("AdamW", lambda params, lr: torch.optim.AdamW(params, lr=lr)),
+        _emotional("SGD", _sgd),
+        _emotional("Muon", _muon),
         Contender(
             *("EmoNavi (pytorch_optimizer)", "pytorch_optimizer", 1e-3, _peer("pytorch_optimizer", "EmoNavi")),
             step=lambda optimizer, loss: optimizer.step(lambda: loss.detach()),  # no other way to hand the loss over

@@ -1,7 +1,8 @@
 """``emonavi bench shock``: what one bad step, or another task, does to a run, and whether it recovers.
 
-At 40 % of a run something happens. Its held-out loss is compared with that of the undisturbed run, same seed and same
-batches, 50 steps or a tenth of the run later (whichever is more), and at the end. A task that switches (inputs
+At 40 % of a run, or in its first steps, something happens, once or several times in a row. Its held-out loss is
+compared with that of the undisturbed run, same seed and same batches, 50 steps or a tenth of the run later (whichever
+is more), and at the end. A task that switches (inputs
 change their sign) is compared with a fresh run on the new task, as long as what was left.
 """
 
@@ -34,7 +35,17 @@ def _labels(problem: Problem, step: int) -> Tensor:
     return problem.criterion(problem.model(inputs), targets.roll(1, 0))  # type: ignore[union-attr]
 
 
-def _times(factor: float) -> Callable[[list[nn.Parameter]], None]:
+def _inputs(problem: Problem, step: int) -> Tensor:
+    """The loss of a batch that nobody has normalised."""
+    inputs, targets = problem.batch(step)
+    return problem.criterion(problem.model(100 * inputs), targets)
+
+
+def _loss_times(factor: float) -> Callable[[Problem, int], Tensor]:
+    return lambda problem, step: problem.loss(step) * factor
+
+
+def _gradients_times(factor: float) -> Callable[[list[nn.Parameter]], None]:
     def spoil(params: list[nn.Parameter]) -> None:
         for p in params:
             if p.grad is not None:
@@ -43,17 +54,34 @@ def _times(factor: float) -> Callable[[list[nn.Parameter]], None]:
     return spoil
 
 
-# What happens to the loss before backward, or to the gradients after it.
-LOSSES: dict[str, Callable[[Problem, int], Tensor]] = {
-    "loss x10": lambda problem, step: problem.loss(step) * 10,
-    "loss x1000": lambda problem, step: problem.loss(step) * 1000,
-    "loss NaN": lambda problem, step: problem.loss(step) * math.nan,
-    "loss inf": lambda problem, step: problem.loss(step) * math.inf,
-    "wrong labels": _labels,
+class Shock(NamedTuple):
+    """What happens to the loss before backward and to the gradients after it, when, and how many times in a row."""
+
+    loss: Callable[[Problem, int], Tensor] = Problem.loss
+    gradients: Callable[[list[nn.Parameter]], None] | None = None
+    at: int | None = None  # None: at 40 % of the run
+    times: int = 1
+
+    def first(self, steps: int) -> int:
+        """The step at which it happens."""
+        return int(0.4 * steps) if self.at is None else self.at
+
+
+SPOILT = {
+    "loss x10": Shock(_loss_times(10)),
+    "loss x1000": Shock(_loss_times(1000)),
+    "loss x1000, first step": Shock(_loss_times(1000), at=0),
+    "loss x1000, sixth step": Shock(_loss_times(1000), at=5),
+    "loss NaN": Shock(_loss_times(math.nan)),
+    "loss inf": Shock(_loss_times(math.inf)),
+    "wrong labels": Shock(_labels),
+    "inputs x100": Shock(_inputs),
+    "inputs x100, five times": Shock(_inputs, times=5),
+    "gradient x1e6": Shock(gradients=_gradients_times(1e6)),
+    "gradient NaN": Shock(gradients=_gradients_times(math.nan)),
 }
-GRADIENTS = {"gradient x1e6": _times(1e6), "gradient NaN": _times(math.nan)}
 SWITCHES = ("switch", "switch, reset")
-SHOCKS = (*LOSSES, *GRADIENTS, *SWITCHES)
+SHOCKS = (*SPOILT, *SWITCHES)
 _UNDISTURBED, _FRESH = "none", "fresh"
 
 
@@ -89,25 +117,31 @@ def measure(cell: Cell) -> Row:
         if cell.optimizer in PEERS
         else emonavi.create(cell.optimizer, params, lr=cell.lr)
     )
-    at = int(0.4 * task.steps)
-    soon = at + max(50, task.steps // 10)
-    figures: Row = {"split": task.split, "soon": math.inf}
+    shock = SPOILT.get(cell.shock, Shock())
+    at = shock.first(task.steps)
+    looks = {_soon(shock, task.steps) for shock in SPOILT.values()}  # the undisturbed run is compared with all of them
+    soon: dict[str, float] = {}
     for step in range(at if cell.shock == _FRESH else 0, task.steps):
         if step == at and cell.shock in (*SWITCHES, _FRESH):
             problem = _switched(problem)
         if step == at and cell.shock == "switch, reset":
             optimizer.reset_emotion()
-        spoilt = step == at
+        spoilt = cell.shock in SPOILT and at <= step < at + shock.times
         optimizer.zero_grad()
-        (LOSSES[cell.shock] if spoilt and cell.shock in LOSSES else Problem.loss)(problem, step).backward()
-        if spoilt and cell.shock in GRADIENTS:
-            GRADIENTS[cell.shock](params)
+        (shock.loss if spoilt else Problem.loss)(problem, step).backward()
+        if spoilt and shock.gradients is not None:
+            shock.gradients(params)
         if cell.optimizer == "AdamW + clip":
             nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        if step + 1 == soon:
-            figures["soon"] = problem.val()
-    return figures | {"end": problem.val()}
+        if step + 1 in looks:
+            soon[str(step + 1)] = problem.val()
+    return {"split": task.split, "soon": soon, "end": problem.val()}
+
+
+def _soon(shock: Shock, steps: int) -> int:
+    """By when a run should have recovered: 50 steps or a tenth of the run after the last of it."""
+    return shock.first(steps) + shock.times - 1 + max(50, steps // 10)
 
 
 def _switched(problem: Problem) -> Problem:
@@ -133,13 +167,16 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
                 if (key[0], key[1], key[4]) == (name, lr, shock)
             ]
             if found:
-                yield f"{shock:14} {name} lr {lr:g}: {_recovery(found, shock in SWITCHES)}"
+                yield f"{shock:23} {name} lr {lr:g}: {_recovery(found, SPOILT.get(shock))}"
 
 
-def _recovery(found: Sequence[tuple[Row, Row]], switched: bool) -> str:
+def _recovery(found: Sequence[tuple[Row, Row]], shock: Shock | None) -> str:
     ends = sorted((_over(row["end"], base["end"]), row["task"]) for row, base in found)
-    soon = [_over(row["soon"], base["soon"]) for row, base in found]
-    near = f"{sum(ratio <= RECOVERED for ratio in soon)} / " if not switched else ""
+    near = ""
+    if shock is not None:  # a switch is compared at the end only
+        looks = [str(_soon(shock, TASKS[row["task"]].steps)) for row, _ in found]
+        soon = [_over(row["soon"][at], base["soon"][at]) for (row, base), at in zip(found, looks, strict=True)]
+        near = f"{sum(ratio <= RECOVERED for ratio in soon)} / "
     return f"{near}{sum(r <= RECOVERED for r, _ in ends)} of {len(found)}, worst {ends[-1][0]:.2f} ({ends[-1][1]})"
 
 

@@ -1,16 +1,23 @@
-"""How long a step takes, beside torch's own AdamW, in one run.
+"""How long a step takes, beside torch's own optimizers and others, in one run.
 
-Machines are noisy and so are their neighbours: the optimizers take turns, and what counts is the ratio of medians.
+Machines are noisy and so are their neighbours: the optimizers take turns, what counts is the ratio of medians, and the
+time is that of the processor, which does not run while somebody else has it. An optimizer step on a CPU is bound by
+memory: beside its time stands the share of the limit that it reaches, which is the time that the least bytes a rule has
+to move would take at the bandwidth measured in the same turns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +25,164 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
+from emonavi.bearer import Bearer
+from emonavi.bench import page
 from emonavi.bench.runner import hardware, versions
 
-__all__ = ["LISTS", "measure", "report"]
+__all__ = ["CONTENDERS", "LISTS", "Contender", "draw", "measure", "report"]
 
-LISTS: dict[str, list[tuple[int, ...]]] = {
-    "25 M in 75 tensors": [(577, 578)] * 75,
-    "400 tiny tensors": [(16, 4)] * 400,
-    "LoRA, 500 thin matrices": [(768, 4), (4, 768)] * 250,
+_GPT2_LAYER = [*[(768,)] * 4, (2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+LISTS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "one": ("64 M in one matrix", [(8192, 8192)]),
+    "gpt2": ("GPT-2 small, 148 tensors", [(50257, 768), (1024, 768), *_GPT2_LAYER * 12, (768,), (768,)]),
+    "tiny": ("400 tiny tensors", [(16, 4)] * 400),
+    "lora": ("LoRA, 500 thin matrices", [(768, 4), (4, 768)] * 250),
 }
-CONTENDERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "AdamW foreach": lambda params: torch.optim.AdamW(params, foreach=True),
-    "AdamW loop": lambda params: torch.optim.AdamW(params, foreach=False),
-    "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True),
-    "EmoNavi": lambda params: emonavi.EmoNavi(params, capture=False),
-    "EmoFact": lambda params: emonavi.EmoFact(params, capture=False),
-    "EmoLynx": lambda params: emonavi.EmoLynx(params, capture=False),
+LARGE = 1 << 24  # parameters: what fits a cache has no limit by memory
+BANDWIDTH = "memory"  # the turn that measures it
+
+Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer and how it is told to sweep. Those of one ``optimizer`` take turns on the same state."""
+
+    name: str
+    optimizer: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    clips: bool = False
+    least: float = 0.0  # bytes of a float32 parameter in a large matrix that must be moved; 0: not known
+
+
+def _ours(sibling: str) -> Build:
+    return lambda params: emonavi.create(sibling, params, capture=False)
+
+
+def _peer(name: str) -> Build:
+    return lambda params: getattr(__import__("pytorch_optimizer"), name)(params)
+
+
+OPTIMIZERS: dict[str, Build] = {
+    **{name: _ours(name) for name in ("EmoNavi", "EmoLynx", "EmoFact")},
+    "AdamW": torch.optim.AdamW,
+    "Emotional(AdamW)": lambda params: emonavi.Emotional(torch.optim.AdamW(params), capture=False),
+    "Adafactor": torch.optim.Adafactor,
+    **{f"{name} (pytorch_optimizer)": _peer(name) for name in ("EmoNavi", "Lion") if find_spec("pytorch_optimizer")},
 }
+_WAYS = {
+    "fused": {"fused": True, "foreach": False},
+    "foreach": {"fused": False, "foreach": True},
+    "single": {"fused": False, "foreach": False},
+}
+# With the guard or with clipping the gradient is read once more.
+CONTENDERS = [
+    *(
+        Contender(f"AdamW {way}{' + clip' if clips else ''}", "AdamW", flags, clips, 40.0 if clips else 28.0)
+        for clips in (False, True)
+        for way, flags in _WAYS.items()
+    ),
+    *(
+        Contender(f"{name} {way}", name, flags, least=least)
+        for name, least in {"EmoNavi": 32.0, "EmoLynx": 24.0, "EmoFact": 16.0}.items()
+        for way, flags in _WAYS.items()
+    ),
+    *(Contender(f"Emotional(AdamW {way})", "Emotional(AdamW)", _WAYS[way]) for way in ("fused", "foreach")),
+    *(Contender(name, name) for name in OPTIMIZERS if name.startswith("Adafactor") or "pytorch_optimizer" in name),
+]
 
 
-def measure(shapes: list[tuple[int, ...]], rounds: int = 15, warm_up: int = 3) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step for each contender, and bytes of state per parameter.
+def measure(shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2) -> dict[str, dict[str, Any]]:
+    """Figures of each contender on parameters of the given shapes, which all of them move in turn, with one thread.
 
-    Each contender has its own parameters of the given shapes, and one thread.
+    Returns:
+        For each contender ``ms`` (median), ``ratio`` to AdamW fused, ``state_bytes`` for each parameter; ``extra`` (the
+        largest memory that a step takes beside, over the bytes of the parameters; None where the system does not
+        tell) and ``share`` of the limit for large lists; under :data:`BANDWIDTH` the ``gb_per_s``.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    steps: dict[str, Callable[[], Any]] = {}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name, build in CONTENDERS.items():
-        torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-        for p in params:
-            p.grad = torch.randn_like(p) * 1e-2
-        optimizers[name] = build(params)
-        hears = {"loss": 1.0} if isinstance(optimizers[name], emonavi.EmoOptimizer) else {}
-        steps[name] = partial(optimizers[name].step, **hears)
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-2
+    optimizers = {name: build(params) for name, build in OPTIMIZERS.items()}
+    steps = {c.name: _step(c, optimizers[c.optimizer], params) for c in CONTENDERS}
+    count = sum(p.numel() for p in params)
+    buffer = torch.zeros(max(count, LARGE))
+    steps[BANDWIDTH] = lambda: buffer.add_(1.0)
     times: dict[str, list[float]] = {name: [] for name in steps}
+    extra: dict[str, int | None] = {}
     for turn in range(warm_up + rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            if turn == warm_up - 1:
+                extra[name] = _extra_memory(step)
+                continue
+            start = time.process_time()
             step()
             if turn >= warm_up:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(time.process_time() - start)
     torch.set_num_threads(threads)
-    return {n: {"ms": statistics.median(times[n]), "state_bytes": _state_bytes(optimizers[n])} for n in steps}
+    seconds = {name: statistics.median(some) for name, some in times.items()}
+    speed = 8 * len(buffer) / seconds[BANDWIDTH]
+    figures: dict[str, dict[str, Any]] = {BANDWIDTH: {"gb_per_s": speed / 1e9}}
+    for c in CONTENDERS:
+        found = figures[c.name] = {
+            "ms": 1e3 * seconds[c.name],
+            "ratio": seconds[c.name] / seconds["AdamW fused"],
+            "state_bytes": _state_bytes(optimizers[c.optimizer]),
+        }
+        peak = extra[c.name]
+        if peak is not None and count >= LARGE:
+            found["extra"] = peak / (4 * count)
+        if c.least and count >= LARGE:
+            found["share"] = c.least * count / speed / seconds[c.name]
+    return figures
+
+
+def _step(contender: Contender, optimizer: Any, params: list[nn.Parameter]) -> Callable[[], Any]:
+    """One step as its users make it."""
+    ours = isinstance(optimizer, Bearer)
+    theirs = type(optimizer).__name__ == "EmoNavi" and not ours
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            group.update(contender.flags)
+        if contender.clips:
+            torch.nn.utils.clip_grad_norm_(params, 1e9)  # it reads the gradients and scales them by 1
+        if ours:
+            optimizer.step(loss=1.0)
+        elif theirs:
+            optimizer.step(lambda: 1.0)
+        else:
+            optimizer.step()
+
+    return step
+
+
+def _extra_memory(step: Callable[[], Any]) -> int | None:
+    """Bytes by which a step lifts the peak of the process's memory; None where the system does not tell (Linux does).
+
+    Resident memory sees every allocator, torch's and that of C; tracemalloc and torch's profiler see one each.
+    """
+    try:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be there to be taken again
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _memory("VmRSS")
+        step()
+        return max(0, _memory("VmHWM") - before)
+    except (OSError, TypeError):
+        step()
+        return None
+
+
+def _memory(name: str) -> int:
+    """A line of this process's status, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return 1024 * int(found[1])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
@@ -72,21 +192,46 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return held / count
 
 
-def report(out: Path | None = None, rounds: int = 15) -> list[str]:
-    """Measure all lists; returns the lines of a table and writes the figures as JSON where ``out`` says."""
-    figures: dict[str, Any] = {
-        "hardware": hardware(),
-        "versions": versions(),
-        "load": os.getloadavg()[0],
-        "rounds": rounds,
-        "lists": {},
-    }
-    lines = [f"{hardware()}, torch {torch.__version__}, 1 thread, load {figures['load']:.1f}"]
-    for name, shapes in LISTS.items():
-        result = figures["lists"][name] = measure(shapes, rounds)
-        base = result["AdamW foreach"]["ms"]
-        lines += ["", f"{name:26} {'ms':>8} {'ratio':>7} {'state bytes/param':>18}"]
-        lines += [f"  {n:24} {r['ms']:8.2f} {r['ms'] / base:7.2f} {r['state_bytes']:18.3f}" for n, r in result.items()]
+def report(models: Sequence[str] = tuple(LISTS), out: Path | None = None, rounds: int = 15) -> list[str]:
+    """Measure lists; returns the lines of a table, and writes figures as JSON and a picture where ``out`` says."""
+    unknown = [name for name in models if name not in LISTS]
+    if unknown:
+        raise ValueError(f"no list of shapes {', '.join(unknown)}: choose from {', '.join(LISTS)}")
+    figures: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "threads": 1, "rounds": rounds}
+    figures |= {"load": {}, "lists": {}}
+    lines = [f"{hardware()}, torch {torch.__version__}, 1 thread, processor time, medians of {rounds}"]
+    for model in models:
+        what, shapes = LISTS[model]
+        result = figures["lists"][model] = measure(shapes, rounds)
+        load = figures["load"][model] = os.getloadavg()[0]
+        lines += ["", f"{what}; memory {result[BANDWIDTH]['gb_per_s']:.1f} GB/s, load {load:.1f}"]
+        lines += [f"  {'':28} {'ms':>9} {'ratio':>7} {'of limit':>9} {'extra':>7} {'state bytes':>12}"]
+        lines += [_line(name, r) for name, r in result.items() if name != BANDWIDTH]
     if out is not None:
         out.write_text(json.dumps(figures, indent=1) + "\n")
+        draw(figures, out.with_suffix(".png"))
     return lines
+
+
+def _line(name: str, figures: dict[str, Any]) -> str:
+    share = f"{figures['share']:9.0%}" if "share" in figures else f"{'':9}"
+    extra = f"{figures['extra']:7.1%}" if "extra" in figures else f"{'':7}"
+    return f"  {name:28} {figures['ms']:9.2f} {figures['ratio']:7.2f} {share} {extra} {figures['state_bytes']:12.3f}"
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """A picture of the ratios to AdamW fused: a panel for each list, a bar for each contender."""
+    from matplotlib.figure import Figure
+
+    lists = figures["lists"]
+    picture = Figure(figsize=(4.2 * len(lists), 5.0), layout="constrained")
+    for axes, (model, result) in zip(picture.subplots(1, len(lists), squeeze=False)[0], lists.items(), strict=True):
+        names = [name for name in result if name != BANDWIDTH][::-1]
+        colours = [page.PALETTE[0] if n.startswith("Emo") and "(" not in n else page.GREY for n in names]
+        axes.barh(names, [result[name]["ratio"] for name in names], color=colours)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_title(LISTS[model][0])
+        axes.set_xlabel("time of a step over AdamW fused")
+        axes.label_outer()
+    picture.savefig(path, dpi=100)

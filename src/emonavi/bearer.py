@@ -1,0 +1,233 @@
+"""Bearer: what every optimizer with an emotion is to its user, whoever moves the tensors.
+
+The emotion's vector and what can be read from it, what can be told, the shadow in the place of the weights, the writer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emonavi import checks
+from emonavi.active import bounded, per_tensor
+from emonavi.capture import listen
+from emonavi.distributed import Ranks, is_piece, local
+from emonavi.intake import Intake, Missing
+from emonavi.machine import Machine, Weights
+from emonavi.monitor import Recorder, Snapshot
+from emonavi.sweep import all_norms, to_home
+
+__all__ = ["Bearer"]
+
+
+class Bearer(torch.optim.Optimizer):
+    """Base of the siblings and of the wrapper: all of an optimizer with an emotion but its step."""
+
+    def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
+        """Set what is not part of a checkpoint."""
+        self._begun = False
+        self._emotion = machine
+        self._capture = capture
+        self._missing = Missing(on_missing_loss)
+        self._process_group = process_group
+        self._ranks = Ranks()
+        self._is_calm = False
+        self._is_loaded = False
+        self._recorder: Recorder | None = None
+        me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
+
+        def params() -> Iterator[Tensor]:
+            alive = me()
+            return (p for g in alive.param_groups for p in g["params"]) if alive is not None else iter(())
+
+        self._intake = Intake(params)
+        if capture:
+            listen(self._intake)
+
+    def _settings(self) -> tuple[Machine, bool, str, Any]:
+        """What a copy is set up with."""
+        group = None if self._process_group is None else "auto"  # a process group cannot be copied
+        return self._emotion, self._capture, self._missing.action, group
+
+    # What can be read -------------------------------------------------------------------------------------------
+
+    @property
+    def emotion(self) -> Snapshot:
+        """A snapshot of what the optimizer feels, as plain numbers. Reading it waits for the device."""
+        return Snapshot.of(self._emotion, self._vector())
+
+    @property
+    def should_stop(self) -> bool:
+        """True while there is next to nothing left to learn; it can turn False again. Waits for the device."""
+        vector = self._vector()
+        return bool(self._emotion.should_stop(self._emotion.unpack(vector, plain=True)))
+
+    @property
+    def effective_lr(self) -> list[float]:
+        """Lr times drive for each group, within ``min_lr`` and ``max_lr``. Waits for the device."""
+        return self._effective_lr(self._vector()).tolist()
+
+    def _effective_lr(self, vector: Tensor) -> Tensor:
+        drive = vector[self._emotion.index("log_drive")].exp() if self._begun else vector.new_ones(())
+        one_each = [1] * len(self.param_groups)
+        lr, low, wall = (
+            per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
+        )
+        return bounded(lr, drive, low, wall)
+
+    # What can be told -------------------------------------------------------------------------------------------
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
+        self._intake.observe(loss)
+
+    def reset_emotion(self) -> None:
+        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
+        self._refuse_inside_calm("reset_emotion()")
+        self._vector().copy_(self._fresh())
+        self._begun = False
+        self._intake.clear()
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["lr_peak"] = 0.0
+                for p in group["params"]:
+                    state = self.state.get(p, {})
+                    for name, value in (("drive", 1.0), ("trust", 0.0), ("shadow", p)):
+                        if name in state:
+                            state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
+
+    @contextmanager
+    def calm(self) -> Iterator[None]:
+        """Put the shadow in the place of the weights, for evaluation; the weights return at the end, whatever happens.
+
+        While it lasts, a copy of the weights is held. BatchNorm's statistics are not averaged: where a model has
+        them, ``torch.optim.swa_utils.update_bn`` sets them from data.
+
+        Raises:
+            RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
+                called inside it.
+
+        Example:
+            >>> import torch, emonavi
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> with optimizer.calm():
+            ...     evaluated = model(torch.ones(1, 2))
+        """
+        self._refuse_inside_calm("calm()")
+        pairs = [
+            (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
+        ]
+        if not pairs:
+            raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
+        shown, shadows = ([local(t.detach()) for t in some] for some in zip(*pairs, strict=True))
+        held = [p.clone() for p in shown]
+        self._is_calm = True
+        try:
+            torch._foreach_copy_(shown, shadows)
+            yield
+        finally:
+            torch._foreach_copy_(shown, held)
+            self._is_calm = False
+
+    def _refuse_inside_calm(self, what: str) -> None:
+        if self._is_calm:
+            raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
+
+    @property
+    def writer(self) -> Any:
+        """Where the emotion is written to; not part of a checkpoint. A string is a TensorBoard log directory."""
+        return None if self._recorder is None else self._recorder.writer
+
+    @writer.setter
+    def writer(self, writer: Any) -> None:
+        given = None if writer is None else checks.writer(writer)  # None for "None", too
+        recorder = None if given is None else Recorder(given, self._emotion)
+        old, self._recorder = self._recorder, recorder  # the new one is known to work: until then the old one goes on
+        if old is not None:
+            old.close()  # last: a writer that fails once more must not stay for that
+
+    def flush(self) -> None:
+        """Write what is waiting to be written."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    # What a step begins with ------------------------------------------------------------------------------------
+
+    def _found(self) -> list[tuple[Tensor, int]]:
+        """Parameters that have a gradient, with the place of their group."""
+        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
+        # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
+        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
+        for p, _ in found:
+            checks.gradient(p)
+        return found
+
+    def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
+        """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
+        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
+        return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
+
+    def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
+        """The loss as the emotion takes it: a number to be made small."""
+        value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
+        return -value if self.param_groups[0]["maximize"] else value
+
+    # The state vector -------------------------------------------------------------------------------------------
+
+    def _note_begun(self) -> None:
+        """Whether a real step was made, read from the state."""
+        state = self._emotion.unpack(self._vector())
+        self._begun = bool(state.steps + state.skipped_steps > 0)
+
+    def _fresh(self) -> Tensor:
+        """The state vector before anything was felt."""
+        device = self._home()
+        vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
+        # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
+        rates = [torch.as_tensor(g[k]).to(vector) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
+        vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
+        return vector
+
+    def _home(self) -> torch.device:
+        """The device of the first parameter; the CPU where it has no memory yet."""
+        device: torch.device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def _vector(self) -> Tensor:
+        """The emotion's state, where the first parameter is: a model may move after construction."""
+        vector: Tensor = self.param_groups[0]["emotion"]
+        if vector.device != self._home():
+            vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
+        return vector
+
+    def _peers(self) -> Ranks:
+        """Who is asked in a step; found out once, since a process group may have to be made."""
+        if self._ranks == Ranks():
+            self._ranks = Ranks.of((p for g in self.param_groups for p in g["params"]), self._process_group)
+        return self._ranks
+
+    def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
+        """What all weights that train are like."""
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
+        weights = [p for p in weights if p.numel() or is_piece(p)]
+        trained = [p for p in weights if p.requires_grad] or weights
+        here = [local(p) for p in trained]
+        norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])
+        squares, counts = ranks.whole(torch.stack([norms * norms, sizes]), trained)
+        norms = squares.sqrt()
+        return Weights(
+            rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
+            blank=((norms == 0) * counts).sum() / counts.sum(),
+        )
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,72 @@
+r"""Reflection for a rule that nobody knows: from where a sample of the parameters went.
+
+Of each tensor at most 2,048 coordinates are looked at, in blocks of a cache line that are spread over it. With a
+gradient :math:`g` and the step that the optimizer took last, u = (param before - param after) / effective lr::
+
+    metric   = sqrt(grad_sq / step_sq)           coordinates that never had both take no part
+    <g, u>, <g, g / metric>, <u, u metric>       the sums of reflection, scaled up to the whole tensor
+    grad_sq += 0.01 (g^2 - grad_sq)
+    step_sq += 0.01 (u^2 - step_sq)
+
+The metric is what the optimizer divides gradients by, read from what it did: Adam's denominator up to a factor (its
+steps are all about as long, so that step_sq says nothing), 1 for SGD, and something between for others. A factor on the
+metric does not change a cosine, and neither do the two memories' starts at 0, which cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emonavi.sweep import wide
+
+__all__ = ["MEMORIES", "SAMPLE", "reflect", "sample", "samples"]
+
+SAMPLE = 2048  # coordinates of a tensor, at most
+BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
+MEMORIES = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor
+RATE = 0.01
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Elements of a tensor, spread over it: 1-D, at most :data:`SAMPLE`; all of a small one. A view where it can be.
+
+    Example:
+        >>> sample(torch.ones(6, 4)).shape, sample(torch.ones(1024, 1024)).shape
+        (torch.Size([24]), torch.Size([2048]))
+    """
+    flat = tensor.detach().flatten()
+    if flat.numel() <= SAMPLE:
+        return flat
+    blocks = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
+    # An odd stride does not run down one column of a matrix whose width is a power of two.
+    stride = -(-len(blocks) * BLOCK // SAMPLE) | 1
+    return blocks[::stride].reshape(-1)
+
+
+def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
+    """The samples of all tensors, one after the other: a copy, on the emotion's device, in float32 or wider."""
+    return wide(torch.cat([sample(t).to(home.device) for t in tensors]))
+
+
+def reflect(memories: Tensor, grad: Tensor, step: Tensor) -> Tensor:
+    """Compare a gradient with the step before, and remember the step that was taken on it.
+
+    Args:
+        memories: u, grad_sq and step_sq of n coordinates, shape (3, n); updated in place.
+        grad: the gradient that the step was taken on, of shape (n,).
+        step: that step, (before - after) / effective lr, of shape (n,).
+
+    Returns:
+        The terms of <g, u>, <g, g> and <u, u> in the metric, shape (3, n).
+    """
+    last, grad_sq, step_sq = memories.unbind()
+    known = (grad_sq > 0) & (step_sq > 0)
+    metric = torch.where(known, grad_sq / step_sq, 1.0).sqrt_()
+    terms = torch.stack([grad * last, grad * grad / metric, last * last * metric])
+    grad_sq.lerp_(grad * grad, RATE)
+    step_sq.lerp_(step * step, RATE)
+    last.copy_(step)
+    return torch.where(known, terms, 0.0)

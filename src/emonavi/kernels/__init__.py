@@ -1,0 +1,98 @@
+"""Kernels: a rule's whole sweep over a bucket in one call. Each is loaded when it is first wanted.
+
+A kernel has the rule's name and does what the rule does, tensor by tensor; the rule stays the truth that it must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from emonavi.lowbit import narrow
+
+if TYPE_CHECKING:
+    from emonavi.kernels.cpu import Numbers
+
+__all__ = ["Kernel", "choose", "numbers", "squares", "wanted"]
+
+# (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
+# of its tensors, or None where the scalars do not ask for them.
+Kernel: TypeAlias = Callable[
+    [Mapping[str, list[Tensor]], dict[str, Any], Any, Any], "tuple[Tensor, Tensor, Tensor] | None"
+]
+
+
+def choose(
+    rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], group: Mapping[str, Any], predicated: bool
+) -> Kernel | None:
+    """What sweeps a bucket: a kernel, or None for the rule itself, by foreach or tensor by tensor.
+
+    ======  =======  ==========================  ==========================================
+    fused   foreach  is there a kernel for it?   swept by
+    ======  =======  ==========================  ==========================================
+    None    None     yes                         the kernel
+    None    None     no                          foreach
+    None    True     (not asked)                 foreach
+    None    False    (not asked)                 tensor by tensor
+    False   any      (not asked)                 foreach, or tensor by tensor for ``False``
+    True    any      yes                         the kernel
+    True    any      no                          nothing: raises
+    ======  =======  ==========================  ==========================================
+
+    Args:
+        rule: the functional form.
+        lists: the bucket's parallel lists, "param" first; those that are left out are not looked at.
+        group: options of its group.
+        predicated: no value may be branched on.
+
+    Raises:
+        RuntimeError: the group says ``fused=True``, and there is no kernel for this bucket.
+    """
+    if not wanted(group):
+        return None
+    kernel = _kernel(rule, lists, predicated)
+    if group["stochastic_rounding"] and narrow(lists):
+        kernel = "the kernels round 16-bit parameters to the nearest, which stochastic_rounding=True forbids"
+    if not isinstance(kernel, str):
+        return kernel
+    if group["fused"]:
+        raise RuntimeError(f"fused=True: {kernel}; leave fused at None, and foreach is used where there is no kernel")
+    return None
+
+
+def wanted(group: Mapping[str, Any]) -> bool:
+    """Whether a group's flags leave room for kernels, or ask for them."""
+    return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None)
+
+
+def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
+    """The kernel for a bucket, or why there is none."""
+    device = lists["param"][0].device.type
+    if device == "cpu":
+        from emonavi.kernels import cpu
+
+        return cpu.kernel(rule, lists, predicated)
+    return f"there are no kernels for {device}"
+
+
+# Around the sweep a kernel spares one call of torch, or several, for each tensor.
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
+    if not tensors[0].is_cpu:
+        return None
+    from emonavi.kernels import cpu
+
+    return cpu.squares(tensors)
+
+
+def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
+    """0-d tensors as one thing to read and to write; None where there is no kernel for it."""
+    if not tensors or not tensors[0].is_cpu:
+        return None
+    from emonavi.kernels import cpu
+
+    return cpu.Numbers.of(tensors)

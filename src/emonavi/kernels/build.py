@@ -1,0 +1,101 @@
+"""The C kernels as a shared library: compiled when first wanted, once for each compiler, processor and version.
+
+The library lies in a cache of the user's own (``$XDG_CACHE_HOME/emonavi``, else ``~/.cache/emonavi``). Many processes
+may want it at once: each that finds none compiles its own file and moves it to the common name in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["library"]
+
+SOURCES = [Path(__file__).with_name(name) for name in ("sweep.c", "rules.h")]
+# NaN, infinity and the order of sums stay as the source has them: no -ffast-math. None of these
+# flags changes a value: nobody reads errno, no floating-point exception is trapped, and simd is only what is marked.
+FLAGS = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-pthread", "-shared", "-fPIC"]
+TIMEOUT = 120  # seconds; it takes about one
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    if os.name != "posix":
+        return f"the C kernels are not made for {platform.system()}"
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    found = shutil.which(compiler[0])
+    if found is None:
+        return f"there is no C compiler {compiler[0]!r}: install one (as gcc or clang), or name it in CC"
+    command = [found, *FLAGS, *compiler[1:]]
+    try:
+        return _cached(command)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"the C kernels could not be made: {error}"
+
+
+def _cached(command: list[str]) -> ctypes.CDLL:
+    """Load the library from the cache, or else make it, in a folder that is gone afterwards where there is no cache."""
+    processor = _processor()
+    native = ["-march=native"] if processor else []  # not where it could meet another processor
+    compiler = os.stat(command[0])
+    key = [*command, *native, compiler.st_size, compiler.st_mtime_ns, platform.machine(), processor]
+    digest = hashlib.sha256(repr(key).encode() + b"".join(s.read_bytes() for s in SOURCES)).hexdigest()[:16]
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emonavi"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"sweep-{digest}.so"
+        if path.exists() and _is_ours(folder) and _is_ours(path):
+            with contextlib.suppress(OSError):  # no library: cut short, or made on another system
+                return ctypes.CDLL(str(path))
+        _compile(command, native, path)
+        if _is_ours(folder):
+            return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError):  # no home, no space, read-only, a file that is no library
+        pass
+    with tempfile.TemporaryDirectory() as private:
+        path = Path(private) / "sweep.so"
+        _compile(command, native, path)
+        return ctypes.CDLL(str(path))
+
+
+def _compile(command: list[str], native: list[str], path: Path) -> None:
+    """Compile to another name beside ``path``, and take that name in one step."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as private:
+        made = Path(private) / path.name
+        for extra in (native, []):
+            built = subprocess.run(
+                [*command, *extra, "-o", str(made), str(SOURCES[0]), "-lm"],
+                capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+            if built.returncode == 0:
+                os.replace(made, path)
+                return
+    raise RuntimeError(f"{shlex.join(command)}: {built.stderr.strip()}")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have written it: code is loaded from there."""
+    status = path.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _processor() -> str:
+    """What tells processors apart that run different instructions; empty where it is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return ""
+    told = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(line for line in lines if line.partition("\t")[0].partition(":")[0].strip() in told)

@@ -1,0 +1,249 @@
+/* The sweeps of the rules over a whole bucket, for the CPU: plain C, compiled once on first use (build.py).
+
+   A bucket is cut into pieces. What a piece adds to the sums of its tensor is kept apart and added in the order of the
+   pieces, so that the result is the same, bit by bit, whatever the number of threads. */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    PIECE = 1 << 16, /* elements: enough to be worth a thread's while, few enough to share out evenly */
+    BAND = 128,      /* rows of a matrix that are a piece: sums of columns are kept for each, under a hundredth of it */
+    WAVE = 1 << 22,  /* elements, for each thread, of the matrices that are swept together: they stay in the L3 cache */
+    BLOCK = 1 << 10, /* elements whose sums are taken in the dtype of the state, before they are added in double */
+    LANES = 16,      /* sums that run side by side: spelled out, since no compiler may reorder additions by itself */
+    SUMS = 3,
+    MOST_THREADS = 256
+};
+
+/* What a sweep is told, as cpu.py has it; a rule leaves alone what it does not know. */
+typedef struct {
+    int64_t count;                                             /* of tensors */
+    int64_t threads;                                           /* at most */
+    const int64_t *size;                                       /* elements of each */
+    const int64_t *rows, *samples, *stride;                    /* of each matrix; samples[i] lie stride[i] apart */
+    void *const *tensors;                                      /* parameters, gradients, then each state in turn */
+    const double *step_size, *decay, *root, *last_root, *bias; /* of each; decay: NULL for none */
+    double grad_scale, beta1, beta2, eps, floor, grad_trust, square_trust, sample_rate;
+    int64_t reflect;
+    double *sums;         /* SUMS for each tensor */
+    void *scratch;        /* set here: sums of columns, */
+    const int64_t *place; /* and where those of a matrix begin */
+} bucket;
+
+/* Sweeps what one piece is, from `start` on: n elements, or rows. */
+typedef void piece_body(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums);
+
+typedef struct {
+    const bucket *b;
+    piece_body *body;
+    const int64_t *extent; /* of each tensor, in elements or in rows; NULL: 1 */
+    int64_t step;          /* of a piece */
+    int64_t low, high;     /* tensors */
+    int64_t *first;        /* piece of each of them, and the number of pieces */
+    double *partial;       /* SUMS for each piece */
+    int64_t next;          /* piece to be taken */
+} job;
+
+static int64_t extent(const job *j, int64_t tensor)
+{
+    return j->extent ? j->extent[tensor] : 1;
+}
+
+/* Which tensor a piece belongs to, counted from the first. */
+static int64_t owner(const job *j, int64_t piece)
+{
+    int64_t low = 0, high = j->high - j->low;
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (j->first[middle] <= piece)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void *work(void *argument)
+{
+    job *j = argument;
+    for (;;) {
+        int64_t piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (piece >= j->first[j->high - j->low])
+            return NULL;
+        int64_t tensor = owner(j, piece);
+        int64_t start = (piece - j->first[tensor]) * j->step;
+        int64_t left = extent(j, j->low + tensor) - start;
+        j->body(j->b, j->low + tensor, start, left < j->step ? left : j->step, j->partial + SUMS * piece);
+    }
+}
+
+/* Threads are made for each sweep: they cost some ten microseconds each, a sweep that shares out takes milliseconds, and
+   there is no pool to survive a fork or to fight with torch's own. One that cannot be made is one fewer. */
+static void work_in_threads(job *j)
+{
+    pthread_t threads[MOST_THREADS];
+    int64_t wanted = 0, made = 0;
+    for (int64_t i = j->low; i < j->high; i++)
+        wanted += j->b->size[i];
+    wanted /= PIECE; /* a thread for less costs more than it saves */
+    wanted = wanted < MOST_THREADS ? wanted : MOST_THREADS;
+    wanted = wanted < j->b->threads ? wanted : j->b->threads;
+    while (made < wanted - 1 && pthread_create(&threads[made], NULL, work, j) == 0)
+        made++;
+    work(j);
+    while (made > 0)
+        pthread_join(threads[--made], NULL);
+}
+
+/* Sweep the tensors from `low` to `high` in pieces, and add up what the pieces of each give. Returns 0, or 1 where there
+   is no memory; nothing was touched then. */
+static int sweep(const bucket *b, piece_body *body, const int64_t *extents, int64_t step, int64_t low, int64_t high)
+{
+    job j = {b, body, extents, step, low, high, malloc((size_t)(high - low + 1) * sizeof(int64_t)), NULL, 0};
+    if (j.first == NULL)
+        return 1;
+    j.first[0] = 0;
+    for (int64_t i = low; i < high; i++)
+        j.first[i - low + 1] = j.first[i - low] + (extent(&j, i) + step - 1) / step;
+    j.partial = calloc((size_t)(SUMS * j.first[high - low] + 1), sizeof *j.partial);
+    if (j.partial == NULL) {
+        free(j.first);
+        return 1;
+    }
+    work_in_threads(&j);
+    for (int64_t i = low; i < high; i++)
+        for (int64_t piece = j.first[i - low]; piece < j.first[i - low + 1]; piece++)
+            for (int k = 0; k < SUMS; k++)
+                b->sums[SUMS * i + k] += j.partial[SUMS * piece + k];
+    free(j.partial);
+    free(j.first);
+    return 0;
+}
+
+static int sweep_elements(const bucket *b, piece_body *body)
+{
+    return sweep(b, body, b->size, PIECE, 0, b->count);
+}
+
+/* Sweep matrices, wave by wave, in three goes: `gather` and `move` by bands, and `meet` by matrices between them. */
+static int sweep_matrices(const bucket *b, size_t width, piece_body *gather, piece_body *meet, piece_body *move)
+{
+    int64_t *place = malloc((size_t)b->count * sizeof *place);
+    if (place == NULL)
+        return 1;
+    int failed = 0;
+    for (int64_t low = 0, high = 0; low < b->count && !failed; low = high) {
+        int64_t elements = 0, held = 0;
+        for (; high < b->count && (high == low || elements + b->size[high] <= WAVE * b->threads); high++) {
+            place[high] = held;
+            held += b->size[high] / b->rows[high] * ((b->rows[high] + BAND - 1) / BAND);
+            elements += b->size[high];
+        }
+        bucket wave = *b;
+        wave.place = place;
+        wave.scratch = malloc((size_t)held * width);
+        failed = wave.scratch == NULL || sweep(&wave, gather, b->rows, BAND, low, high) ||
+                 sweep(&wave, meet, NULL, 1, low, high) || sweep(&wave, move, b->rows, BAND, low, high);
+        free(wave.scratch);
+    }
+    free(place);
+    return failed;
+}
+
+static inline float from_bfloat16(uint16_t bits)
+{
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+static inline uint16_t to_bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* 1 / x to the last bit or two, for x from 1e-37 to 1e37: a guess from the exponent, within an eighth, and three rounds
+   of Newton's. Dividing is what the Adam rule waits for; the sums of reflection do with less. */
+static inline float reciprocal(float x)
+{
+    uint32_t bits;
+    float y;
+    memcpy(&bits, &x, sizeof bits);
+    bits = 0x7ef311c7 - bits;
+    memcpy(&y, &bits, sizeof y);
+    y *= 2 - x * y;
+    y *= 2 - x * y;
+    return y * (2 - x * y);
+}
+
+/* torch's lerp is one rounding where the processor has it, and two elsewhere. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+#define SIGN(x) ((x) > 0 ? 1 : (x) < 0 ? -1 : (x)) /* of NaN it is NaN */
+#define SAME(x) (x)
+
+#define NAME(rule) rule##_float32
+#define STORED float
+#define WIDE float
+#define GET SAME
+#define PUT SAME
+#define ROOT sqrtf
+#define ABS fabsf
+#define RECIPROCAL reciprocal
+#include "rules.h"
+
+#define NAME(rule) rule##_float64
+#define STORED double
+#define WIDE double
+#define GET SAME
+#define PUT SAME
+#define ROOT sqrt
+#define ABS fabs
+#define RECIPROCAL(x) (1 / (x))
+#include "rules.h"
+
+#define NAME(rule) rule##_bfloat16
+#define STORED uint16_t
+#define WIDE float
+#define GET from_bfloat16
+#define PUT to_bfloat16
+#define ROOT sqrtf
+#define ABS fabsf
+#define RECIPROCAL reciprocal
+#include "rules.h"
+
+#ifdef __FLT16_MAX__
+#define NAME(rule) rule##_float16
+#define STORED _Float16
+#define WIDE float
+#define GET (float)
+#define PUT (_Float16)
+#define ROOT sqrtf
+#define ABS fabsf
+#define RECIPROCAL reciprocal
+#include "rules.h"
+#endif
+
+/* What each tensor keeps for itself, one number each: read into a vector, and written back. */
+void read_numbers(int64_t count, float *const *numbers, double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        values[i] = (double)*numbers[i];
+}
+
+void write_numbers(int64_t count, float *const *numbers, const double *values)
+{
+    for (int64_t i = 0; i < count; i++)
+        *numbers[i] = (float)values[i];
+}

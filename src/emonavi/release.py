@@ -1,0 +1,206 @@
+"""Gradient release: each tensor is moved inside backward, as soon as its gradient is there, and the gradient is freed.
+
+So there is never more than a few gradients at a time. A step that begins before backward has ended cannot know the loss
+or the norm of all gradients. It goes by what was felt up to the step before::
+
+    backward    for each tensor: move by the mood of the step before, note the sums and the norm, free the gradient
+    step()      feel the loss, judge the norm of all, reflect, as ever; a panic restores the shadow here
+
+What differs from the normal step: the loss of step t acts from step t + 1 on, as reflection does anyway; a gradient
+that is not finite keeps its own tensor where it is, but not those that moved before it; and no outlier is scaled down
+(``max_norm``), for what is one shows only when all have moved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from emonavi import checks
+from emonavi.active import Active
+from emonavi.distributed import Ranks
+from emonavi.emotion import Emotion
+from emonavi.intake import Loss, listening
+from emonavi.machine import Mood, Options, Sums
+from emonavi.scalars import Number
+from emonavi.sweep import Bucket, all_norms
+
+if TYPE_CHECKING:
+    from emonavi.optimizer import EmoOptimizer
+
+__all__ = ["Release", "gradient_release"]
+
+
+class _Begun(NamedTuple):
+    """What the tensors of one backward move by."""
+
+    vector: Tensor
+    state: Any
+    options: Options
+    mood: Mood
+    predicated: bool
+
+
+class _Moved(NamedTuple):
+    """What is left of a tensor that was moved."""
+
+    group: int
+    norm: Tensor
+    acts: Number
+    sums: Sums
+
+
+class Release:
+    """Hooks that move an optimizer's tensors during backward; made by :func:`gradient_release`."""
+
+    def __init__(self, optimizer: EmoOptimizer) -> None:
+        self._optimizer = optimizer
+        self._begun: _Begun | None = None
+        self._moved: dict[Tensor, _Moved] = {}
+        self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"] if p.requires_grad}
+        self._handles = [p.register_post_accumulate_grad_hook(self._move) for p in self._groups]
+        optimizer._release = self
+
+    @property
+    def pending(self) -> bool:
+        """Whether tensors have moved that no ``step()`` has counted."""
+        return self._begun is not None
+
+    def remove(self) -> None:
+        """Back to normal steps.
+
+        Raises:
+            RuntimeError: a backward has moved tensors, and no ``step()`` has followed.
+        """
+        self.refuse("remove()")
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer._release = None
+
+    def refuse(self, what: str) -> None:
+        """Raise where a step has begun and not ended."""
+        if self.pending:
+            raise RuntimeError(f"{what} between backward and step(), with gradients released: call step() first")
+
+    def _begin(self) -> _Begun | None:
+        """The mood of the step before, which this one goes by; None where every lr is 0."""
+        optimizer, vector = self._optimizer, self._optimizer._vector()
+        everything = list(self._groups.items())
+        if not optimizer._moves(everything):
+            return None
+        checks.memory([p for p, _ in everything])
+        for p, _ in everything:
+            optimizer._make_state(p)
+        active = self._active(everything, [p.detach() for p, _ in everything])
+        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fades)
+        predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
+        emotion: Any = optimizer._emotion
+        state = emotion.unpack(vector, plain=not predicated)
+        if not optimizer._begun:
+            state = emotion.begin(state, optimizer._weights(vector, Ranks()), active.lr.max(), options)
+        yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
+        mood = emotion.mood(state, yes, one, options)
+        return _Begun(vector, state, options, mood, predicated)
+
+    @torch.no_grad()
+    def _move(self, param: Tensor) -> None:
+        """The hook: one tensor's update."""
+        optimizer = self._optimizer
+        optimizer._refuse_inside_calm("a backward that releases gradients")
+        if param in self._moved:
+            raise RuntimeError(
+                "a second backward before step(), with gradients released: they cannot accumulate; call step() after "
+                "each backward, or remove() the release"
+            )
+        checks.gradient(param)
+        begun = self._begun = self._begun or self._begin()
+        if begun is not None and param.grad is not None and param.numel():
+            found = [(param, self._groups[param])]
+            active = self._active(found, [param.grad])
+            norm = all_norms(active.grads, begun.vector)[0]
+            acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
+            buckets = optimizer._buckets(active, begun.predicated)
+            sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options)
+            self._moved[param] = _Moved(found[0][1], norm, acts, sums)
+        param.grad = None
+
+    def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor]) -> Active:
+        optimizer, vector = self._optimizer, self._optimizer._vector()
+        states, groups, decay = optimizer.state, optimizer.param_groups, optimizer._decay_rate
+        return Active.of(found, grads, states, groups, decay, vector, fused=False)
+
+    def close(self, heard: Loss | None) -> bool:
+        """End the step that backward began. Returns whether it was one."""
+        # In the order of the groups: backward's own is the other way round, and sums would differ in their last bits.
+        begun, moved = self._begun, {p: self._moved[p] for p in self._groups if p in self._moved}
+        self._begun, self._moved = None, {}
+        if begun is None or not moved:
+            return False
+        optimizer, vector = self._optimizer, begun.vector
+        emotion: Any = optimizer._emotion
+        found = [(p, m.group) for p, m in moved.items()]
+        active = self._active(found, [p.detach() for p in moved])
+        optimizer._missing.note(heard, type(optimizer).__name__)
+        state = begun.state
+        if heard is not None:
+            state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)
+        norm = torch.linalg.vector_norm(torch.stack([m.norm for m in moved.values()]))
+        state, acts, _ = emotion.guard(state, norm, begun.options)
+        if begun.options.use_shadow:
+            mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
+            for places in active.buckets(optimizer._layout, optimizer._needs_whole).values():
+                params = [active.params[i] for i in places]
+                bucket = Bucket(places, {"param": params}, cut=True, foreach=True, predicated=begun.predicated)
+                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, 0.0)
+        sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
+        state = emotion.reflect(state, sums, acts, begun.options)
+        stepped = torch.stack([torch.as_tensor(m.acts) for m in moved.values()])
+        active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
+        optimizer._end(vector, state)
+        return True
+
+
+def gradient_release(optimizer: Any) -> Release:
+    """Move each tensor inside backward and free its gradient at once; the loop stays as it is.
+
+    ``step()`` then ends the step: it feels the loss, and moves nothing but what a panic restores. Parameters that are
+    added or thawed later take part after ``remove()`` and another call.
+
+    Args:
+        optimizer: an :class:`~emonavi.EmoOptimizer` with the adaptive emotion, or a wrapper around one.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: ``optimizer`` is an :class:`~emonavi.Emotional`, which cannot move one tensor alone.
+        ValueError: the emotion is a published generation, whose losses act in their own step.
+        RuntimeError: it is released already, or there are several processes (each would move by its own gradient).
+
+    Example:
+        >>> import torch, emonavi
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = emonavi.EmoNavi(model.parameters())
+        >>> handle = emonavi.gradient_release(optimizer)
+        >>> model(torch.ones(4, 2)).square().mean().backward()
+        >>> model.weight.grad is None
+        True
+        >>> loss = optimizer.step()
+        >>> handle.remove()
+    """
+    from emonavi.optimizer import EmoOptimizer
+
+    inner = listening(optimizer)
+    if not isinstance(inner, EmoOptimizer):
+        raise TypeError(f"{type(inner).__name__} moves all tensors at once: only a sibling's gradients can be released")
+    if not isinstance(inner._emotion, Emotion):
+        remedy = "construct the optimizer with emotion='adaptive'"
+        raise ValueError(f"gradients cannot be released with emotion {inner._emotion.name!r}: {remedy}")
+    if inner._release is not None:
+        raise RuntimeError("the gradients of this optimizer are released already: remove() the first release")
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.distributed.get_world_size() > 1:
+        raise RuntimeError("gradients cannot be released in several processes: each rank would move by its own")
+    return Release(inner)

@@ -1,0 +1,408 @@
+"""Emotional: the same emotion around any torch optimizer.
+
+The wrapped optimizer keeps its rule, its state and its groups; around each of its steps stands the sequence of
+``optimizer.py``. What differs: the effective lr is in the groups only while it steps, a gradient that is not finite
+does not reach it at all, and reflection looks at where a sample of the parameters went (``displacement.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from emonavi import checks
+from emonavi.active import Active
+from emonavi.bearer import Bearer
+from emonavi.checkpoint import load_exactly
+from emonavi.displacement import MEMORIES, reflect, sample, samples
+from emonavi.distributed import Ranks, agreed, is_sharded
+from emonavi.emotion import UNKNOWN_RMS, Emotion
+from emonavi.machine import Mood, Options, Sums, Weights
+from emonavi.scalars import Number, exp
+from emonavi.sweep import all_norms, wide
+
+__all__ = ["Emotional"]
+
+# What checks.group() wants to see and the wrapped optimizer has checked by itself.
+_ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
+_NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
+_OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")  # in each group, as the siblings have them
+
+
+class Emotional(Bearer):
+    """Any torch optimizer, with an emotion that listens to the loss and sets its lr.
+
+    Groups, state, defaults and checkpoints are the wrapped optimizer's, which stays at hand as ``inner``. A checkpoint
+    of it loads, too, with a fresh emotion. State: at most 24 KiB more for each tensor.
+
+    Args:
+        optimizer: what moves the parameters. Its lr is the first guess; the first step is scaled so that it moves the
+            weights by a tenth of a percent at most.
+        emotion: ``"adaptive"`` or an :class:`~emonavi.Emotion`. The published generations are rules as well, and stay
+            with the siblings.
+        use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
+            :meth:`calm` evaluates with it. 4 bytes per parameter.
+        use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
+        max_norm: how tightly outlying gradients are scaled down, against the run's own history; smaller is tighter,
+            0 is off.
+        min_lr: the effective lr does not fall below this, or below the group's lr where that is lower.
+        max_lr: the effective lr does not rise above this.
+        writer: an object with ``add_scalar(tag, value, step)``, or a log directory for TensorBoard.
+        capture: ``"auto"`` hears the loss at backward; False only takes the losses it is told.
+        on_missing_loss: ``"warn"`` (once, after several steps), ``"ignore"`` or ``"error"``.
+        process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
+            ``torch.distributed`` is initialised, None is never.
+
+    Raises:
+        ValueError: an option is out of range; the optimizer needs a closure, has an emotion already, or its groups have
+            no lr.
+        TypeError: an option is unknown or of the wrong type, or ``optimizer`` is no torch optimizer.
+
+    Example:
+        >>> import torch, emonavi
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = emonavi.Emotional(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 4)).square().mean().backward()
+        ...     loss = optimizer.step()
+        >>> optimizer.emotion.steps, optimizer.param_groups[0]["lr"]
+        (3, 0.1)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        emotion: str | Emotion = "adaptive",
+        use_shadow: bool | None = None,
+        use_trust: bool | None = None,
+        max_norm: float | None = None,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
+        writer: Any = None,
+        capture: str | bool = "auto",
+        on_missing_loss: str = "warn",
+        process_group: Any = "auto",
+    ) -> None:
+        machine = _adaptive(emotion)
+        felt = checks.options(machine, checks.spelled({
+            "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
+        }))  # fmt: skip
+        hears, missing, replicas = (
+            checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
+        )  # fmt: skip
+        _wrappable(optimizer)
+        for group in optimizer.param_groups:
+            _check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
+        self.inner = optimizer
+        super().__setstate__({})  # torch's way to the hooks: groups and state are not made, they are the optimizer's
+        self._setup(machine, hears, missing, replicas)
+        felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
+        for group in self.param_groups:
+            _dress(optimizer, group, felt)
+        self.param_groups[0]["emotion"] = self._fresh()
+        self.writer = writer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's own."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's own, with a ``step_sample`` for each tensor and, where it is kept, its ``shadow``."""
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's own."""
+        return self.inner.defaults
+
+    # The step ---------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
+        """Perform one step of the wrapped optimizer. On a device it waits twice: for a norm and for reflection.
+
+        Args:
+            closure: re-evaluates the model, once and before the wrapped optimizer steps, and may return the loss.
+            loss: the loss of this step; see :meth:`EmoOptimizer.step`.
+
+        Returns:
+            The loss that counted, or what the closure returned, or None.
+
+        Raises:
+            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
+            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
+        """
+        self._refuse_inside_calm("step()")
+        heard, returned = self._intake.take(loss, closure)
+        found, vector = self._found(), self._vector()
+        moves = self._moves(found)
+        if moves:
+            checks.memory([p for p, _ in found])
+            found = [(p, i) for p, i in found if p.numel()]
+            params = [p for p, _ in found]
+            heard, norm = agreed(heard, all_norms(_grads(params), vector), params, self._peers())
+            self._missing.note(heard, type(self).__name__)
+        elif found:
+            self._step_unfelt([p for p, _ in found], vector)
+        if not moves:
+            return returned
+        active = _alike(found, self.param_groups, vector)
+        options = active.options(self.param_groups, hold=(0.0, 0.0), fades=False)
+        state: Any = self._emotion.unpack(vector, plain=True)
+        if heard is not None:
+            state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
+        before = state
+        state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        if not acts and not state.steps:
+            state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
+        mood = self._emotion.mood(state, acts, grad_scale, options)
+        if options.use_shadow:
+            self._lean(active, mood)
+        sums = _nothing(active.lr)
+        if acts:
+            state, sums = self._move(active, mood, state, options)
+        vector.copy_(self._emotion.pack(self._emotion.reflect(state, sums, acts, options)))
+        self._begun = True
+        self._intake.clear()
+        if self._recorder is not None:
+            self._recorder.record(vector, self._effective_lr(vector))
+        return returned
+
+    def _step_unfelt(self, params: list[Tensor], vector: Tensor) -> None:
+        """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
+        if bool(torch.isfinite(all_norms(_grads(params), vector)).all()):
+            self.inner.step()
+            self._make_state(params)
+        self._intake.clear()
+
+    def _lean(self, active: Active, mood: Mood) -> None:
+        """Move the parameters to their shadows and these to the parameters, as the mood says."""
+        for places in active.buckets(lambda p: (), alone=lambda p: False).values():
+            kept = [i for i in places if "shadow" in self.state.get(active.params[i], {})]
+            if kept:
+                bucket = active.bucket(kept, (), cut=True, foreach=True, predicated=False)
+                bucket.lean([self.state[active.params[i]]["shadow"] for i in kept], mood.pull, mood.follow)
+
+    def _move(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
+        """Let the wrapped optimizer step, and compare the gradient with its step before."""
+        params, rates = active.params, active.rates(mood)[0]
+        first = self._weights(rates, Ranks()) if not state.steps else None
+        copies = [p.clone() for p in params] if first is not None and options.use_trust else []
+        # Before it steps: some optimizers write to the gradients.
+        seen = (samples(active.grads, rates), samples(params, rates)) if options.use_trust else None
+        with self._acting(active, rates, mood.grad_scale):
+            self.inner.step()
+        if first is not None:
+            rms = torch.where(first.rms > 0, first.rms, UNKNOWN_RMS) / _reach(active, copies, rates)
+            state = self._emotion.begin(state, Weights(rms, first.blank), active.lr.max(), options)
+            user, rates = rates, active.rates(mood._replace(drive=exp(state.log_drive)))[0]
+            for p, copy, share in zip(params, copies, (rates / user).nan_to_num().tolist(), strict=False):
+                p.copy_(torch.lerp(copy, p, share))
+        self._make_state(params)
+        return state, _nothing(rates) if seen is None else self._reflected(active, *seen, rates)
+
+    @contextmanager
+    def _acting(self, active: Active, rates: Tensor, grad_scale: Number) -> Iterator[None]:
+        """Put the effective lr in the place of the user's, and an outlier's gradient, scaled down, in its place."""
+        acting = dict(zip(active.groups, rates.tolist(), strict=True))
+        lrs = {i: self.param_groups[i]["lr"] for i in acting}
+        scaled = list(zip(active.params, active.grads, strict=True)) if grad_scale != 1 else []
+        try:
+            for i, lr in lrs.items():
+                self.param_groups[i]["lr"] = torch.full_like(lr, acting[i]) if isinstance(lr, Tensor) else acting[i]
+            for p, grad in scaled:
+                p.grad = grad * grad_scale
+            yield
+        finally:
+            for i, lr in lrs.items():
+                self.param_groups[i]["lr"] = lr
+            for p, grad in scaled:
+                p.grad = grad
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        """Make what the emotion keeps of a parameter; after the optimizer's own, which it makes where there is none."""
+        group = self.param_groups[0]
+        for p in params:
+            state = self.state[p]
+            if group["use_trust"] and "step_sample" not in state:
+                state["step_sample"] = wide(p.detach()).new_zeros(MEMORIES, len(sample(p)))
+            if group["use_shadow"] and "shadow" not in state:
+                state["shadow"] = wide(p.detach()).clone()
+
+    def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
+        """The sums of reflection for each tensor, from samples; remembers the step."""
+        kept = [self.state[p]["step_sample"] for p in active.params]
+        sizes = [memories.shape[1] for memories in kept]
+        owners = torch.arange(len(sizes), device=rates.device).repeat_interleave(rates.new_tensor(sizes).long())
+        inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
+        steps = (before - samples(active.params, rates)) * inverse[owners]
+        memories = torch.cat([m.to(rates.device) for m in kept], 1)
+        terms = reflect(memories, grads, steps)
+        torch._foreach_copy_(kept, list(memories.split(sizes, 1)))
+        whole = rates.new_tensor([p.numel() / size for p, size in zip(active.params, sizes, strict=True)])
+        sums = rates.new_zeros(3, len(sizes)).index_add(1, owners, terms.to(rates.dtype)) * whole
+        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in active.groups])
+        return Sums(sums[0] * signs, sums[1], sums[2], rates)
+
+    # Groups and checkpoints -------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer does it."""
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters to the wrapped optimizer; the emotion continues."""
+        own = self._options()
+        checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
+        self.inner.add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        _dress(self.inner, group, own)
+
+    def _options(self) -> dict[str, Any]:
+        """What the constructor was given, as the first group keeps it."""
+        return {name: self.param_groups[0][name] for name in _OPTIONS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's; the emotion is in the first group."""
+        self._refuse_inside_calm("state_dict()")
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the wrapped optimizer, each state tensor in the dtype that it was saved in.
+
+        A checkpoint of the wrapped optimizer alone is taken, too: a warning says that the emotion is a fresh one.
+
+        Raises:
+            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+        """
+        self._refuse_inside_calm("load_state_dict()")
+        own = self._options()
+        load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting)
+        if "emotion" not in self.param_groups[0]:
+            for group in self.param_groups:
+                _dress(self.inner, group, own)
+            self.param_groups[0]["emotion"] = self._fresh()
+            name = type(self.inner).__name__
+            warnings.warn(f"the checkpoint is of {name} alone: it goes on under a fresh emotion", stacklevel=2)
+        self._note_begun()
+        self._intake.clear()
+
+    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint; one of another emotion or of another optimizer is refused."""
+        # Flags, None among them, are what a later version may have added: torch fills them in.
+        options = {k for k, v in self.defaults.items() if v is not None and not isinstance(v, bool)}
+        if "emotion" in state_dict["param_groups"][0]:
+            checks.checkpoint(state_dict, self._emotion)
+            options |= {*_OPTIONS, "lr_start", "lr_peak"}
+        checks.same_optimizer(state_dict, options, [])
+        return state_dict
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """With the wrapped optimizer, whose dict it is; the hook is given that one."""
+        return self.inner.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """With the wrapped optimizer, whose dict it is; the hook is given that one."""
+        return self.inner.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """With the wrapped optimizer, which loads; the hook is given that one."""
+        return self.inner.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """With the wrapped optimizer, which loads; the hook is given that one."""
+        return self.inner.register_load_state_dict_post_hook(hook, prepend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_calm("copying")
+        return {"inner": self.inner, "_settings": self._settings()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = state.pop("_settings")
+        super().__setstate__(state)
+        self._setup(*settings)
+        self._note_begun()
+
+
+def _adaptive(given: str | Emotion) -> Emotion:
+    machine = checks.emotion(given)
+    if not isinstance(machine, Emotion):
+        raise ValueError(
+            f"emotion={given!r}: the published generations are rules, too, and cannot be put around another one; "
+            "choose 'adaptive', pass an emonavi.Emotion, or use a sibling"
+        )
+    return machine
+
+
+def _wrappable(optimizer: Any) -> None:
+    """An optimizer that can be stepped when it is time to, at an lr that is set for it."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{optimizer!r} is no torch optimizer: construct one, and pass it")
+    if isinstance(optimizer, Bearer):
+        raise ValueError(f"{name} has an emotion already: use it as it is")
+    if inspect.signature(optimizer.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
+        raise ValueError(f"{name} evaluates the model by itself: only what can step without a closure can be wrapped")
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"a group of {name} has no lr: there is nothing that a drive could multiply")
+
+
+def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> None:
+    """A group's lr with our options, and its parameters."""
+    checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
+    checks.parameters(group["params"])
+    if any(is_sharded(p) for p in group["params"]):
+        raise ValueError("a parameter is a DTensor: around shards there is no wrapper; use one of the siblings")
+
+
+def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Give a group of a wrapped optimizer what the emotion needs there."""
+    lr = group["lr"]
+    group.update(options, lr_start=lr.clone() if isinstance(lr, Tensor) else lr, lr_peak=0.0)
+    group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
+
+
+def _alike(found: list[tuple[Tensor, int]], groups: list[dict[str, Any]], vector: Tensor) -> Active:
+    """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
+    own = {"step": torch.zeros(()), "drive": torch.ones(()), "trust": torch.zeros(())}
+    params = [p for p, _ in found]
+    states = dict.fromkeys(params, own)
+    return Active.of(found, _grads(params), states, groups, lambda group: 0.0, vector, fused=False)
+
+
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    """Gradients of parameters that have one."""
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _nothing(rates: Tensor) -> Sums:
+    """The sums of a step that was not reflected on."""
+    return Sums(*rates.new_zeros(4, len(rates)).unbind())
+
+
+def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:
+    """How far a first step went for each unit of lr: rms over the coordinates that have a gradient. Adam's is 1."""
+    moved, count = 0.0, 0
+    for p, copy, grad, rate in zip(active.params, copies, active.grads, rates.tolist(), strict=False):
+        if rate:
+            moved += (float(torch.linalg.vector_norm(wide(p) - wide(copy))) / rate) ** 2
+            count += int(grad.count_nonzero())
+    return math.sqrt(moved / count) if moved and count else 1.0

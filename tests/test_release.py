@@ -1,0 +1,196 @@
+"""Gradients released inside backward: the run is that of a plain reference, and gradients do not pile up."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import contents, differences, siblings, vector
+from test_checkpoint import through_file
+
+import emonavi
+from emonavi.active import Active
+from emonavi.distributed import Ranks
+from emonavi.machine import Sums
+from emonavi.sweep import all_norms
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(6, 24), torch.nn.Tanh(), torch.nn.Linear(24, 24), torch.nn.Linear(24, 1))
+
+
+def loss_of(model, t):
+    generator = torch.Generator().manual_seed(t)
+    x = torch.randn(16, 6, generator=generator)
+    return (model(x) - x.prod(1, keepdim=True) - x[:, :1]).square().mean()
+
+
+def made(case, **kwargs):
+    model = model_of()
+    return model, case.make(model.parameters(), foreach=False, **kwargs)
+
+
+def active_of(optimizer, found):
+    grads, home = [p.grad for p, _ in found], vector(optimizer)
+    return Active.of(found, grads, optimizer.state, optimizer.param_groups, optimizer._decay_rate, home, fused=False)
+
+
+@torch.no_grad()
+def plain(optimizer, loss):
+    """One step as gradient release makes it, with all gradients at hand: moved by the mood of the step before."""
+    emotion, groups, state = optimizer._emotion, optimizer.param_groups, vector(optimizer)
+    found = [(p, i) for i, g in enumerate(groups) for p in g["params"]]
+    for p, _ in found:
+        optimizer._make_state(p)
+    active = active_of(optimizer, found)
+    options = active.options(groups, optimizer._hold, optimizer._fades)
+    felt = emotion.unpack(state, plain=True)
+    if not optimizer._begun:
+        felt = emotion.begin(felt, optimizer._weights(state, Ranks()), active.lr.max(), options)
+    mood = emotion.mood(felt, True, 1.0, options)
+    finite = [bool(p.grad.isfinite().all()) for p, _ in found]
+    sums = torch.zeros(4, len(found), dtype=torch.float64)
+    for i, (p, g) in enumerate(found):
+        one = active_of(optimizer, [(p, g)])
+        sums[:, i] = torch.cat(optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options))
+    felt = emotion.feel(felt, loss, 1)
+    felt, acts, _ = emotion.guard(felt, torch.linalg.vector_norm(all_norms(active.grads, state)), options)
+    if options.use_shadow and emotion.mood(felt, acts, 1.0, options).pull:
+        for p, _ in found:
+            p.data.copy_(optimizer.state[p]["shadow"])
+    sums = Sums(*sums)
+    felt = emotion.reflect(felt, sums, acts, options)
+    each = emotion.reflect_each(felt, active.drive, active.trust, active.steps - 1, sums)
+    active.keep(torch.tensor(finite), *each)
+    state.copy_(emotion.pack(felt))
+    optimizer._begun = True
+
+
+@siblings
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"use_shadow": True}, {"use_trust": False, "state_dtype": "bf16", "weight_decay": 0.1}], ids=str
+)
+@pytest.mark.parametrize("bad", [None, "one tensor", "loss"])
+def test_equals_the_plain_reference_bit_by_bit(case, kwargs, bad):
+    runs = []
+    for released in (True, False):
+        model, optimizer = made(case, capture=True, **kwargs)
+        handle = emonavi.gradient_release(optimizer) if released else None
+        spoil = {"one tensor": 12}.get(bad, -1)
+        for t in range(25):
+            hook = model[2].weight.register_hook(lambda g: g * math.nan) if t == spoil else None
+            loss = loss_of(model, t) * (math.nan if bad == "loss" and t == 12 else 1.0)
+            loss.backward()
+            if released:
+                assert all(p.grad is None for p in model.parameters())
+                assert float(optimizer.step()) == pytest.approx(float(loss.detach()), nan_ok=True)
+            else:
+                plain(optimizer, loss.item())
+                optimizer.zero_grad()
+            if hook:
+                hook.remove()
+        if handle:
+            handle.remove()
+        runs.append(optimizer)
+        assert (optimizer.emotion.steps, optimizer.emotion.skipped_steps) == ((24, 1) if bad else (25, 0))
+        steps = {float(optimizer.state[p]["step"]) for p in model.parameters()}
+        assert steps == {"one tensor": {24.0, 25.0}, "loss": {24.0}, None: {25.0}}[bad]
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    for optimizer in runs:
+        optimizer._intake.clear()
+    assert differences(*map(contents, runs)) == []
+
+
+@siblings
+def test_it_trains_as_well_as_the_normal_step(case):
+    ends = []
+    for released in (True, False):
+        model, optimizer = made(case, capture=True)
+        if released:
+            emonavi.gradient_release(optimizer)
+        for t in range(150):
+            optimizer.zero_grad()
+            loss_of(model, t).backward()
+            optimizer.step()
+        with torch.no_grad():
+            ends.append(sum(float(loss_of(model, t)) for t in range(1000, 1010)))
+    with torch.no_grad():
+        first = sum(float(loss_of(model_of(), t)) for t in range(1000, 1010))
+    assert max(ends) < 0.8 * first
+    assert ends[0] == pytest.approx(ends[1], rel=0.1)
+
+
+@siblings
+def test_resumes_bit_by_bit(case):
+    model, optimizer = made(case, capture=True, use_shadow=True)
+    emonavi.gradient_release(optimizer)
+
+    def run(model, optimizer, start):
+        for t in range(start, start + 6):
+            loss_of(model, t).backward()
+            optimizer.step()
+
+    run(model, optimizer, 0)
+    twin, fresh = made(case, capture=True, use_shadow=True)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh.load_state_dict(through_file(optimizer.state_dict()))
+    emonavi.gradient_release(fresh)
+    run(model, optimizer, 6)
+    run(twin, fresh, 6)
+    assert differences(contents(optimizer), contents(fresh)) == []
+
+
+@siblings
+def test_one_gradient_at_a_time(case):
+    """When the last gradient comes, those of the layers behind it are gone."""
+    layers = [torch.nn.Linear(30, 30) for _ in range(6)]
+    model = torch.nn.Sequential(*layers)
+    optimizer = case.make(model.parameters())
+    emonavi.gradient_release(optimizer)
+    there = []
+    layers[0].weight.register_hook(lambda _: there.append(sum(p.grad is not None for p in model.parameters())))
+    model(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+    assert there == [0]
+
+
+def test_lr_zero_moves_nothing_and_frees_all_the_same():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), lr=0.0)
+    emonavi.gradient_release(optimizer)
+    before = contents(optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    changed = differences(before, contents(optimizer))
+    assert [n for n in changed if not n.startswith("state")] == []
+    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.emotion.steps == 0
+
+
+def test_what_is_refused():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters())
+    handle = emonavi.gradient_release(optimizer)
+    with pytest.raises(RuntimeError, match="released already"):
+        emonavi.gradient_release(optimizer)
+    loss_of(model, 0).backward()
+    for what, name in ((optimizer.state_dict, "state_dict"), (handle.remove, "remove")):
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) between backward and step\(\)"):
+            what()
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="second backward before step"):
+        loss_of(model, 1).backward()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    optimizer.zero_grad()
+    optimizer.step()
+    handle.remove()
+    loss_of(model, 2).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert optimizer.emotion.steps == 1
+    optimizer.step()
+    assert optimizer.emotion.steps == 2
+    with pytest.raises(ValueError, match=r"emotion 'v4'.*emotion='adaptive'"):
+        emonavi.gradient_release(emonavi.EmoNavi(model_of().parameters(), emotion="v4"))
+    with pytest.raises(TypeError, match="holds no optimizer that listens"):
+        emonavi.gradient_release(torch.optim.SGD(model_of().parameters()))
