@@ -52,8 +52,9 @@ class EmoOptimizer(Bearer):
         writer: an object with ``add_scalar(tag, value, step)``, or a log directory for TensorBoard.
         capture: ``"auto"`` hears the loss at backward; False only takes the losses it is told.
         on_missing_loss: ``"warn"`` (once, after several steps), ``"ignore"`` or ``"error"``.
-        process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
-            ``torch.distributed`` is initialised, None is never.
+        process_group: over which the ranks' losses are averaged: ``"auto"`` is the default group once
+            ``torch.distributed`` is initialised, or the mesh that sharded parameters were cut from. None is never, but
+            for shards, which must feel one loss.
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
