@@ -24,7 +24,6 @@ from test_demo import LINE, NAN, text_of
 from torch import nn
 from typer.testing import CliRunner
 
-import emonavi
 from emonavi import cli
 from emonavi.bench import json_line, lr, lr_report, peers, summary
 from emonavi.bench.ledger import Ledger, Outcome, execute, read_rows

@@ -20,6 +20,7 @@ from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local_grad
 from emonavi.emotion import Emotion
+from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
@@ -192,25 +193,30 @@ class EmoOptimizer(Bearer):
         heard, returned = self._intake.take(loss, closure)
         if self._release is not None and self._release.close(heard):
             return returned
-        found, vector = self._found(), self._vector()
-        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
-        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in self.param_groups)
-        moves = self._moves(found)
-        if moves:
-            checks.memory([p for p, _ in found])
-            moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
-            params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
-            ranks = self._peers()
-            heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
-            self._missing.note(heard, type(self).__name__)
+        found = self._found()
+        if self._moves(found):
+            self._move(found, heard)
+            return returned
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
             self._make_state(p)
-        if not moves:
-            if found:
-                self._intake.clear()
-            return returned
+        if found:
+            self._intake.clear()
+        return returned
+
+    def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
+        """The step of parameters that have a gradient, with the place of their group."""
+        checks.memory([p for p, _ in found])
+        vector = self._vector()
+        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
+        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
+        params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
+        heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
+        self._missing.note(heard, type(self).__name__)
+        for p, _ in found:
+            self._make_state(p)
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
@@ -231,7 +237,6 @@ class EmoOptimizer(Bearer):
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
-        return returned
 
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""

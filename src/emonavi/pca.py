@@ -68,7 +68,7 @@ def project(way: Way) -> Tensor:
     Returns shape (records, 2), in the units of the weights. In one plane for all runs the widest way would hide the
     others.
     """
-    plane = torch.linalg.svd(way.weights - way.weights.mean(0), full_matrices=False).Vh[:2]
+    plane: Tensor = torch.linalg.svd(way.weights - way.weights.mean(0), full_matrices=False).Vh[:2]
     return (way.weights - way.weights[0]) @ plane.T
 
 
