@@ -309,3 +309,22 @@ def test_autograd_sees_that_a_parameter_has_moved(case):
     case.make([weight], fused=True).step(loss=1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_compiled_step_compiles_no_more_than_twice():
+    """Whatever lr and drive do. The step is not traced at all: what is counted is the empty graph around it."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, params = CompileCounter(), weights()
+    optimizer = EmoNavi(params, on_missing_loss="ignore", capture=False)
+    step = torch.compile(optimizer.step, backend=counter)
+    drives = []
+    for t in range(8):
+        for p in params:
+            p.grad = torch.sin(p.detach() + t)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (t + 1)
+        step(loss=1.0 / (t + 1))
+        drives.append(optimizer.emotion.drive)
+    torch.compiler.reset()
+    assert optimizer.emotion.steps == 8 and len(set(drives)) > 4
+    assert counter.frame_count <= 2
