@@ -129,7 +129,8 @@ SHARED = (
 )
 
 # The ones that switch share all but the rule with their sisters: less of what costs time.
-ONLY_V3 = tuple(c for c in SHARED if c.emotion in ("adaptive", "v3") and "walls" not in c.description)
+LEFT_OUT = ("adaptive, without trust", "adaptive, walls")
+ONLY_V3 = tuple(c for c in SHARED if c.emotion in ("adaptive", "v3") and c.description not in LEFT_OUT)
 ONLY_V3 += (Config("v3, shadow", {"emotion": "v3", "use_shadow": True}, adaptive=False, shadow=True, trusts=False),)
 
 CASES = (
