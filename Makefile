@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench docs lint clean
 
 help:
 	@echo "make demo    train real models with each optimizer and compare (ARGS=--quick: under a minute)"
 	@echo "make test    run the test suite"
 	@echo "make bench   time a step beside torch's AdamW"
+	@echo "make docs    build the documentation's site: site/index.html"
 	@echo "make lint    ruff and mypy"
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -32,6 +33,9 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	@$(BIN)/emonavi bench step $(ARGS)
+
+docs: $(VENV)/ready
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 lint: $(VENV)/ready
 	@$(BIN)/ruff check

@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from reference import FactReference, LynxReference, NaviReference
+from reference import ClanReference, FactReference, LynxReference, NaviReference, NecoReference, ZealReference
 from torch import Tensor
 from torch.nn import Parameter
 
 import emonavi
+from emonavi.clan import emoclan
 from emonavi.emotion import State
 from emonavi.fact import emofact
 from emonavi.lynx import emolynx
 from emonavi.navi import emonavi as emonavi_rule
+from emonavi.neco import emoneco
+from emonavi.zeal import emozeal
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,24 @@ def _lynx_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tens
     return {"step_size": rates, "beta1": betas[0], "beta2": betas[1], "trust": trust}
 
 
+def _clan_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
+    adam = _navi_scalars(betas, rates, k, trust)
+    del adam["square_trust"]  # of v4, which has no such rule
+    return adam | {"bias": torch.full_like(rates, 1 - betas[0] ** k)}
+
+
+def _neco_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
+    return {"step_size": rates, "beta1": betas[0], "beta2": betas[1]}
+
+
+def _signed(scalar: float, last: float) -> dict[str, Any]:
+    return {"signed": min(1.0, max(0.0, 2 * scalar)), "last_signed": min(1.0, max(0.0, 2 * last))}
+
+
+def _hard(scalar: float, last: float) -> dict[str, Any]:
+    return {name.replace("signed", "hard"): share for name, share in _signed(scalar, last).items()}
+
+
 @dataclass(frozen=True)
 class OptimizerCase:
     """One sibling: how to make it and what is to be expected of it."""
@@ -75,9 +96,18 @@ class OptimizerCase:
     matrix_extra: int  # bytes per matrix whatever its size, at most
     vector_bytes: float
     lr: float = 1e-2
+    generations: tuple[str, ...] = ("v1", "v3", "v4")  # for which a rule was published
+    golden: tuple[torch.dtype, float] = (torch.float64, 1e-10)  # dtype of its traces, and how near they are met
+    # Where it switches rules by the scalar: what the functional form takes for today's and for the last update's.
+    switch: Callable[[float, float], dict[str, Any]] | None = None
+    first_step: float | None = 1.0  # of a vector under the adaptive emotion, in lrs; None: it depends on the gradient
     fades: bool = False  # steps are shorter where gradients are smaller than they used to be
     # Largest relative deviation in the run when all gradients are scaled by 2^-20 (eps is the one thing that feels it).
     scaling_tolerance: float = 1e-3
+
+    def at(self, scalar: float) -> dict[str, float]:
+        """What its reference takes of the scalar."""
+        return {"scalar": scalar} if self.switch else {}
 
     def make(self, params: Any, **kwargs: Any) -> Any:
         """The optimizer; it is not to warn of missing losses, nor to hear any by itself."""
@@ -96,6 +126,10 @@ SHARED = (
     Config("v4", {"emotion": "v4"}, adaptive=False, trusts=False),
     Config("v4, shadow", {"emotion": "v4", "use_shadow": True}, adaptive=False, shadow=True, trusts=False),
 )
+
+# The ones that switch share all but the rule with their sisters: less of what costs time.
+ONLY_V3 = tuple(c for c in SHARED if c.emotion in ("adaptive", "v3") and "walls" not in c.description)
+ONLY_V3 += (Config("v3, shadow", {"emotion": "v3", "use_shadow": True}, adaptive=False, shadow=True, trusts=False),)
 
 CASES = (
     OptimizerCase(
@@ -117,9 +151,36 @@ CASES = (
         matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0, vector_bytes=4,
         scaling_tolerance=0.0, fades=True,
     ),
+    OptimizerCase(
+        name="EmoClan", cls=emonavi.EmoClan, rule=emoclan, reference=ClanReference, scalars=_clan_scalars,
+        betas=(0.9, 0.999),
+        configs=ONLY_V3, matrix_state=("exp_avg", "exp_avg_sq"), vector_state=("exp_avg", "exp_avg_sq"),
+        matrix_bytes=8, matrix_extra=0, vector_bytes=8,
+        # As published its second memories are float32, whatever the parameter's dtype.
+        generations=("v3",), golden=(torch.float64, 1e-5), switch=_signed,
+    ),
+    OptimizerCase(
+        name="EmoZeal", cls=emonavi.EmoZeal, rule=emozeal, reference=ZealReference, scalars=_clan_scalars,
+        betas=(0.9, 0.999),
+        configs=ONLY_V3, matrix_state=("exp_avg", "exp_avg_row", "exp_avg_col"),
+        vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=4.2, matrix_extra=0, vector_bytes=8,
+        generations=("v3",), golden=(torch.float32, 1e-5), switch=_signed,
+    ),
+    OptimizerCase(
+        name="EmoNeco", cls=emonavi.EmoNeco, rule=emoneco, reference=NecoReference, scalars=_neco_scalars,
+        betas=(0.9, 0.99),
+        configs=ONLY_V3, matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0,
+        vector_bytes=4, fades=True, scaling_tolerance=1e-6, first_step=None,
+        generations=("v3",), golden=(torch.float32, 1e-5), switch=_hard,
+    ),
 )  # fmt: skip
 
 siblings = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+both_emotions = pytest.mark.parametrize(  # each sibling with the adaptive one and with its latest generation
+    ("case", "emotion"),
+    [(case, emotion) for case in CASES for emotion in ("adaptive", case.generations[-1])],
+    ids=lambda value: getattr(value, "name", value),
+)
 # None is the kernel, where a C compiler is at hand.
 ways = pytest.mark.parametrize("foreach", [False, True, None], ids=["single", "foreach", "kernel"])
 

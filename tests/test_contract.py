@@ -10,6 +10,7 @@ import torch
 from cases import (
     SHAPES,
     Valley,
+    both_emotions,
     configured,
     contents,
     differences,
@@ -140,9 +141,8 @@ def test_gradients_scaled_along_with_the_loss_give_nearly_the_same_run(case, for
         assert float((p - q).detach().abs().max()) <= case.scaling_tolerance * moved
 
 
-@siblings
+@both_emotions
 @ways
-@pytest.mark.parametrize("emotion", ["adaptive", "v4"])
 def test_maximize_is_negated_gradients_and_losses(case, foreach, emotion):
     down, params, _ = run(case, 40, foreach=foreach, emotion=emotion)
     mirrored = weights()
@@ -243,10 +243,9 @@ def test_zero_and_negative_losses_train(case, level):
     assert all(torch.equal(p, q) for p, q in zip(constant, unfed, strict=True))
 
 
-@siblings
+@both_emotions
 @ways
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-@pytest.mark.parametrize("emotion", ["adaptive", "v4"])
 def test_a_loss_that_is_not_finite_is_counted_and_otherwise_ignored(case, foreach, bad, emotion):
     runs = []
     for at in ({12, 13}, set()):

@@ -4,15 +4,17 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from cases import drive, felt, siblings, train, vector, weights
+from cases import CASES, drive, felt, siblings, train, vector, weights
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import PresetFeeling, running_mean
 
 from emonavi.emotion import Emotion, State
 from emonavi.machine import Options, Sums, Weights
+from emonavi.monitor import Snapshot
 from emonavi.presets import PRESETS
 
 CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it
@@ -451,8 +453,11 @@ def test_should_stop_after_a_plateau_and_back():
     assert not any(bool(machine.should_stop(s)) for s in steady)
 
 
-@siblings
-@pytest.mark.parametrize("emotion", ["adaptive", "v1", "v3", "v4"])
+@pytest.mark.parametrize(
+    ("case", "emotion"),
+    [(case, emotion) for case in CASES for emotion in ("adaptive", *case.generations)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_should_stop_never_from_missing_losses(case, emotion):
     params = weights(shapes=[(3,)])
     optimizer = case.make(params, emotion=emotion)
@@ -561,3 +566,44 @@ def test_heavy_tailed_losses_do_not_panic_for_ever():
         state = state._replace(panic=0.0)
     assert 1 <= panics <= 12
     assert machine.feel(state, 1e6, 0).panic > 0  # a true one still is
+
+
+@pytest.mark.parametrize("count", [4, 7, 50, 300])
+def test_moments_of_the_scalar(count):
+    """Central moments of all scalars until there are fifty, of the last fifty or so from then on."""
+    generator = np.random.default_rng(count)
+    states = feel(np.cumsum(generator.normal(size=count) ** 3).tolist())
+    scalars = np.array([float(s.scalar) for s in states])
+    weight = np.zeros(count)
+    for n in range(1, count + 1):
+        share = max(0.02, 1 / n)
+        weight[:n] *= 1 - share
+        weight[n - 1] = share
+    off = scalars - weight @ scalars
+    m2, m3, m4 = (float(weight @ off**k) for k in (2, 3, 4))
+    last = states[-1]
+    kept = [float(x) for x in (last.scalar_m2, last.scalar_m3, last.scalar_m4)]
+    assert kept == pytest.approx([m2, m3, m4], rel=1e-9, abs=1e-15)
+    snapshot = Snapshot.of(Emotion(), torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in last]))
+    assert snapshot.skewness == pytest.approx(m3 / m2**1.5, rel=1e-6)
+    assert snapshot.kurtosis == pytest.approx(m4 / m2**2, rel=1e-6)
+    assert snapshot.asymmetry == pytest.approx(weight @ scalars / (weight @ np.abs(scalars)), rel=1e-9)
+
+
+def test_the_shape_of_feelings_says_what_it_claims():
+    """Spikes among calm losses: skewed to the rises, and heavy-tailed. A steady fall: all improvement."""
+
+    def shape(losses):
+        last = feel(losses)[-1]
+        return Snapshot.of(Emotion(), torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in last]))
+
+    noise = [math.sin(9.7 * t * t) for t in range(200)]
+    usual, spiky = shape(noise), shape([x + (12.0 if t % 60 == 30 else 0.0) for t, x in enumerate(noise)])
+    assert spiky.skewness > usual.skewness + 0.5
+    assert spiky.kurtosis > usual.kurtosis + 0.5
+    assert shape([-0.1 * t for t in range(200)]).asymmetry == pytest.approx(-1)
+    assert abs(usual.asymmetry) < 0.5
+    still = shape([1.0] * 20)
+    assert all(math.isnan(x) for x in (still.skewness, still.kurtosis, still.asymmetry))
+    preset = PRESETS["v3"]
+    assert math.isnan(Snapshot.of(preset, torch.tensor(preset.initial(), dtype=torch.float64)).kurtosis)

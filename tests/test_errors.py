@@ -10,6 +10,7 @@ import torch
 from cases import CASES, Valley, contents, differences, siblings, train, weights
 
 import emonavi
+from emonavi.presets import PRESETS
 
 SQUARE = object()
 CONSTRUCTOR = [
@@ -33,7 +34,7 @@ CONSTRUCTOR = [
     ({"min_lr": -1.0}, ValueError, r"min_lr=-1\.0"),
     ({"max_lr": -1.0}, ValueError, r"max_lr=-1\.0"),
     ({"max_lr": 1e-5, "min_lr": 1e-4}, ValueError, r"max_lr=1e-05 is below min_lr=0\.0001"),
-    ({"emotion": "v2"}, ValueError, r"unknown emotion 'v2'.*'adaptive'.*'v4'"),
+    ({"emotion": "v2"}, ValueError, r"unknown emotion 'v2'.*'adaptive'.*'v3'"),
     ({"emotion": 4}, ValueError, r"unknown emotion 4"),
     ({"emotion": ["v1"]}, ValueError, r"unknown emotion \['v1'\]"),
     ({"emotion": emonavi.Emotion(start=-1)}, ValueError, r"Emotion\(start=-1\): give a finite number of at least 0"),
@@ -59,8 +60,15 @@ CONSTRUCTOR = [
 ]
 
 
-@siblings
-@pytest.mark.parametrize(("kwargs", "kind", "words"), CONSTRUCTOR, ids=[str(k) for k, _, _ in CONSTRUCTOR])
+def lacking(case):
+    return [generation for generation in PRESETS if generation not in case.generations]
+
+
+# A generation that a sibling does not have is refused before its options are.
+REFUSED = [(c, *row) for c in CASES for row in CONSTRUCTOR if row[0].get("emotion") not in lacking(c)]
+
+
+@pytest.mark.parametrize(("case", "kwargs", "kind", "words"), REFUSED, ids=[f"{c.name}-{k}" for c, k, *_ in REFUSED])
 def test_constructor(case, kwargs, kind, words):
     params = weights()
     backward = torch.autograd.backward
@@ -194,6 +202,13 @@ def test_observe_and_create():
         emonavi.create("adam", weights())
     with pytest.raises(TypeError, match="unexpected keyword"):
         emonavi.create("emonavi", weights(), momentum=0.9)
+
+
+@pytest.mark.parametrize(("case", "emotion"), [(c, e) for c in CASES for e in lacking(c)], ids=str)
+def test_generations_without_a_published_rule(case, emotion):
+    for given in (emotion, PRESETS[emotion]):
+        with pytest.raises(ValueError, match=rf"'{emotion}': no such rule .* published; choose from 'adaptive', 'v3'"):
+            case.make(weights(), emotion=given)
 
 
 def test_siblings_take_the_same_options():

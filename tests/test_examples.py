@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SENTENCE = re.compile(r"held-out loss (\S+) -> (\S+), \d+% right; loss felt last (\S+)")
@@ -46,6 +48,32 @@ def test_the_comparison_is_written_and_taken_up_again(tmp_path):
     ran(*command)
     again = json.loads(out.read_text())["runs"]
     assert sorted(r["loss"] for r in again) == sorted(r["loss"] for r in found["runs"])
+
+
+def test_ranks_of_adapters():
+    pytest.importorskip("sklearn")
+    head, adamw, navi = (line.split() for line in ran("rank.py").splitlines())
+    assert head[-3:] == ["stable", "entropy", "norm"]
+    assert (adamw[:2], navi[:2]) == (["lora", "AdamW"], ["lora", "EmoNavi"])
+    for row in (adamw, navi):
+        stable, entropy, norm = map(float, row[-3:])
+        assert 1 <= stable <= entropy <= 4 and norm > 0  # the adapters' rank is 4
+
+
+def test_what_a_rank_is():
+    """By hand: equal singular values are as many directions as there are, one alone is one."""
+    measure = runpy.run_path(str(EXAMPLES / "rank.py"))["ranks"]
+    assert measure(torch.eye(3)) == pytest.approx((3, 3, math.sqrt(3)))
+    assert measure(torch.ones(4, 2)) == pytest.approx((1, 1, math.sqrt(8)))
+    assert measure(torch.diag(torch.tensor([2.0, 1.0])))[0] == pytest.approx(5 / 4)
+    assert measure(torch.zeros(2, 2)) == (0, 0, 0)
+
+
+def test_a_fresh_optimizer_in_the_middle():
+    pytest.importorskip("sklearn")
+    rows = [line.split() for line in ran("afresh.py").splitlines()]
+    assert [row[1:3] for row in rows] == [["EmoNavi", "new"], ["EmoNavi", "reset"], ["AdamW", "new"]]
+    assert all(0.5 < float(row[4].rstrip(",")) < 2 for row in rows)
 
 
 def test_each_example_is_short():

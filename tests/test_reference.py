@@ -66,6 +66,8 @@ def test_functional_form_equals_reference(case, stacked, dtype, rtol, shape):
         trust = 1 - 0.5 * math.sin(t) ** 2
         scalars = case.scalars(case.betas, torch.tensor(rates, dtype=dtype), t + 1, torch.tensor(trust, dtype=dtype))
         scalars["decay"] = torch.tensor(decays, dtype=dtype)
+        scalar, last = math.sin(t), math.sin(t - 1) if t else 0.0
+        scalars |= case.switch(scalar, last) if case.switch else {}
         parts = [slice(None)] if stacked else [slice(i, i + 1) for i in range(len(own))]
         sums = []
         for part in parts:
@@ -76,7 +78,9 @@ def test_functional_form_equals_reference(case, stacked, dtype, rtol, shape):
             three = case.rule(param[part], grad[part], *(m[part] for m in memories.values()), **some)
             sums += zip(*(s.tolist() for s in three), strict=True)
         for i, reference in enumerate(references):
-            expected[i], wanted = reference.update(expected[i], numpy(before[i]), rates[i], decays[i], trust)
+            expected[i], wanted = reference.update(
+                expected[i], numpy(before[i]), rates[i], decays[i], trust, **case.at(scalar)
+            )
             assert sums[i] == pytest.approx(wanted, rel=50 * rtol, abs=200 * rtol)
             close(param[i], expected[i], rtol)
             for name, value in reference.state().items():
@@ -125,7 +129,7 @@ def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capt
         fade = min(1.0, running_mean(gains, 0.1) / fmean(gains)) if case.fades and len(gains) > 3 else 1.0
         own = [float(optimizer.state[p]["drive"]) if t else 1.0 for p in params]
         if t:
-            write(optimizer, log_drive=math.log(mood), rest=0.0, goal=-1e9, panic=0.0)
+            write(optimizer, log_drive=math.log(mood), rest=0.0, goal=-1e9, panic=0.0, scalar=math.sin(t))
         else:
             mood = first_drive(params, lr)
         valley.fill(params, t)
@@ -134,7 +138,9 @@ def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capt
         sums = np.zeros(3)
         for i, reference in enumerate(references):
             rate = lr * mood * own[i]
-            expected[i], three = reference.update(expected[i], grads[i], rate * fade, 1 - lr * mood * decay)
+            expected[i], three = reference.update(
+                expected[i], grads[i], rate * fade, 1 - lr * mood * decay, **case.at(math.sin(t))
+            )
             # Each tensor's step is weighted by its effective lr.
             sums += rate * np.array(three)
             close(params[i], expected[i], 1e-7)  # the tensors' own drives are kept in float32
@@ -146,7 +152,7 @@ def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capt
             trust += max(0.1, 1 / len(gains)) * (sums[0] / math.sqrt(sums[1] * sums[2]) - trust)
         assert felt(optimizer, "trust") == pytest.approx(trust, abs=1e-6)
         assert felt(optimizer, "grad_norm") == pytest.approx(math.sqrt(sum((g**2).sum() for g in grads)), rel=1e-12)
-    assert not case.fades or fade < 0.99, "the step never faded: the test shows nothing of it"
+    assert not case.fades or fade < 0.999, "the step never faded: the test shows nothing of it"
     assert any(abs(d - 1) > 1e-3 for d in own), "the tensors' own drives never moved: the test shows nothing"
 
 
@@ -163,9 +169,15 @@ def test_start_is_a_thousandth_of_the_weights_rms(case, foreach):
         before = [p.detach().clone() for p in params]
         optimizer.param_groups[0]["weight_decay"] = optimizer.param_groups[1]["weight_decay"] = 0.0
         train(optimizer, params, 1)
-        # The first bias-corrected step of every rule is lr sign(g), but for a matrix under EmoFact.
-        moved = (params[1] - before[1]).abs()
-        torch.testing.assert_close(moved, torch.full_like(moved, lr * wanted), rtol=1e-2, atol=1e-7)
+        # The first bias-corrected step of a rule is lr sign(g), but for a matrix under EmoFact and a soft sign, whose
+        # steps are of that order.
+        moved = (params[1].detach() - before[1]).abs()
+        if case.first_step is None:
+            assert 0.1 * lr * wanted < float(moved.max()) <= 2 * lr * wanted + 1e-7
+        else:
+            torch.testing.assert_close(
+                moved, torch.full_like(moved, lr * wanted * case.first_step), rtol=1e-2, atol=1e-7
+            )
 
 
 # Single-tensor against foreach: the same operations in the same order, but sums over pieces of a tensor are taken piece
@@ -232,7 +244,7 @@ def test_preset_equals_reference(case, config, foreach):
             # Decay is not scaled by the scalar.
             decay = 1 - feeling.lr * 0.1
             size = feeling.lr * feeling.step_size / feeling.lr
-            expected[i], _ = reference.update(p, grads[i], size, decay, feeling.trust)
+            expected[i], _ = reference.update(p, grads[i], size, decay, feeling.trust, **case.at(feeling.scalar))
             close(params[i], expected[i], 1e-10)
             if shadow.value is not None:
                 close(optimizer.state[params[i]]["shadow"], shadow.value, 1e-6)

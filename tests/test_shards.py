@@ -161,6 +161,52 @@ def spoilt(rank, way):
     return outcome(model, optimizer, loss=optimizer.emotion.loss)
 
 
+def staged(rank):
+    """Two stages of a pipeline, each sharded over two ranks, of which only the last one has a loss."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, last = mesh_of(2, 2), rank >= 2
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(4, 3 if last else 5).double(), mesh=mesh["near"])
+    optimizer = EmoNavi(model.parameters(), lr=1e-2, capture=False)
+    for step in range(8):
+        optimizer.zero_grad()
+        model(torch.full((2, 4), 1.0 + step + rank, dtype=torch.float64)).square().sum().backward()
+        if last:
+            optimizer.observe(10.0 / (1 + step) + rank)
+        optimizer.step()
+    return outcome(model, optimizer, loss=optimizer.emotion.loss, norm=optimizer.emotion.grad_norm)
+
+
+def partial(rank):
+    """A replicated parameter whose gradient is a sum that nobody has made yet, as sequence parallelism leaves it."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+
+    begin = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    one, two = nn.Parameter(distribute_tensor(begin, mesh_of(4), [Replicate()])), nn.Parameter(begin.clone())
+    optimizers = [EmoNavi([one], lr=1e-2), EmoNavi([two], lr=1e-2, process_group=None)]
+    for step in range(4):
+        one.grad = DTensor.from_local(begin * (rank + step), mesh_of(4), [Partial()])
+        two.grad = begin * (0 + 1 + 2 + 3 + 4 * step)
+        for optimizer in optimizers:
+            optimizer.step(loss=1.0 / (1 + step))
+    return {"tensors": {"sharded": whole(one)}, "plain": two.detach()}
+
+
+def apart(rank):
+    """Parameters that are cut over two meshes of two, neither of which holds the other."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    meshes = mesh_of(2, 2)["far"], mesh_of(2, 2)["near"]
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])) for mesh in meshes]
+    optimizer = EmoNavi(params, lr=1e-2)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"sharded over the ranks \[\d, \d\] .* shard all over one mesh"):
+        optimizer.step(loss=1.0)
+    return {"same": all(bool((p.to_local() == 1).all()) for p in params), "state": len(optimizer.state)}
+
+
 def asks(rank, way, sibling, options):
     """How many numbers each collective of the third step has."""
     model, share = laid(way)
@@ -247,10 +293,10 @@ def zero(rank):
     dist.broadcast_object_list(saved)
     other = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=EmoNavi, lr=1e-2)
     other.load_state_dict(saved[0])
-    mine = {
-        f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in optimizer.optim.state.get(p, {}).items()
-    }
-    back = {f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in other.optim.state.get(p, {}).items()}
+    mine, back = (
+        {f"{i} {k}": v for i, p in enumerate(model.parameters()) for k, v in one.optim.state.get(p, {}).items()}
+        for one in (optimizer, other)
+    )
     return {
         "tensors": {f"{i}": whole(p) for i, p in enumerate(model.parameters())},
         "memories": (mine, back),
@@ -294,7 +340,7 @@ def resharded(rank, sibling, folder):
 # Each way with the adaptive emotion; the presets, and the path without branches, where parts are smallest. EmoLynx has
 # nothing that EmoNavi has not.
 NAMES = [(sibling, way, "adaptive") for sibling in ("EmoNavi", "EmoFact") for way in WAYS]
-NAMES += [("EmoLynx", way, "adaptive") for way in ("ddp 4", "fsdp 4", "fsdp 2 x tp 2")]
+NAMES += [("EmoLynx", way, "adaptive") for way in ("ddp 4", "fsdp 4", "fsdp 2", "fsdp 2 x tp 2")]
 NAMES += [(sibling, "fsdp 4", name) for sibling in ("EmoNavi", "EmoFact") for name in ("tight", "v4")]
 NAMES += [("EmoNavi", "fsdp 4", "v1"), ("EmoLynx", "fsdp 4", "v3"), ("EmoFact", "fsdp 4", "begun anew")]
 SPOILT = ("ddp 4", "fsdp 4", "hsdp 2x2")
@@ -323,6 +369,7 @@ def cases(folder):
     found |= {"asks, fsdp 4, v4": (asks, "fsdp 4", "EmoNavi", {"emotion": "v4"})}
     found |= {f"loaded, {s}, {kind}": (loaded, s, kind) for s, kind in LOADED}
     found["zero"] = (zero,)
+    found |= {f.__name__: (f,) for f in (staged, partial, apart)}
     found |= {f"first generation, {original}": (first_generation, original) for original in (True, False)}
     return found | {f"resharded, {s}": (resharded, s, folder) for s in SIBLINGS}
 
@@ -359,6 +406,23 @@ def test_what_is_not_finite_on_one_rank_is_left_out_by_all(way, ranks):
     assert (found["steps"], found["skipped"], found["ignored"]) == (9, 1, 0)
     assert found["loss"] == pytest.approx((1 + 3 + 4) / 3)  # the last step's, without rank 1
     assert all(t.isfinite().all() for t in found["tensors"].values())
+
+
+def test_stages_feel_the_loss_of_the_last_one(ranks):
+    found = ranks("staged")
+    assert {one["loss"] for one in found} == {10.0 / 8 + 2.5}
+    for stage in (found[:2], found[2:]):
+        agree(stage)
+    assert found[0]["norm"] != found[2]["norm"]
+
+
+def test_a_gradient_of_partial_sums_is_added_up(ranks):
+    found = ranks("partial")
+    torch.testing.assert_close(agree(found)["tensors"]["sharded"], found[0]["plain"], rtol=0.0, atol=1e-12)
+
+
+def test_meshes_that_nothing_holds_together_are_refused(ranks):
+    assert all(found == {"same": True, "state": 0} for found in ranks("apart"))
 
 
 @pytest.mark.parametrize(("way", "sibling"), ASKS)

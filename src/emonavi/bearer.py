@@ -183,7 +183,8 @@ class Bearer(torch.optim.Optimizer):
     # The state vector -------------------------------------------------------------------------------------------
 
     def _note_begun(self) -> None:
-        """Whether a real step was made, read from the state."""
+        """Whether a real step was made, read from a state that was loaded."""
+        self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._begun = bool(state.steps + state.skipped_steps > 0)
 

@@ -55,19 +55,21 @@ STATE_DTYPES: dict[Any, str | None] = {
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def emotion(given: str | Emotion | Preset) -> Machine:
-    """The emotion of a name, or the one given."""
+def emotion(given: str | Emotion | Preset, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
+    """The emotion of a name, or the one given. ``generations`` are those for which the rule was published."""
     if isinstance(given, Emotion):
         for constant, value in vars(given).items():
             if not 0 <= _as_float(value) < math.inf:
                 raise ValueError(f"Emotion({constant}={value!r}): give a finite number of at least 0")
+    known: dict[str, Machine] = {"adaptive": Emotion(), **{name: PRESETS[name] for name in generations}}
+    names = ", ".join(map(repr, known))
+    name = given.name if isinstance(given, Preset) else given
+    if isinstance(name, str) and name in PRESETS and name not in generations:
+        raise ValueError(f"emotion {name!r}: no such rule of this optimizer was published; choose from {names}")
     if isinstance(given, (Emotion, Preset)):
         return given
-    known: dict[str, Machine] = {"adaptive": Emotion(), **PRESETS}
     if not isinstance(given, str) or given not in known:
-        raise ValueError(
-            f"unknown emotion {given!r}: choose from {', '.join(map(repr, known))}, or pass an emonavi.Emotion"
-        )
+        raise ValueError(f"unknown emotion {given!r}: choose from {names}, or pass an emonavi.Emotion")
     return known[given]
 
 
@@ -274,6 +276,7 @@ def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
         raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
     machines: list[Machine] = [Emotion(), *PRESETS.values()]
+    vector = machine.upgrade(vector)
     (code, version), own = vector[:2].tolist(), machine.initial()
     if [code, version, len(vector)] != [*own[:2], len(own)]:
         found = next((e.name for e in machines if e.code == code), f"unknown, code {code:g}")

@@ -33,6 +33,7 @@ _DEMO_NEEDS = {
     "sklearn": "scikit-learn",
 }
 _PLOT_NEEDS = {name: _DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
+_PCA_NEEDS = {"matplotlib": "matplotlib"}
 _BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
 
 
@@ -54,10 +55,11 @@ def build() -> typer.Typer:
     commands.command()(report)
     commands.command("list")(siblings)
     benches = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
+    benches.command()(landscape)
     benches.command()(step)
     benches.command()(capture)
     benches.command("lr")(learning_rates)
-    for name in ("stop", "shock", "schedules", "lowbit"):
+    for name in _LEDGERED:
         benches.command(name)(_ledgered(name))
     commands.add_typer(benches, name="bench")
     return commands
@@ -124,14 +126,22 @@ def plot(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of TensorBoard event files, searched with all below.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for the two files.", show_default="RUN")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files.", show_default="RUN")] = None,
+    pca: Annotated[
+        bool, typer.Option("--pca", help="The way of the weights that monitor.trajectory() recorded, instead.")
+    ] = False,
 ) -> None:
     """Draw what optimizers felt, from what writer= wrote: one PNG, and one HTML page that needs no network."""
-    _require("emonavi plot", _PLOT_NEEDS)
+    _require("emonavi plot", _PCA_NEEDS if pca else _PLOT_NEEDS)
 
+    from emonavi.pca import draw as draw_ways
     from emonavi.plot import draw
 
     try:
+        if pca:
+            picture, lines = draw_ways(run, out or run)
+            print("\n".join([*lines, str(picture)]))
+            return
         png, page, count = draw(run, out or run)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="RUN") from error
@@ -214,6 +224,33 @@ def capture(
     print("\n".join(report(out, rounds)))
 
 
+def landscape(
+    out: Annotated[Path, typer.Option(help="Folder of the figures and pictures.")] = Path("runs/landscape"),
+    optimizers: Annotated[str, typer.Option(help="Names separated by commas.", show_default="all")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Of each path.")] = 500,
+) -> None:
+    """Draw paths on five functions of two variables, from lrs over five decades: siblings and peers, a few minutes."""
+    _require("emonavi bench landscape", _BENCH_NEEDS, "bench")
+    from rich.console import Console
+
+    from emonavi.bench import landscape as bench
+    from emonavi.bench.lr import choose
+    from emonavi.bench.peers import missing
+    from emonavi.registry import SIBLINGS
+
+    known = [*(sibling.cls.__name__ for sibling in SIBLINGS.values()), *bench.PEERS]
+    try:
+        names = choose(optimizers, known, "optimizer") or known
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if absent := missing([name for name in names if name in bench.PEERS]):
+        raise typer.Exit(_refuse("emonavi bench landscape", absent, "bench"))
+    console = Console(highlight=False)
+    for shown in bench.run(out, names, steps, shlex.join(["emonavi", *sys.argv[1:]])):
+        console.print(shown, soft_wrap=True)
+
+
 def learning_rates(
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks, few optimizers: under five minutes.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All half decades from 1e-5 to 1, three seeds.")] = False,
@@ -267,6 +304,7 @@ _LEDGERED = {
     "stop": "When should_stop speaks on a budget four times too long, and what running on would bring: ten minutes.",
     "shock": "Spikes, NaN, wrong labels and another task in the middle of a run: does it recover? Fifteen minutes.",
     "lowbit": "What memories and weights in bfloat16 and 8 bits cost in the final loss: four minutes a seed.",
+    "autonomous": "Workers that train alone and merge now and then, beside data-parallel ones: an hour and a half.",
     "schedules": "The same runs under a constant lr and five schedules: does a scheduler matter? Five minutes.",
 }
 
@@ -311,8 +349,11 @@ def _ledgered(name: str) -> Callable[..., None]:
             )  # fmt: skip
         finally:
             ledger.close()
-        for line in (*outcome.failures, *bench.lines([ledger.rows[c] for c in cells if c in ledger.rows])):
+        rows = [ledger.rows[c] for c in cells if c in ledger.rows]
+        for line in (*outcome.failures, *bench.lines(rows)):
             console.print(line, markup=False, soft_wrap=True)
+        if hasattr(bench, "draw"):
+            bench.draw(rows, ledger.path.with_suffix(".png"))
         if outcome.stopped:
             console.print(f"Stopped; the same command goes on. Everything finished is in {ledger.path}.")
         raise typer.Exit(130 if outcome.stopped else 1 if outcome.failures else 0)

@@ -30,6 +30,9 @@ comes to 0. The gain is the largest first-order improvement that a step of lr 1 
 under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
 gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
+For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
+asymmetry. Nothing acts on them: two attempts at it were no better (``docs/watching.md``).
+
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
 Source: the emotional scalar is an idea of muooon/EmoNavi. Reflection is hypergradient descent (Baydin et al. 2018,
@@ -52,10 +55,13 @@ __all__ = ["Emotion", "State"]
 
 LOG_TENTH = math.log(0.1)
 LOG_HALF = math.log(0.5)
+VERSION = 3.0
+ENTRIES_OF_VERSION_2 = 38  # the first ones of today's, with the same meaning
 NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
 DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 REST_STEPS = 3
 HEAL_RATE = (LOG_HALF - LOG_TENTH) / 7  # with the three steps of rest: back at half the earlier drive within ten
+MOMENTS_RATE = 0.02  # of the scalar's moments: the last fifty losses
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
 PATIENCE = 10  # losses or norms heard before one can be called an outlier by their own spread
@@ -103,11 +109,37 @@ class State(NamedTuple):
     grad_norm: Number
     log_norm: Number
     log_norm_var: Number
+    last_scalar: Number  # as it was at the last update
+    scalar_mean: Number  # of recent scalars, and their central moments
+    scalar_m2: Number
+    scalar_m3: Number
+    scalar_m4: Number
+    scalar_size: Number  # mean of |scalar|
 
 
 def _mean(old: Number, new: Number, rate: float, count: Number) -> Number:
     """Running mean of the given rate that is the plain mean of all values until there are 1/rate of them."""
     return old + clamp(1 / clamp(count, 1.0), rate) * (new - old)
+
+
+def _moments(state: State, scalar: Number, count: Number) -> dict[str, Number]:
+    """Running central moments of the scalar, the n-th of them.
+
+    A share w of the distribution becomes one point. Central from the start: differences of raw moments would lose all
+    digits where the scalar hardly moves. Source: the pairwise update of P. Pebay (2008), for one point of weight w.
+    """
+    w = clamp(1 / clamp(count, 1.0), MOMENTS_RATE)
+    off = scalar - state.scalar_mean
+    m2, m3, m4 = state.scalar_m2, state.scalar_m3, state.scalar_m4
+    share, square = w * off, off * off
+    return {
+        "scalar_mean": state.scalar_mean + share,
+        "scalar_m2": (1 - w) * (m2 + share * off),
+        "scalar_m3": (1 - w) * (m3 - 3 * share * m2 + share * (1 - 2 * w) * square),
+        "scalar_m4": (1 - w)
+        * (m4 - 4 * share * m3 + 6 * share * share * m2 + share * off * square * (1 - 3 * w + 3 * w * w)),
+        "scalar_size": state.scalar_size + w * (abs(scalar) - state.scalar_size),
+    }
 
 
 @dataclass(frozen=True)
@@ -172,12 +204,20 @@ class Emotion:
     def initial(self) -> list[float]:
         """The state vector before anything was felt."""
         start = dict.fromkeys(State._fields, 0.0)
-        start |= {"code": float(self.code), "version": 2.0, "goal": NEVER, "log_drive_peak": NEVER, "noise": 0.04}
+        start |= {"code": float(self.code), "version": VERSION, "goal": NEVER, "log_drive_peak": NEVER, "noise": 0.04}
         return list(start.values())
 
     def index(self, name: str) -> int:
         """Place of an entry in the vector."""
         return State._fields.index(name)
+
+    def upgrade(self, vector: Tensor) -> Tensor:
+        """A vector of an earlier version as one of this: what it lacks is as before anything was felt."""
+        if vector[:2].tolist() != [self.code, 2.0] or len(vector) != ENTRIES_OF_VERSION_2:
+            return vector
+        upgraded = torch.cat([vector, vector.new_tensor(self.initial()[ENTRIES_OF_VERSION_2:])])
+        upgraded[self.index("version")] = VERSION
+        return upgraded
 
     def unpack(self, vector: Tensor, plain: bool = False) -> State:
         """The vector's entries by name: views of it, or plain numbers."""
@@ -237,7 +277,7 @@ class Emotion:
         new = state._replace(
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
             calm=calm, tension=tension, scalar=scalar, brake=brake, record=record, log_drive=state.log_drive - brake,
-            panic=number(panic),
+            panic=number(panic), **_moments(state, scalar, n),
         )  # fmt: skip
         felt_state: State = keep(felt, new, state)
         return felt_state
@@ -293,7 +333,8 @@ class Emotion:
         horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
         # A panic restores the shadow even where the gradient is of no use.
         scale = like(horizon, fade if options.fades else 1.0)
-        return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon)
+        felt = state.scalar, state.last_scalar
+        return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon, *felt)
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
         """One word for what it feels like now."""
@@ -309,7 +350,8 @@ class Emotion:
 
     def reflect(self, state: State, sums: Sums, acted: Number, options: Options) -> State:
         """Learn from the cosine between today's gradient and the last step; ``acted`` is False for a skipped update."""
-        state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted)
+        last = where(acted, state.scalar, state.last_scalar)
+        state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted, last_scalar=last)
         weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
         # Free of lr: a drive that was cut must not look like a run with nothing left to gain.

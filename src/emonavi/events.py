@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Curve", "Run", "read"]
+__all__ = ["Curve", "Run", "label", "read"]
 
 _POINTS = 300  # stretches that a curve is drawn in, each by its lowest and its highest value
 
@@ -79,7 +79,7 @@ def read(folder: Path) -> list[Run]:
         raise FileNotFoundError(
             f"{folder} holds no event files (*tfevents*): name the directory that writer= writes to"
         )
-    runs = [Run(_label(home, folder), tags) for home in homes if (tags := _read(home))]
+    runs = [Run(label(home, folder), tags) for home in homes if (tags := _read(home))]
     if not runs:
         raise ValueError(
             f"the event files in {folder} hold no tag emo/...: construct the optimizer with a writer, as in "
@@ -88,7 +88,8 @@ def read(folder: Path) -> list[Run]:
     return runs
 
 
-def _label(home: Path, folder: Path) -> str:
+def label(home: Path, folder: Path) -> str:
+    """Name of a run: its folder, as seen from the one that was asked for."""
     return home.relative_to(folder).as_posix() if home != folder else folder.resolve().name
 
 

@@ -42,7 +42,7 @@ from emonavi.optimizer import EmoOptimizer
 from emonavi.scalars import Number, like
 from emonavi.sweep import Reflected, Rule, dot, wide
 
-__all__ = ["EmoFact", "emofact"]
+__all__ = ["EmoFact", "emofact", "factor_shapes"]
 
 SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
 SAMPLE_RATE = 0.1
@@ -126,6 +126,13 @@ def sample_stride(count: int) -> int:
     """Distance of the sampled ones of ``count`` elements. An odd one does not run down a column of a width like 512."""
     stride = max(1, -(-count // SAMPLE))
     return stride + (stride > 1 and stride % 2 == 0)
+
+
+def factor_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of a tensor's memories of rows and columns; none for vectors and scalars."""
+    if param.dim() < 2:
+        return {}
+    return {"exp_avg_row": (len(param), *(1 for _ in param.shape[1:])), "exp_avg_col": (1, *param.shape[1:])}
 
 
 def sample(batch: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from emonavi import checks, lowbit
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
-from emonavi.distributed import Ranks, agreed, hand_on, is_piece, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local_grad
 from emonavi.emotion import Emotion
+from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
 from emonavi.machine import Mood, Options, Sums
-from emonavi.presets import Preset
+from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
@@ -52,8 +53,9 @@ class EmoOptimizer(Bearer):
         writer: an object with ``add_scalar(tag, value, step)``, or a log directory for TensorBoard.
         capture: ``"auto"`` hears the loss at backward; False only takes the losses it is told.
         on_missing_loss: ``"warn"`` (once, after several steps), ``"ignore"`` or ``"error"``.
-        process_group: over which the replicas' losses are averaged: ``"auto"`` is the default group once
-            ``torch.distributed`` is initialised, None is never.
+        process_group: over which the ranks' losses are averaged: ``"auto"`` is the default group once
+            ``torch.distributed`` is initialised, or the mesh that sharded parameters were cut from. None is never, but
+            for shards, which must feel one loss.
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
@@ -95,7 +97,7 @@ class EmoOptimizer(Bearer):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = True,
     ) -> None:
-        machine = checks.emotion(emotion)
+        machine = checks.emotion(emotion, self._generations)
         felt = checks.spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         })  # fmt: skip
@@ -152,6 +154,12 @@ class EmoOptimizer(Bearer):
         """What it has to know of the other ranks' parts, for the places of these tensors."""
         return {}
 
+    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
+        """What a rule that switches by the scalar takes besides: plain numbers, which it may branch on, or tensors."""
+        return {}
+
+    # Generations for which a rule of this name was published.
+    _generations: tuple[str, ...] = tuple(PRESETS)
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
@@ -185,25 +193,30 @@ class EmoOptimizer(Bearer):
         heard, returned = self._intake.take(loss, closure)
         if self._release is not None and self._release.close(heard):
             return returned
-        found, vector = self._found(), self._vector()
-        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
-        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in self.param_groups)
-        moves = self._moves(found)
-        if moves:
-            checks.memory([p for p, _ in found])
-            moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
-            params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
-            ranks = self._peers()
-            heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
-            self._missing.note(heard, type(self).__name__)
+        found = self._found()
+        if self._moves(found):
+            self._move(found, heard)
+            return returned
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
         for p, _ in found:
             self._make_state(p)
-        if not moves:
-            if found:
-                self._intake.clear()
-            return returned
+        if found:
+            self._intake.clear()
+        return returned
+
+    def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
+        """The step of parameters that have a gradient, with the place of their group."""
+        checks.memory([p for p, _ in found])
+        vector = self._vector()
+        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
+        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
+        params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
+        heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
+        self._missing.note(heard, type(self).__name__)
+        for p, _ in found:
+            self._make_state(p)
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
@@ -224,7 +237,6 @@ class EmoOptimizer(Bearer):
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
-        return returned
 
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
@@ -257,6 +269,13 @@ class EmoOptimizer(Bearer):
             found.append((group, layout, rule, bucket))
         return found
 
+    def _check_shards(self, params: list[Tensor]) -> None:
+        """Raise where the rule would take the part of a sharded tensor that lies here for all of it."""
+        for p in params:
+            if is_sharded(p) and not self._needs_whole(p) and not self._rule(self._layout(p))[1]:
+                what = f"a parameter of shape {tuple(p.shape)} is a DTensor"
+                raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
+
     def _honour_fused(self, group: dict[str, Any]) -> None:
         """Raise where there is no kernel for one of the group's tensors."""
         for p in group["params"]:
@@ -281,6 +300,7 @@ class EmoOptimizer(Bearer):
             at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            scalars |= self._switch(layout, mood)
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
@@ -306,6 +326,7 @@ class EmoOptimizer(Bearer):
         try:
             checks.parameters(group["params"])
             checks.whole(group["params"], group["state_dtype"])
+            self._check_shards(group["params"])
             if group["fused"]:
                 self._honour_fused(group)
         except (RuntimeError, TypeError, ValueError):

@@ -85,6 +85,10 @@ class Preset:
         """Place of an entry in the vector."""
         return PresetState._fields.index(name)
 
+    def upgrade(self, vector: Tensor) -> Tensor:
+        """A vector of an earlier version as one of this; there was none before."""
+        return vector
+
     def unpack(self, vector: Tensor, plain: bool = False) -> PresetState:
         """The vector's entries by name: views of it, or plain numbers; the history stays a tensor."""
         entries = vector[:-HISTORY]
@@ -145,6 +149,8 @@ class Preset:
             pull=where(leans & (state.cast > 0), state.ratio, 0.0),
             # The first time, the shadow is cast: it moves all the way.
             follow=where(leans, where(state.cast > 0, follow, one), 0.0),
+            scalar=state.scalar,
+            last_scalar=state.scalar,  # presets do not reflect
         )
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from emonavi.clan import EmoClan
 from emonavi.fact import EmoFact
 from emonavi.lynx import EmoLynx
 from emonavi.navi import EmoNavi
+from emonavi.neco import EmoNeco
 from emonavi.optimizer import EmoOptimizer
+from emonavi.zeal import EmoZeal
 
 __all__ = ["SIBLINGS", "Sibling", "available", "create", "named"]
 
@@ -40,6 +43,9 @@ SIBLINGS = {
         Sibling("emonavi", EmoNavi, "Adam", "the default: from scratch and for fine-tuning"),
         Sibling("emofact", EmoFact, "Adafactor", "when memory is short"),
         Sibling("emolynx", EmoLynx, "Lion", "half of EmoNavi's memory"),
+        Sibling("emoclan", EmoClan, "Adam", "as EmoNavi, with steps of one size while the loss rises"),
+        Sibling("emozeal", EmoZeal, "Adafactor", "near EmoNavi's losses at half of its memory"),
+        Sibling("emoneco", EmoNeco, "Lion", "no reason was found: EmoZeal needs no more and ends lower"),
     )
 }
 

@@ -19,7 +19,10 @@ from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
 from emonavi.bench.runner import hardware, versions
 from emonavi.bench.tasks import TASKS, Problem
 
-__all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run", "train"]
+__all__ = [
+    *("HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run"),
+    *("switch", "train"),
+]
 
 HALF_DECADES = tuple(float(f"{10 ** (e / 2):.2e}") for e in range(-10, 1))  # 1e-5 to 1
 STANDARD = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
@@ -80,7 +83,7 @@ def _loop(
 ) -> str:
     """Train, and note losses and effective lrs. Returns why the run is lost, or nothing."""
     bad = 0
-    _mode(optimizer, "train")
+    switch(optimizer, "train")
     for step in range(cell.steps):
         if contender.warm_up is not None:
             for group in optimizer.param_groups:
@@ -99,7 +102,7 @@ def _loop(
 
 
 def _evaluate(contender: Contender, problem: Problem, optimizer: Any) -> Row:
-    _mode(optimizer, "eval")
+    switch(optimizer, "eval")
     found: Row = {"raw": problem.val()}
     if contender.ours:
         found["skipped_steps"] = optimizer.emotion.skipped_steps
@@ -109,7 +112,7 @@ def _evaluate(contender: Contender, problem: Problem, optimizer: Any) -> Row:
     return found
 
 
-def _mode(optimizer: Any, mode: str) -> None:
+def switch(optimizer: Any, mode: str) -> None:
     """ScheduleFree keeps two sets of weights and wants to know which are needed."""
     if callable(switch := getattr(optimizer, mode, None)):
         switch()

@@ -96,13 +96,13 @@ def _muon(params: Params, lr: float) -> Any:
     return _peer("pytorch_optimizer", "Muon", adamw_lr=lr, use_adjusted_lr=True)([g for g in groups if g["params"]], lr)
 
 
-def _emotional(name: str, build: Callable[[Params, float], Any]) -> Contender:
+def _emotional(name: str, default_lr: float, build: Callable[[Params, float], Any]) -> Contender:
     """The same optimizer, as it comes, under the emotion."""
 
     def wrapped(params: Params, lr: float) -> emonavi.Emotional:
         return emonavi.Emotional(build(params, lr), use_shadow=True)
 
-    return Contender(f"Emotional({name})", "emonavi", 1e-3, wrapped, rate=_effective, shadow=True)
+    return Contender(f"Emotional({name})", "emonavi", default_lr, wrapped, rate=_effective, shadow=True)
 
 
 def _effective(optimizer: Any) -> float:
@@ -123,7 +123,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("AdamW + cosine", "torch", 1e-3, torch.optim.AdamW, **_COSINE),
         Contender("Lion + cosine", "pytorch_optimizer", 1e-4, _LION, **_COSINE),
         Contender("EmoFact rule + cosine", "emonavi", 1e-3, _ours("EmoFact", use_trust=False), **_COSINE),
-        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx")),
+        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx", "EmoClan", "EmoZeal", "EmoNeco")),
         Contender("AdamW", "torch", 1e-3, torch.optim.AdamW),
         Contender("Prodigy", "prodigyopt", 1.0, **_PRODIGY),
         Contender("Prodigy + cosine", "prodigyopt", 1.0, **_PRODIGY, warm_up=0.0),
@@ -135,10 +135,10 @@ CONTENDERS: dict[str, Contender] = {
         Contender("Adafactor", "torch", 1e-2, torch.optim.Adafactor),
         Contender("Lion", "pytorch_optimizer", 1e-4, _LION),
         Contender("SGD", "torch", 1e-3, _sgd),
-        Contender("Muon", "pytorch_optimizer", 1e-3, _muon),
-        _emotional("AdamW", lambda params, lr: torch.optim.AdamW(params, lr=lr)),
-        _emotional("SGD", _sgd),
-        _emotional("Muon", _muon),
+        Contender("Muon", "pytorch_optimizer", 2e-2, _muon),
+        _emotional("AdamW", 1e-3, lambda params, lr: torch.optim.AdamW(params, lr=lr)),
+        _emotional("SGD", 1e-3, _sgd),
+        _emotional("Muon", 2e-2, _muon),
         Contender(
             *("EmoNavi (pytorch_optimizer)", "pytorch_optimizer", 1e-3, _peer("pytorch_optimizer", "EmoNavi")),
             step=lambda optimizer, loss: optimizer.step(lambda: loss.detach()),  # no other way to hand the loss over

@@ -55,12 +55,12 @@ def _cached(command: list[str]) -> ctypes.CDLL:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emonavi"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"sweep-{digest}.so"
-        if path.exists() and _is_ours(folder) and _is_ours(path):
-            with contextlib.suppress(OSError):  # no library: cut short, or made on another system
-                return ctypes.CDLL(str(path))
-        _compile(command, native, path)
         if _is_ours(folder):
+            path = folder / f"sweep-{digest}.so"
+            if path.exists() and _is_ours(path):
+                with contextlib.suppress(OSError):  # no library: cut short, or made on another system
+                    return ctypes.CDLL(str(path))
+            _compile(command, native, path)
             return ctypes.CDLL(str(path))
     except (OSError, RuntimeError):  # no home, no space, read-only, a file that is no library
         pass

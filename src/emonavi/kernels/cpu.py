@@ -85,7 +85,7 @@ def _shapes(columns: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
     """Rows of each matrix, and where the sample of it lies that the last column remembers."""
     sampled = [t.numel() for t in columns[-1]]
     stride = [sample_stride(t.numel()) for t in columns[0]]
-    rows = [len(t) for t in columns[0]]
+    rows = [t.numel() for t in columns[2]]  # one number remembered for each
     return {"rows": array("q", rows), "samples": array("q", sampled), "stride": array("q", stride)}
 
 

@@ -148,11 +148,11 @@ static inline WIDE NAME(remember)(const bucket *b, WIDE memory, double mean)
     return memory + (WIDE)(1 - b->beta1) * (today - memory);
 }
 
-/* The squares of n elements of a row, at most LANES: into the sum of the row and those of the columns. */
-static inline void NAME(fact_some)(const STORED *grad, int64_t n, WIDE scale, WIDE lanes[LANES], WIDE *columns)
+/* The squares of LANES elements of a row: into the sum of the row and those of the columns. */
+static inline void NAME(fact_some)(const STORED *grad, WIDE scale, WIDE lanes[LANES], WIDE *columns)
 {
 #pragma omp simd
-    for (int64_t k = 0; k < n; k++) {
+    for (int k = 0; k < LANES; k++) {
         const WIDE g = GET(grad[k]) * scale;
         lanes[k] += g * g;
         columns[k] += g * g;
@@ -165,18 +165,23 @@ static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, in
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
     WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
     WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
+    const WIDE scale = (WIDE)b->grad_scale;
     (void)sums;
     memset(columns, 0, (size_t)width * sizeof *columns);
     for (int64_t r = 0; r < n; r++, grad += width) {
         double sum = 0;
-        for (int64_t i = 0; i < width;) {
+        int64_t i = 0;
+        while (i + LANES <= width) {
             const int64_t to = width - i < BLOCK ? width : i + BLOCK;
             WIDE lanes[LANES] = {0};
             for (; i + LANES <= to; i += LANES)
-                NAME(fact_some)(grad + i, LANES, (WIDE)b->grad_scale, lanes, columns + i);
-            NAME(fact_some)(grad + i, to - i, (WIDE)b->grad_scale, lanes, columns + i);
-            i = to;
+                NAME(fact_some)(grad + i, scale, lanes, columns + i);
             sum += NAME(total)(lanes);
+        }
+        for (; i < width; i++) {
+            const WIDE g = GET(grad[i]) * scale;
+            sum += (double)(g * g);
+            columns[i] += g * g;
         }
         row[r] = NAME(remember)(b, row[r], sum / (double)width);
     }

@@ -1,0 +1,255 @@
+"""Autonomous training: workers that share nothing while they train, and whose weights are merged now and then.
+
+Each worker has its own part of the data and an optimizer of its own (``process_group=None``: its emotion is its own,
+too). After every H steps, or only at the end, the weights become the mean of all workers' weights, or take an outer
+step towards it::
+
+    mean   = sum_k n_k w_k / sum_k n_k            n_k: steps that worker k has made since its last merge
+    w      = mean                                 without an outer optimizer
+    w      = outer step from the last merged weights, with the gradient (last merged weights - mean)
+
+So a worker that has just joined (n = 0) takes the mean and gives nothing, and so does one whose weights are not finite.
+torch's own averagers decide when it is time, and send.
+
+What the emotion does at a merge: it rests for a step, since the loss may jump for a reason that is not the worker's
+own. Its drive, its memories and the moments stay as they are; nothing of them is sent.
+
+Sources: local SGD (Stich 2019, https://arxiv.org/abs/1805.09767); the outer step is that of DiLoCo (Douillard et al.
+2023, https://arxiv.org/abs/2311.08105).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emonavi.emotion import Emotion
+from emonavi.optimizer import EmoOptimizer
+from emonavi.sweep import wide
+
+__all__ = ["Merger", "nesterov"]
+
+# Steps alone before a merge is worth a rest: a drive that rests after every step never moves.
+_REST_AFTER = 16
+
+
+def nesterov(params: Sequence[Tensor], lr: float = 0.7, momentum: float = 0.9) -> torch.optim.Optimizer:
+    """The outer optimizer of DiLoCo, at its published values."""
+    return torch.optim.SGD(list(params), lr=lr, momentum=momentum, nesterov=True)
+
+
+class Merger:
+    """Merges a worker's weights with those of the others: call :meth:`step` after each ``optimizer.step()``.
+
+    What travels is what the optimizer trains, the model's floating-point buffers (BatchNorm's statistics) and the
+    shadow where there is one: 4 bytes for each number (8 where a parameter is float64). Frozen weights, moments and the
+    emotion stay at home.
+
+    Args:
+        model: what is trained. All workers begin with the same weights, for example those of the same seed.
+        optimizer: what trains it; any of torch's. A sibling is built with ``process_group=None``, or with the group of
+            the worker's own replicas.
+        averager: one of ``torch.distributed.algorithms.model_averaging``; at which steps which workers merge is its
+            business. None: nothing is merged before :meth:`merge`.
+        outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean. Who
+            joins later loads another's :meth:`state_dict` first: the step begins at the last merged weights.
+
+    Raises:
+        ValueError: the optimizer averages its loss with the other workers at every step, or an outer step is asked for
+            where the averager merges a part of the workers.
+
+    Example:
+        Without processes; whatever carries one tensor will do. With processes: ``examples/autonomous.py``.
+
+        >>> import torch, emonavi
+        >>> from emonavi.autonomous import Merger
+        >>> models = [torch.nn.Linear(2, 1) for _ in range(2)]
+        >>> mergers = []
+        >>> for model in models:
+        ...     optimizer = emonavi.EmoNavi(model.parameters(), process_group=None)
+        ...     merger = Merger(model, optimizer)
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     loss = optimizer.step()
+        ...     merged = merger.step()
+        ...     mergers.append(merger)
+        >>> mean = sum(merger.offer() for merger in mergers) / 2
+        >>> for merger in mergers:
+        ...     merger.accept(mean)
+        >>> torch.equal(models[0].weight, models[1].weight)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averager: Any = None,
+        *,
+        outer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        if isinstance(optimizer, EmoOptimizer) and optimizer._process_group == "auto":
+            raise ValueError(
+                "the optimizer has process_group='auto', and would average its loss with the other workers at every "
+                "step: build it with process_group=None"
+            )
+        if outer is not None and len(getattr(averager, "period_process_group_dict", ())) > 1:
+            raise ValueError(
+                "outer= with an averager that merges a part of the workers: their last merged weights would differ; "
+                "use a PeriodicModelAverager, or leave outer out"
+            )
+        self.model, self.optimizer, self.averager = model, optimizer, averager
+        # The published generations have no panic that would have to be kept from them.
+        machine = optimizer._emotion if isinstance(optimizer, EmoOptimizer) else None
+        self._emotion = machine if isinstance(machine, Emotion) else None
+        self._alone = 0  # steps since the last merge
+        if averager is not None and averager.step == 0:
+            averager.step = 1  # it counts from 0, and would merge after the first step already
+        self._last = None if outer is None else _flat(self._params())
+        self._outer = None if outer is None or self._last is None else outer([self._last])
+
+    # When -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Count a step, and merge where the averager says that it is time. Returns whether it was.
+
+        Raises:
+            RuntimeError: a worker is gone. Nothing has changed then: with a process group of those that are left in
+                ``averager.process_group``, the next step tries again.
+        """
+        self._alone += 1
+        sent: list[Tensor] = []
+        if self.averager is not None:
+            self.averager.average_parameters(self._wire(sent))
+        for mean in sent:
+            self.accept(mean)
+        return bool(sent)
+
+    def merge(self) -> None:
+        """Merge now, all workers at once: at the end, or to join. Raises as :meth:`step` does."""
+        everyone = torch.distributed.group.WORLD if torch.distributed.is_available() else None
+        if everyone is None:
+            raise RuntimeError(
+                "merge() needs torch.distributed: run under torchrun and call init_process_group() first, or carry "
+                "offer() to the others and their mean to accept() by another way"
+            )
+        from torch.distributed.algorithms.model_averaging.utils import average_parameters_or_parameter_groups
+
+        sent: list[Tensor] = []
+        group = everyone if self.averager is None else self.averager.process_group
+        average_parameters_or_parameter_groups(self._wire(sent), group)
+        self.accept(sent[0])
+
+    def _wire(self, sent: list[Tensor]) -> Iterator[nn.Parameter]:
+        """What an averager is given in the place of parameters; it looks only where it is time.
+
+        Given the parameters themselves, it would leave out those without a gradient, which may be others on another
+        worker, and would forget the buffers.
+        """
+        flat = nn.Parameter(self.offer())
+        flat.grad = flat.detach()
+        sent.append(flat)
+        yield flat
+
+    # What -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def offer(self) -> Tensor:
+        """What this worker gives to the mean: one 1-D tensor, of the same length on all workers.
+
+        It is everything that travels times the steps made since the last merge, and then these steps; all zeros where
+        there were none, or where a number is not finite.
+        """
+        flat = _flat([*self._params(), *self._followers()])
+        sound = flat.isfinite().all()
+        return torch.where(sound, torch.cat([flat * self._alone, flat.new_full((1,), self._alone)]), 0.0)
+
+    @torch.no_grad()
+    def accept(self, mean: Tensor) -> None:
+        """Take the mean of all workers' offers: weights, buffers and shadow become the mean of theirs.
+
+        Where no worker had anything to give, nothing changes.
+
+        Args:
+            mean: 1-D, as :meth:`offer` makes it.
+
+        Raises:
+            ValueError: the mean is of another model.
+        """
+        params, followers = self._params(), self._followers()
+        sizes = [sum(t.numel() for t in some) for some in (params, followers)]
+        if mean.shape != (sum(sizes) + 1,):
+            raise ValueError(
+                f"the mean has shape {tuple(mean.shape)}, this worker's offer ({sum(sizes) + 1},): all workers need "
+                "the same model, and an optimizer with the same options"
+            )
+        alone, self._alone = self._alone, 0
+        if mean[-1] == 0:
+            return
+        weights, following = (mean[:-1] / mean[-1]).split(sizes)
+        if self._outer is not None and self._last is not None:
+            self._last.grad = self._last - weights.to(self._last)
+            self._outer.step()
+            weights = self._last
+        _write(params, weights)
+        _write(followers, following)
+        if self._emotion is not None and alone >= _REST_AFTER:
+            # Whoever rests is not frightened by a jump, and goes on resting as long as the loss is beyond its memory.
+            vector, place = self.optimizer.param_groups[0]["emotion"], self._emotion.index("rest")
+            vector[place] = vector[place].clamp(min=1)
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _followers(self) -> list[Tensor]:
+        """What becomes the mean, whatever the outer step: buffers and the shadow, even one that is still to be made."""
+        buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+        if not self.optimizer.param_groups[0].get("use_shadow"):
+            return buffers
+        states = ((p, self.optimizer.state.get(p, {})) for p in self._params())
+        return buffers + [state["shadow"] if "shadow" in state else p.detach().clone() for p, state in states]
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose turn it is, and what an outer step needs; save it beside the model's and the optimizer's."""
+        return {
+            "alone": self._alone,
+            "turn": None if self.averager is None else self.averager.step,
+            "last": None if self._last is None else self._last.clone(),
+            "outer": None if self._outer is None else self._outer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: it was saved with an averager or an outer optimizer, and this has none, or the reverse.
+        """
+        own = self.state_dict()
+        for name in ("turn", "outer"):
+            if (own[name] is None) != (state_dict[name] is None):
+                what = "an averager" if name == "turn" else "an outer optimizer"
+                there, here = ("without", "with") if state_dict[name] is None else ("with", "without")
+                raise ValueError(f"the checkpoint was saved {there} {what}, this merger is {here}: build both alike")
+        self._alone = state_dict["alone"]
+        if self.averager is not None:
+            self.averager.step = state_dict["turn"]
+        if self._outer is not None and self._last is not None:
+            with torch.no_grad():
+                self._last.copy_(state_dict["last"])
+            self._outer.load_state_dict(state_dict["outer"])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all, on the device of the first, in float32 or the widest of their dtypes."""
+    home = tensors[0].device
+    return torch.cat([wide(t.detach()).to(home).reshape(-1) for t in tensors])
+
+
+def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Write a vector back into the tensors that it was made of."""
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

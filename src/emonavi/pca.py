@@ -1,0 +1,130 @@
+"""``emonavi plot --pca``: the ways of the weights, each in the plane of its first two principal components, in one PNG.
+
+Needs ``emonavi[demo]``. Two components of a high-dimensional random walk explain most of its variance too, and draw it
+as an arc (Antognini and Sohl-Dickstein 2018, https://arxiv.org/abs/1806.08805): a smooth bow is no finding by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from emonavi.bench import page
+from emonavi.events import label
+from emonavi.trajectory import FILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Way", "draw", "explained", "project", "read"]
+
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where the sampled weights of one run went: ``weights`` is of shape (records, coordinates)."""
+
+    label: str
+    steps: Tensor
+    weights: Tensor
+
+
+def read(folder: Path) -> list[Way]:
+    """Read every record of weights at or below a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file is no such record, or holds fewer than three finite samples.
+    """
+    files = sorted(folder.rglob(FILE))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no {FILE}: record it with emonavi.monitor.trajectory(optimizer, folder) around the loop"
+        )
+    return [_read(file, folder) for file in files]
+
+
+def _read(file: Path, folder: Path) -> Way:
+    try:
+        held = torch.load(file, weights_only=True)
+        steps, weights = held["steps"], held["weights"]
+    except Exception as error:
+        raise ValueError(f"{file} is no record of weights ({type(error).__name__}): remove it") from error
+    finite = weights.isfinite().all(1)  # a run that diverged is drawn up to there
+    if finite.sum() < 3:
+        raise ValueError(f"{file} holds {int(finite.sum())} finite samples: three are needed for a plane")
+    return Way(label(file.parent, folder), steps[finite], weights[finite].double())
+
+
+def project(way: Way) -> Tensor:
+    """The points of a way in the plane of its own first two principal components, its start in the origin.
+
+    Returns shape (records, 2), in the units of the weights. In one plane for all runs the widest way would hide the
+    others.
+    """
+    plane: Tensor = torch.linalg.svd(way.weights - way.weights.mean(0), full_matrices=False).Vh[:2]
+    return (way.weights - way.weights[0]) @ plane.T
+
+
+def explained(way: Way, points: Tensor) -> tuple[float, float]:
+    """Share of the variance along a way that lies in each of the two directions; 0 where nothing moved."""
+    total = way.weights.var(0, correction=0).sum().item()
+    first, second = points.var(0, correction=0).tolist()
+    return (first / total, second / total) if total > 0 else (0.0, 0.0)
+
+
+def draw(folder: Path, out: Path) -> tuple[Path, list[str]]:
+    """Draw all runs at or below ``folder`` side by side; return the picture, and a line on each run.
+
+    Raises:
+        FileNotFoundError: there is no record of weights.
+        ValueError: one cannot be read.
+    """
+    ways = read(folder)
+    planes = [project(way) for way in ways]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "emonavi-pca.png"
+    _write_png(path, ways, planes)
+    return path, [_said(way, points) for way, points in zip(ways, planes, strict=True)]
+
+
+def _said(way: Way, points: Tensor) -> str:
+    one, two = explained(way, points)
+    far = (way.weights[-1] - way.weights[0]).norm().item()
+    return f"{way.label}: {one:.0%} and {two:.0%} of the variance, {way.steps[-1]} steps, end {far:.3g} from the start"
+
+
+def _write_png(path: Path, ways: list[Way], planes: list[Tensor]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(ways))
+    rows = math.ceil(len(ways) / columns)
+    sheet = Figure(figsize=(3.1 * columns + 0.4, 3.1 * rows + 0.8), dpi=90, layout="constrained")
+    FigureCanvasAgg(sheet)
+    axes = list(sheet.subplots(rows, columns, squeeze=False).flat)
+    for axis, way, points in zip(axes, ways, planes, strict=False):
+        _draw(axis, way, points)
+    for axis in axes[len(ways) :]:
+        axis.remove()
+    sheet.suptitle("weights in two principal components: start grey, end green; colour is the share of the steps")
+    sheet.savefig(path)
+
+
+def _draw(axis: Axes, way: Way, points: Tensor) -> None:
+    one, two = explained(way, points)
+    x, y = points.unbind(1)
+    axis.plot(x, y, color=page.GREY, lw=0.6, alpha=0.6)
+    axis.scatter(x, y, c=way.steps, cmap="viridis", s=5, zorder=2)
+    axis.plot(0, 0, "o", color=page.GREY, ms=7, zorder=3)
+    axis.plot(x[-1], y[-1], "o", color=page.PALETTE[2], ms=7, zorder=3)
+    axis.set_title(way.label, fontsize=10)
+    axis.set(xlabel=f"first component, {one:.0%}", ylabel=f"second, {two:.0%}")
+    axis.set_aspect("equal", "datalim")  # a distance is the same in both directions
+    axis.grid(alpha=0.25)

@@ -1,0 +1,114 @@
+"""The way that the weights take through a training run, as a small file: a sample of them, now and then.
+
+``emonavi plot --pca`` draws it. The file is a dict of tensors: ``torch.load(path, weights_only=True)`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FILE", "Trajectory", "trajectory"]
+
+FILE = "emonavi-weights.pt"
+RECORDS = 256  # kept at most: of more, every other one goes, and the next are twice as far apart
+
+
+class Trajectory:
+    """Samples of the weights that an optimizer trains: the same coordinates each time, drawn at random.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``; what requires a gradient in its groups is sampled.
+        coordinates: how many numbers are kept of each record, or all weights if there are fewer. 1000 numbers and at
+            most 256 records are a megabyte at most.
+
+    Raises:
+        ValueError: nothing is trained, or fewer than two coordinates are asked for.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, coordinates: int = 1000) -> None:
+        if coordinates < 2:
+            raise ValueError(f"coordinates is {coordinates}: two at least are needed for a plane")
+        self._params: list[Tensor] = [
+            p for g in optimizer.param_groups for p in g["params"] if p.requires_grad and p.numel()
+        ]
+        if not self._params:
+            raise ValueError("nothing in this optimizer requires a gradient: there is no way to follow")
+        total = sum(p.numel() for p in self._params)
+        generator = torch.Generator().manual_seed(0)
+        # With replacement: a permutation of a billion weights would take longer than the run.
+        drawn = torch.randint(total, (coordinates,), generator=generator).sort().values
+        chosen = torch.arange(total) if total <= coordinates else drawn
+        self._places: list[Tensor] = []
+        first = 0
+        for p in self._params:
+            inside = chosen[(chosen >= first) & (chosen < first + p.numel())] - first
+            self._places.append(inside.to(p.device))
+            first += p.numel()
+        self._weights: list[Tensor] = []
+        self._steps: list[int] = []
+        self._step, self._every = 0, 1
+        self._note()
+
+    def record(self, *_: Any) -> None:
+        """Count a step, and take a sample where one is due. Waits for the device only where it is."""
+        self._step += 1
+        if self._step % self._every == 0:
+            self._note()
+        if len(self._steps) > RECORDS:
+            del self._weights[1::2], self._steps[1::2]
+            self._every *= 2
+
+    def _note(self) -> None:
+        taken = [p.detach().reshape(-1)[at].float().cpu() for p, at in zip(self._params, self._places, strict=True)]
+        self._weights.append(torch.cat(taken))
+        self._steps.append(self._step)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the samples, the last step among them, into a folder; return the file.
+
+        The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32.
+        """
+        if self._steps[-1] != self._step:
+            self._note()
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"steps": torch.tensor(self._steps), "weights": torch.stack(self._weights)}, path)
+        return path
+
+
+@contextmanager
+def trajectory(
+    optimizer: torch.optim.Optimizer, folder: str | Path, *, coordinates: int = 1000
+) -> Iterator[Trajectory]:
+    """Record the way of the weights while the block lasts, and write it into ``folder`` at its end, whatever happens.
+
+    The records follow ``step()`` through torch's step hook, so the loop needs no other change, and any optimizer of
+    torch's kind will do. ``emonavi plot --pca FOLDER`` draws all runs at or below a folder. For the arguments see
+    :class:`Trajectory`.
+
+    Example:
+        >>> import tempfile, torch, emonavi
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = emonavi.EmoNavi([weight])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with emonavi.monitor.trajectory(optimizer, folder):
+        ...         for _ in range(5):
+        ...             optimizer.zero_grad()
+        ...             weight.square().sum().backward()
+        ...             _ = optimizer.step()
+        ...     torch.load(f"{folder}/emonavi-weights.pt", weights_only=True)["weights"].shape
+        torch.Size([6, 3])
+    """
+    recorded = Trajectory(optimizer, coordinates)
+    hook = optimizer.register_step_post_hook(recorded.record)
+    try:
+        yield recorded
+    finally:
+        hook.remove()
+        recorded.save(folder)

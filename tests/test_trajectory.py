@@ -1,0 +1,170 @@
+"""``monitor.trajectory`` and ``emonavi plot --pca``: what is recorded, and the plane that it is drawn in."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import emonavi
+from emonavi import cli
+from emonavi.monitor import trajectory
+from emonavi.trajectory import FILE, RECORDS, Trajectory
+
+
+def descend(optimizer, weights, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(w.square().sum() for w in weights).backward()
+        optimizer.step()
+
+
+def read(folder):
+    held = torch.load(folder / FILE, weights_only=True)
+    return held["steps"], held["weights"]
+
+
+@pytest.mark.parametrize("cls", [emonavi.EmoNavi, torch.optim.AdamW, torch.optim.SGD])
+def test_the_weights_of_each_step_are_recorded(cls, tmp_path):
+    weights = [torch.nn.Parameter(torch.rand(shape)) for shape in ((3, 2), (4,), (1,))]
+    weights[1].requires_grad_(False)
+    optimizer = cls([{"params": weights[:2]}, {"params": weights[2:]}], lr=1e-2)
+    expected = [torch.cat([weights[0].detach().flatten(), weights[2].detach()])]
+    with trajectory(optimizer, tmp_path / "new"):
+        for _ in range(4):
+            descend(optimizer, [weights[0], weights[2]], 1)
+            expected.append(torch.cat([weights[0].detach().flatten(), weights[2].detach()]))
+    descend(optimizer, [weights[0], weights[2]], 3)  # the hook is gone
+    steps, found = read(tmp_path / "new")
+    assert steps.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(found, torch.stack(expected))
+
+
+def test_a_sample_is_of_the_same_places_each_time(tmp_path):
+    weights = [torch.nn.Parameter(torch.arange(n).float() + 1000 * i) for i, n in enumerate((300, 500, 7))]
+    optimizer = torch.optim.SGD(weights, lr=0.0)
+    with trajectory(optimizer, tmp_path, coordinates=64):
+        descend(optimizer, weights, 2)
+    _, found = read(tmp_path)
+    assert found.shape == (3, 64)
+    assert torch.equal(found[0], found[2])
+    assert found[0].unique().numel() > 55  # spread: few are drawn twice
+    assert (found[0] < 1000).any() and ((found[0] >= 1000) & (found[0] < 2000)).any()
+    with trajectory(torch.optim.Adam(weights), tmp_path / "other", coordinates=64):
+        pass
+    assert torch.equal(read(tmp_path / "other")[1][0], found[0]), "and the same for the same network"
+
+
+def test_a_long_run_is_thinned_and_keeps_its_ends(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    recorded = Trajectory(torch.optim.SGD([weight], lr=0.0))
+    for step in range(1, 1003):
+        weight.data.fill_(step)
+        recorded.record()
+    recorded.save(tmp_path)
+    steps, found = read(tmp_path)
+    assert steps[0] == 0 and steps[-1] == 1002 and len(steps) <= RECORDS + 1
+    assert steps[:-1].diff().unique().tolist() == [4]
+    assert torch.equal(found[1:, 0], steps[1:].float()), "each record is of its own step"
+
+
+def test_a_loop_that_fails_leaves_its_way(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(KeyboardInterrupt), trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 2)
+        raise KeyboardInterrupt
+    assert len(read(tmp_path)[0]) == 3
+
+
+def test_bfloat16_is_kept_as_float32(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    Trajectory(torch.optim.SGD([weight], lr=0.1)).save(tmp_path)
+    assert read(tmp_path)[1].dtype == torch.float32
+
+
+def test_nothing_to_follow():
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(ValueError, match="nothing in this optimizer requires a gradient"):
+        Trajectory(torch.optim.SGD([frozen], lr=0.1))
+    with pytest.raises(ValueError, match="coordinates is 1: two at least"):
+        Trajectory(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), coordinates=1)
+
+
+# The plane -----------------------------------------------------------------------------------------------------------
+
+
+def way(weights, label="a"):
+    from emonavi.pca import Way
+
+    return Way(label, torch.arange(len(weights)), weights.double())
+
+
+def test_a_flat_spiral_is_found_in_a_space_of_many_dimensions():
+    from emonavi.pca import explained, project
+
+    angle = torch.linspace(0, 6, 80, dtype=torch.float64)
+    flat = torch.stack([3 * angle.cos(), angle.sin()], dim=1)
+    directions = torch.linalg.qr(torch.randn(50, 2, dtype=torch.float64)).Q
+    spiral = way(flat @ directions.T + 7)
+    points = project(spiral)
+    assert points[0].tolist() == [0, 0]
+    # Distances are those of the weights, whatever the plane's axes.
+    assert torch.allclose(torch.cdist(points, points), torch.cdist(flat, flat), atol=1e-6)
+    one, two = explained(spiral, points)
+    shares = flat.var(0) / flat.var(0).sum()
+    assert one > 0.8 and one >= shares.max() - 1e-9
+    assert one + two == pytest.approx(1)
+    noisy = way(spiral.weights + torch.randn(80, 50, dtype=torch.float64))
+    assert sum(explained(noisy, project(noisy))) < 0.5
+    still = way(torch.ones(5, 4))
+    assert explained(still, project(still)) == (0, 0)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, cls in (("navi", emonavi.EmoNavi), ("adamw", torch.optim.AdamW)):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(6))
+        optimizer = cls([weight], lr=1e-2)
+        with trajectory(optimizer, tmp_path / name):
+            descend(optimizer, [weight], 30)
+    return tmp_path
+
+
+def test_command(runs, tmp_path):
+    result = CliRunner().invoke(cli.build(), ["plot", "--pca", str(runs), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    first, second, picture = result.output.splitlines()
+    assert re.fullmatch(r"adamw: \d+% and \d+% of the variance, 30 steps, end \d\.\d+ from the start", first)
+    assert second.startswith("navi: ")
+    assert picture == str(tmp_path / "out" / "emonavi-pca.png")
+    assert (tmp_path / "out" / "emonavi-pca.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
+    from emonavi.pca import read
+
+    weights = torch.rand(6, 4)
+    weights[4:] = math.nan
+    torch.save({"steps": torch.arange(6), "weights": weights}, tmp_path / FILE)
+    (found,) = read(tmp_path)
+    assert found.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_errors_name_the_remedy(tmp_path):
+    def said(folder):
+        result = CliRunner().invoke(cli.build(), ["plot", "--pca", str(folder)])
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        return re.sub(r"[\s│|]+", "", result.output)
+
+    pytest.importorskip("matplotlib")
+    assert "emonavi.monitor.trajectory(optimizer,folder)" in said(tmp_path)
+    (tmp_path / FILE).write_bytes(b"no tensor")
+    assert "isnorecordofweights" in said(tmp_path)
+    torch.save({"steps": torch.arange(2), "weights": torch.rand(2, 4)}, tmp_path / FILE)
+    assert "holds2finitesamples:threeareneeded" in said(tmp_path)
