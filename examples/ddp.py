@@ -52,6 +52,7 @@ def main() -> None:
         same, felt = all(torch.equal(mine, other) for other in all_of_them), optimizer.emotion.loss
         print(f"held-out loss {before:.3f} -> {after:.3f}, {right:.0%} right; loss felt last {felt:.3f}")
         print(f"{world} ranks with losses of their own are {'the same to the last bit' if same else 'different'}")
+    dist.barrier()  # who leaves first may not take the connections of the others along
     dist.destroy_process_group()
 
 

@@ -69,6 +69,7 @@ def main() -> None:
             os._exit(1)
     if rank == 0:
         print(f"life {life}: {first} steps were taken up, {optimizer.emotion.steps} are done")
+    dist.barrier()  # who leaves first may not take the connections of the others along
     dist.destroy_process_group()
 
 

@@ -63,6 +63,7 @@ def main() -> None:
     if rank == 0:
         print(f"held-out loss {before:.3f} -> {after:.3f}, {right:.0%} right; loss felt last {felt:.3f}")
         print(f"{steps} steps in all; saved by {world} ranks, and any number of them can go on")
+    dist.barrier()  # who leaves first may not take the connections of the others along
     dist.destroy_process_group()
 
 

