@@ -90,6 +90,13 @@ def alone(space: dict) -> None:
     space |= {"dist": dist, "my_own_data": space["data"], "loss_of": lambda model, batch: model(batch).square().mean()}
 
 
+class Loss(torch.nn.Linear):
+    """A model that returns its loss."""
+
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+
 # A word of a block -> the package that it needs, and what is set up for it.
 STAGES = {
     "optimizer_cls_and_kwargs(": ("transformers", trainer),
@@ -102,6 +109,7 @@ STAGES = {
     "wandb.init": ("torch", rows),
     "mlflow.": ("torch", rows),
     "Merger(": ("torch", alone),
+    "loss = model(batch)": ("torch", lambda space: space.update(model=Loss(4, 1))),
 }
 
 
