@@ -270,8 +270,8 @@ def test_a_run_that_is_resumed_is_the_same_run():
     whole, parts = crew(2, outer=nesterov), crew(2, outer=nesterov)
     for workers in (whole, parts):
         exchange([w.train(3) for w in workers])
-        for w in workers:
-            w.train(2)
+        for steps, w in enumerate(workers, start=2):
+            w.train(steps)
     resumed = crew(2, outer=nesterov)
     for old, new in zip(parts, resumed, strict=True):
         for part in ("model", "optimizer", "merger"):
