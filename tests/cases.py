@@ -165,7 +165,8 @@ CASES = (
         name="EmoZeal", cls=emonavi.EmoZeal, rule=emozeal, reference=ZealReference, scalars=_clan_scalars,
         betas=(0.9, 0.999),
         configs=ONLY_V3, matrix_state=("exp_avg", "exp_avg_row", "exp_avg_col"),
-        vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=4.2, matrix_extra=0, vector_bytes=8,
+        vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=4, matrix_extra=4 * (1024 + 768),
+        vector_bytes=8,
         generations=("v3",), golden=(torch.float32, 1e-5), switch=_signed,
     ),
     OptimizerCase(
