@@ -90,6 +90,11 @@ def alone(space: dict) -> None:
     space |= {"dist": dist, "my_own_data": space["data"], "loss_of": lambda model, batch: model(batch).square().mean()}
 
 
+def pairs(space: dict) -> None:
+    """Inputs with targets, and a loss of both."""
+    space |= {"loader": [(x, x[:, :1]) for x in space["data"]], "loss_of": torch.nn.functional.mse_loss}
+
+
 class Loss(torch.nn.Linear):
     """A model that returns its loss."""
 
@@ -109,6 +114,7 @@ STAGES = {
     "wandb.init": ("torch", rows),
     "mlflow.": ("torch", rows),
     "Merger(": ("torch", alone),
+    "for x, y in loader": ("torch", pairs),
     "loss = model(batch)": ("torch", lambda space: space.update(model=Loss(4, 1))),
 }
 
