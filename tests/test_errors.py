@@ -12,7 +12,7 @@ from cases import CASES, Valley, contents, differences, siblings, train, weights
 import emonavi
 from emonavi.presets import PRESETS
 
-SQUARE = object()
+SQUARE = dict  # any object without add_scalar
 CONSTRUCTOR = [
     ({"lr": -1e-3}, ValueError, r"lr=-0\.001.*at least 0"),
     ({"lr": math.nan}, ValueError, r"lr=nan"),
@@ -204,7 +204,7 @@ def test_observe_and_create():
         emonavi.create("emonavi", weights(), momentum=0.9)
 
 
-@pytest.mark.parametrize(("case", "emotion"), [(c, e) for c in CASES for e in lacking(c)], ids=str)
+@pytest.mark.parametrize(("case", "emotion"), [(c, e) for c in CASES for e in lacking(c)], ids=lambda v: getattr(v, "name", v))
 def test_generations_without_a_published_rule(case, emotion):
     for given in (emotion, PRESETS[emotion]):
         with pytest.raises(ValueError, match=rf"'{emotion}': no such rule .* published; choose from 'adaptive', 'v3'"):

@@ -120,7 +120,7 @@ NONSENSE = [
     *(("betas", b, "betas=.*: give two numbers") for b in ("00", "0.9", "0.9;0.99", "0.9,1", "a,b", "", "0.9,,0.9")),
     *(("betas", b, "betas=.*: give two numbers") for b in (("a", "b"), (False, False), None, {0.9, 0.99})),
     *(("capture", s, "capture=.*choose 'auto'") for s in ("yes", "", "None", None, 2, "1.0")),
-    *(("process_group", s, "process_group=.*choose 'auto'") for s in ("world", "", True, False, 0, object())),
+    *(("process_group", s, "process_group=.*choose 'auto'") for s in ("world", "", True, False, 0, object)),
     *(("emotion", s, "unknown emotion") for s in ("", "V5", "none", True)),
     *(("on_missing_loss", s, "on_missing_loss=") for s in ("", "False", None, True)),
     *(("writer", s, "writer=.*log directory") for s in ("", "  ", "True", "0", "false")),
