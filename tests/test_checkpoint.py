@@ -221,9 +221,8 @@ def fits(saved, optimizer):
     return all(set(mine) <= set(theirs) for theirs, mine in zip(one, other, strict=True))
 
 
-@siblings
+@both_emotions
 @pytest.mark.parametrize("published", [False, True], ids=["AdamW", "published"])
-@pytest.mark.parametrize("emotion", ["adaptive", "v4"])
 def test_memories_of_an_optimizer_without_an_emotion(case, emotion, published):
     """torch's AdamW; or the published EmoNavi, which counts no steps and keeps its emotion under keys of text."""
     params = weights()
@@ -240,7 +239,7 @@ def test_memories_of_an_optimizer_without_an_emotion(case, emotion, published):
     optimizer = case.make(params, emotion=emotion)
     train(optimizer, params, 3)
     before = contents(optimizer)
-    if "exp_avg" not in case.matrix_state:
+    if not set(optimizer._layout(params[0])) <= {"exp_avg", "exp_avg_sq"}:
         with pytest.raises(ValueError, match=r"no emotion"):
             optimizer.load_state_dict(saved)
         assert differences(before, contents(optimizer)) == []
@@ -251,7 +250,7 @@ def test_memories_of_an_optimizer_without_an_emotion(case, emotion, published):
     assert (optimizer.param_groups[0]["lr"], optimizer.emotion.steps) == (case.lr, 0)
     for i, p in enumerate(params):
         memories = {k: v for k, v in optimizer.state[p].items() if v.dim() or k.startswith("exp")}
-        assert set(memories) == set(case.matrix_state)
+        assert set(memories) == set(optimizer._layout(p))
         assert all(torch.equal(v, saved["state"][i][k]) for k, v in memories.items())
         # A memory whose age is not known is not taken for a fresh one, or the first step would be ten times too long.
         assert optimizer.state[p]["step"] == (5 if not published else pytest.approx(10 / (1 - case.betas[1])))

@@ -204,7 +204,9 @@ def test_observe_and_create():
         emonavi.create("emonavi", weights(), momentum=0.9)
 
 
-@pytest.mark.parametrize(("case", "emotion"), [(c, e) for c in CASES for e in lacking(c)], ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize(
+    ("case", "emotion"), [(c, e) for c in CASES for e in lacking(c)], ids=lambda v: getattr(v, "name", v)
+)
 def test_generations_without_a_published_rule(case, emotion):
     for given in (emotion, PRESETS[emotion]):
         with pytest.raises(ValueError, match=rf"'{emotion}': no such rule .* published; choose from 'adaptive', 'v3'"):

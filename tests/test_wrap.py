@@ -518,7 +518,7 @@ def test_checkpoints_that_do_not_fit():
         optimizer.load_state_dict(stranger.state_dict())
     saved = through_file(optimizer.state_dict())
     saved["param_groups"][0]["emotion"][1] -= 1
-    with pytest.raises(ValueError, match=r"version 1, .*that saved it"):
+    with pytest.raises(ValueError, match=r"version 2, .*that saved it"):
         optimizer.load_state_dict(saved)
     assert differences(before, contents(optimizer)) == []
     train(optimizer, params, 2, start=3)

@@ -74,8 +74,8 @@ class Emotional(Bearer):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(8, 4)).square().mean().backward()
         ...     loss = optimizer.step()
-        >>> optimizer.emotion.steps, optimizer.param_groups[0]["lr"]
-        (3, 0.1)
+        >>> optimizer.emotion.steps, [group["lr"] for group in optimizer.param_groups]
+        (3, [0.1])
     """
 
     def __init__(
