@@ -115,7 +115,7 @@ class Active(NamedTuple):
         buckets: dict[tuple[Any, ...], list[int]] = {}
         for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
             names = layout(p)
-            dtypes = (p.dtype, *(self.states[place][name].dtype for name in names))
+            dtypes = (p.dtype, *[self.states[place][name].dtype for name in names])
             own = place if alone(self.whole[place]) else None
             buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets

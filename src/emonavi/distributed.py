@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +149,12 @@ def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: R
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which a part lies here."""
-    return hasattr(type(tensor), "device_mesh")  # the class would have to be imported, and takes a second to be
+    return _is_sharded(type(tensor))
+
+
+@lru_cache(maxsize=64)  # it is asked of every tensor, several times a step
+def _is_sharded(kind: type) -> bool:
+    return hasattr(kind, "device_mesh")  # the class itself would have to be imported, and takes a second to be
 
 
 def is_piece(param: Tensor) -> bool:
