@@ -287,8 +287,9 @@ def test_a_run_that_is_resumed_is_the_same_run():
 
 def test_an_optimizer_that_talks_at_every_step_is_refused():
     model = net()
-    with pytest.raises(ValueError, match=r"process_group='auto'.*process_group=None"):
-        Merger(model, emonavi.EmoNavi(model.parameters()))
+    for optimizer in (emonavi.EmoNavi(model.parameters()), emonavi.Emotional(torch.optim.SGD(model.parameters()))):
+        with pytest.raises(ValueError, match=r"process_group='auto'.*process_group=None"):
+            Merger(model, optimizer)
 
 
 def test_an_outer_step_of_a_part_of_the_workers_is_refused():

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emonavi.bearer import Bearer
 from emonavi.emotion import Emotion
-from emonavi.optimizer import EmoOptimizer
 from emonavi.sweep import wide
 
 __all__ = ["Merger", "nesterov"]
@@ -90,7 +90,7 @@ class Merger:
         *,
         outer: Callable[[Sequence[Tensor]], torch.optim.Optimizer] | None = None,
     ) -> None:
-        if isinstance(optimizer, EmoOptimizer) and optimizer._process_group == "auto":
+        if isinstance(optimizer, Bearer) and optimizer._process_group == "auto":
             raise ValueError(
                 "the optimizer has process_group='auto', and would average its loss with the other workers at every "
                 "step: build it with process_group=None"
@@ -102,7 +102,7 @@ class Merger:
             )
         self.model, self.optimizer, self.averager = model, optimizer, averager
         # The published generations have no panic that would have to be kept from them.
-        machine = optimizer._emotion if isinstance(optimizer, EmoOptimizer) else None
+        machine = optimizer._emotion if isinstance(optimizer, Bearer) else None
         self._emotion = machine if isinstance(machine, Emotion) else None
         self._alone = 0  # steps since the last merge
         if averager is not None and averager.step == 0:
