@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import emonavi
+from emonavi import lowbit
 
 STEPS, EVERY = 32, 10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -405,3 +406,50 @@ def test_state_bytes(case, shadow, dtype):
     assert size(line) == case.vector_bytes * line.numel()
     if shadow:
         assert optimizer.state[matrix]["shadow"].dtype == torch.float32
+
+
+@siblings
+def test_a_checkpoint_from_before_an_option_was_there(case):
+    """The options that came later are then as they were: the run goes on bit by bit."""
+    params = weights()
+    optimizer = case.make(params, stochastic_rounding=False)
+    train(optimizer, params, 4)
+    saved = through_file(optimizer.state_dict())
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for group in saved["param_groups"]:
+        del group["state_dtype"], group["stochastic_rounding"]
+    again = case.make(copies)
+    again.load_state_dict(saved)
+    for o, some in ((optimizer, params), (again, copies)):
+        train(o, some, 3, start=4)
+    assert differences(contents(optimizer), contents(again)) == []
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bf16", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memories_taken_over_are_stored_as_its_own(dtype, state_dtype):
+    params = weights(dtype, [(80, 64), (5,)])
+    stranger = torch.optim.AdamW(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    stranger.step()
+    optimizer = emonavi.EmoNavi(params, state_dtype=state_dtype, capture=False, on_missing_loss="ignore")
+    with pytest.warns(UserWarning, match="taken over"):
+        optimizer.load_state_dict(stranger.state_dict())
+    for p in params:
+        fresh = lowbit.stored(optimizer._init_state(p), p, state_dtype)
+        kept = {k: v for k, v in optimizer.state[p].items() if k in fresh}
+        assert {k: v.dtype for k, v in kept.items()} == {k: v.dtype for k, v in fresh.items()}
+        assert all(bool(v.any()) for v in kept.values())
+    optimizer.step()
+
+
+def test_memories_that_the_rule_has_no_use_for():
+    params = weights()
+    optimizer = emonavi.EmoNavi(params, capture=False)
+    train(optimizer, params, 2)
+    other = emonavi.EmoNeco(weights(), capture=False)
+    before = contents(other)
+    with pytest.raises(ValueError, match="of another optimizer: it holds exp_avg_sq besides"):
+        other.load_state_dict(optimizer.state_dict())
+    assert differences(before, contents(other)) == []

@@ -328,3 +328,16 @@ def test_a_compiled_step_compiles_no_more_than_twice():
     torch.compiler.reset()
     assert optimizer.emotion.steps == 8 and len(set(drives)) > 4
     assert counter.frame_count <= 2
+
+
+@compiled
+@kernels_of
+def test_betas_and_eps_may_be_tensors(case):
+    runs = []
+    for kind in (float, torch.tensor):
+        params = weights()
+        optimizer = case.make(params, betas=tuple(map(kind, case.betas)), eps=kind(1e-6), fused=True)
+        train(optimizer, params, 3)
+        runs.append(params)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -218,3 +218,59 @@ def test_what_is_refused():
         emonavi.gradient_release(emonavi.EmoNavi(model_of().parameters(), emotion="v4"))
     with pytest.raises(TypeError, match="holds no optimizer that listens"):
         emonavi.gradient_release(torch.optim.SGD(model_of().parameters()))
+
+
+@pytest.mark.parametrize("what", ["reset_emotion", "load_state_dict", "deepcopy", "calm"])
+def test_nothing_comes_between_backward_and_step(what):
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+    emonavi.gradient_release(optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    loss_of(model, 1).backward()
+    with pytest.raises(RuntimeError, match="between backward and step"):
+        if what == "deepcopy":
+            copy.deepcopy(optimizer)
+        elif what == "calm":
+            optimizer.calm().__enter__()
+        else:
+            getattr(optimizer, what)(*([saved] if what == "load_state_dict" else []))
+    optimizer.step()
+    assert optimizer.emotion.steps == 2
+
+
+def test_tensors_alike_are_not_rounded_alike():
+    params = [torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = emonavi.EmoNavi(params, lr=1e-3, capture=False, on_missing_loss="ignore")
+    emonavi.gradient_release(optimizer)
+    for _ in range(3):
+        sum((p.float() * torch.linspace(-1, 1, 4096)).sum() for p in params).backward()
+        optimizer.step()
+    assert (params[0] == params[1]).float().mean() < 0.9
+
+
+def test_a_loss_observed_at_lr_0_does_not_stay():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), lr=1e-3, capture=False)
+    emonavi.gradient_release(optimizer)
+    for lr, loss in ((0.0, 100.0), (1e-3, 1.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        loss_of(model, 0).backward()
+        optimizer.observe(loss)
+        optimizer.step()
+    assert optimizer.emotion.loss == 1.0
+
+
+def test_a_switching_rule_reflects_on_the_step_that_it_took():
+    model = model_of()
+    optimizer = emonavi.EmoClan(model.parameters())
+    emonavi.gradient_release(optimizer)
+    for t in range(6):
+        moved_by = optimizer.emotion.scalar
+        loss = loss_of(model, t) * (5 if t > 3 else 1)
+        loss.backward()
+        optimizer.step()
+        kept = vector(optimizer)[optimizer._emotion.index("last_scalar")]
+        assert float(kept) == pytest.approx(moved_by)
+    assert optimizer.emotion.scalar != pytest.approx(moved_by)

@@ -47,7 +47,11 @@ def load_exactly(
 
 
 def taken_over(
-    state_dict: dict[str, Any], own: dict[str, Any], shapes: Sequence[torch.Size], layouts: Sequence[tuple[str, ...]]
+    state_dict: dict[str, Any],
+    own: dict[str, Any],
+    shapes: Sequence[torch.Size],
+    layouts: Sequence[tuple[str, ...]],
+    stored: Callable[[int, dict[str, Tensor]], dict[str, Tensor]],
 ) -> dict[str, Any] | None:
     """The checkpoint of an optimizer without an emotion as one of this: its memories under the own options.
 
@@ -59,6 +63,7 @@ def taken_over(
         own: state dict of this one as it was made, with a fresh emotion.
         shapes: of the parameters in turn.
         layouts: names of their memories in turn.
+        stored: makes of a parameter's place and its memories what is kept of them.
 
     Returns:
         A state dict to load, or None where the other holds no such memories.
@@ -69,7 +74,9 @@ def taken_over(
     groups = [{**g, "params": ids} for g, ids in zip(own["param_groups"], saved, strict=True)]
     state: dict[Any, dict[str, Tensor]] = {}
     old = [10 / (1 - max(g["betas"])) for g in groups for _ in g["params"]]
-    for i, shape, layout, unknown in zip([i for ids in saved for i in ids], shapes, layouts, old, strict=True):
+    for place, (i, shape, layout, unknown) in enumerate(
+        zip([i for ids in saved for i in ids], shapes, layouts, old, strict=True)
+    ):
         kept = state_dict["state"].get(i)
         if not kept:
             continue  # it never had a gradient
@@ -77,7 +84,7 @@ def taken_over(
             return None
         scalars = {"step": float(kept.get("step", unknown)), "drive": 1.0, "trust": 0.0}
         state[i] = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
-        state[i] |= {name: kept[name] for name in layout}
+        state[i] |= stored(place, {name: kept[name] for name in layout})
     if not state:
         return None
     names = ", ".join(dict.fromkeys(name for layout in layouts for name in layout))

@@ -192,8 +192,8 @@ def on_missing_loss(given: str) -> str:
 def group(merged: dict[str, Any]) -> None:
     """The options of one group, its own and the defaults together."""
     lr = merged["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must have one element")
+    if isinstance(lr, Tensor) and lr.dim():
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must have one element and no dimension")
     # A device's lr is the user's own schedule: reading it here would wait for it.
     _at_least_zero("lr", 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr)
     betas = merged["betas"]
@@ -298,12 +298,17 @@ def same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
 def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
     """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
     groups = state_dict["param_groups"]
-    lacking = sorted(options - set(groups[0]))
+    lacking, foreign = sorted(options - set(groups[0])), list[str]()
     saved = [i for g in groups for i in g["params"]]
     # Another number of parameters is torch's to refuse.
     for i, layout in zip(saved, layouts, strict=False):
         kept = state_dict["state"].get(i)
         lacking += [name for name in layout if kept and name not in kept]
+        own = {*layout, *(f"{name}_scale" for name in layout)}
+        foreign += [name for name in kept or () if layout and name.startswith("exp_avg") and name not in own]
+    if foreign and not lacking:
+        what = f"it holds {', '.join(dict.fromkeys(foreign))} besides"
+        raise ValueError(f"the checkpoint is of another optimizer: {what}; load it into the optimizer that saved it")
     if lacking:
         raise ValueError(
             f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "

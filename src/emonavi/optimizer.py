@@ -18,7 +18,7 @@ from emonavi import checks, lowbit
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
-from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
@@ -31,6 +31,9 @@ from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 __all__ = ["EmoOptimizer"]
 
 ParamsT: TypeAlias = Iterable[Any]
+
+# Options that earlier versions did not have, as they behaved.
+LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
 
 
 class EmoOptimizer(Bearer):
@@ -256,6 +259,19 @@ class EmoOptimizer(Bearer):
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
 
+    def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Memories of another optimizer as this one keeps them."""
+        param = [p for g in self.param_groups for p in g["params"]][place].detach()
+        if is_sharded(param):
+            return memories  # parts have no low-bit memories to pack
+        made = lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"])
+        batch = {name: t.unsqueeze(0) for name, t in {"param": param, **made}.items()}
+        values = lowbit.unpack(batch)
+        for name, memory in memories.items():
+            values[name].copy_(memory.unsqueeze(0))
+        lowbit.pack({k: v for k, v in values.items() if k != "param"}, batch, None)
+        return made
+
     def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
         """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
         found = []
@@ -272,8 +288,8 @@ class EmoOptimizer(Bearer):
     def _check_shards(self, params: list[Tensor]) -> None:
         """Raise where the rule would take the part of a sharded tensor that lies here for all of it."""
         for p in params:
-            if is_sharded(p) and not self._needs_whole(p) and not self._rule(self._layout(p))[1]:
-                what = f"a parameter of shape {tuple(p.shape)} is a DTensor"
+            if (is_sharded(p) or is_piece(p)) and not self._needs_whole(p) and not self._rule(self._layout(p))[1]:
+                what = f"a parameter of shape {tuple(p.shape)} is a part of a sharded one"
                 raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
 
     def _honour_fused(self, group: dict[str, Any]) -> None:
@@ -283,9 +299,11 @@ class EmoOptimizer(Bearer):
                 remedy = "leave fused at None, and foreach is used for it"
                 raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
             predicated = p.device.type != "cpu" or bool(group["capturable"])
-            choose(self._rule(self._layout(p))[0], {"param": [p]}, group, predicated)
+            choose(self._rule(self._layout(p))[0], {"param": [local(p)]}, group, predicated)
 
-    def _sweep(self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options) -> Sums:
+    def _sweep(
+        self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options, first: int = 0
+    ) -> Sums:
         """Move every tensor, bucket by bucket, and gather what reflection needs."""
         own_lr, step_sizes, decays = active.rates(mood)
         reflect = self._emotion.reflects and options.use_trust
@@ -304,7 +322,7 @@ class EmoOptimizer(Bearer):
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
-            seeds = lowbit.seeds(active.steps[at], at).to(bucket.lists["param"][0].device) if rounds else None
+            seeds = lowbit.seeds(active.steps[at], at + first).to(bucket.lists["param"][0].device) if rounds else None
             scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
             parts += bucket.move(rule, scalars, scale, acts, seeds)
         # The first step of a tensor has none before it to be compared with.
@@ -337,11 +355,14 @@ class EmoOptimizer(Bearer):
         # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
         group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
 
+    def _refuse_inside_calm(self, what: str) -> None:
+        super()._refuse_inside_calm(what)
+        if self._release is not None and what not in ("step()", "a backward that releases gradients"):
+            self._release.refuse(what)
+
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
         self._refuse_inside_calm("state_dict()")
-        if self._release is not None:
-            self._release.refuse("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -367,11 +388,11 @@ class EmoOptimizer(Bearer):
             groups = [{**g, "lr_peak": 0.0} for g in super().state_dict()["param_groups"]]
             groups[0]["emotion"] = self._fresh()
             own = {"param_groups": groups}
-            state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts) or state_dict
+            state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts, self._stored) or state_dict
         checks.checkpoint(state_dict, self._emotion)
         checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
         # Of the defaults only our own: torch, and whoever else, may add to them.
-        options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr"}
+        options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr", *LATER}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
         checks.same_optimizer(state_dict, options, layouts)
         return state_dict
@@ -383,6 +404,9 @@ class EmoOptimizer(Bearer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings", None)
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in LATER.items():
+                group.setdefault(name, value)
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()

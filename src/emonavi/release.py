@@ -58,8 +58,10 @@ class Release:
     def __init__(self, optimizer: EmoOptimizer) -> None:
         self._optimizer = optimizer
         self._begun: _Begun | None = None
+        self._idle = False  # a backward at lr 0
         self._moved: dict[Tensor, _Moved] = {}
         self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"] if p.requires_grad}
+        self._places = {p: place for place, p in enumerate(self._groups)}
         self._handles = [p.register_post_accumulate_grad_hook(self._move) for p in self._groups]
         optimizer._release = self
 
@@ -122,8 +124,9 @@ class Release:
             norm = all_norms(active.grads, begun.vector)[0]
             acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
             buckets = optimizer._buckets(active, begun.predicated)
-            sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options)
+            sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options, self._places[param])
             self._moved[param] = _Moved(found[0][1], norm, acts, sums)
+        self._idle = begun is None
         param.grad = None
 
     def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor]) -> Active:
@@ -139,7 +142,10 @@ class Release:
         if begun is not None and moved:
             optimizer._missing.note(heard, type(optimizer).__name__)  # may raise: the step can then be told its loss
         self._begun, self._moved = None, {}
+        idle, self._idle = self._idle, False
         if begun is None or not moved:
+            if idle:
+                optimizer._intake.clear()  # as a normal step at lr 0
             return False
         vector = begun.vector
         emotion: Any = optimizer._emotion
@@ -157,7 +163,8 @@ class Release:
                 bucket = Bucket(places, {"param": params}, cut=True, foreach=True, predicated=begun.predicated)
                 bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, 0.0)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
-        state = emotion.reflect(state, sums, acts, begun.options)
+        # The tensors moved by the mood of the step before.
+        state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
         stepped = torch.stack([torch.as_tensor(m.acts) for m in moved.values()])
         active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         optimizer._end(vector, state)

@@ -23,7 +23,7 @@ from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, reflect, sample, samples
-from emonavi.distributed import Ranks, agreed, is_sharded
+from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.machine import Mood, Options, Sums, Weights
 from emonavi.scalars import Number, exp
@@ -369,8 +369,8 @@ def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> No
     """A group's lr with our options, and its parameters."""
     checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
     checks.parameters(group["params"])
-    if any(is_sharded(p) for p in group["params"]):
-        raise ValueError("a parameter is a DTensor: around shards there is no wrapper; use one of the siblings")
+    if any(is_sharded(p) or is_piece(p) for p in group["params"]):
+        raise ValueError("a parameter is sharded: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
 
 
 def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:

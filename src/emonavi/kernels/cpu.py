@@ -28,6 +28,7 @@ DTYPES = {
     torch.float16: torch.float32,
 }
 OWN = {Tensor, Parameter}
+VECTORS = ("step_size", "decay", "root", "last_root", "bias")  # all else is one number, betas and eps too
 
 
 class _Bucket(ctypes.Structure):
@@ -69,6 +70,7 @@ def _sweep(
     function: Any, lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: float, matrices: bool
 ) -> Any:
     columns, home = _in_order(list(lists.values()), row_major=matrices)
+    scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
     vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
     fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
     # Lion and Adafactor have one trust, Adam one for each memory.
