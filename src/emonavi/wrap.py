@@ -370,7 +370,7 @@ def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> No
     checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
     checks.parameters(group["params"])
     if any(is_sharded(p) for p in group["params"]):
-        raise ValueError("a parameter is a DTensor: around shards there is no wrapper; use one of the siblings")
+        raise ValueError("a parameter is a DTensor: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
 
 
 def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
