@@ -16,6 +16,7 @@ help:
 	@echo "make bench   time a step beside torch's AdamW"
 	@echo "make docs    build the documentation's site: site/index.html"
 	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove the virtual environment"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "emonavi needs Python 3.10 or newer: make PYTHON=python3.12"; exit 1; }

@@ -57,14 +57,14 @@ def plain(optimizer, loss):
     sums = torch.zeros(4, len(found), dtype=torch.float64)
     for i, (p, g) in enumerate(found):
         one = active_of(optimizer, [(p, g)])
-        sums[:, i] = torch.cat(optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options))
+        sums[:, i] = torch.cat(optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options, i))
     felt = emotion.feel(felt, loss, 1)
     felt, acts, _ = emotion.guard(felt, torch.linalg.vector_norm(all_norms(active.grads, state)), options)
     if options.use_shadow and emotion.mood(felt, acts, 1.0, options).pull:
         for p, _ in found:
             p.data.copy_(optimizer.state[p]["shadow"])
     sums = Sums(*sums)
-    felt = emotion.reflect(felt, sums, acts, options)
+    felt = emotion.reflect(felt, sums, acts, options)._replace(last_scalar=mood.scalar)
     each = emotion.reflect_each(felt, active.drive, active.trust, active.steps - 1, sums)
     active.keep(torch.tensor(finite), *each)
     state.copy_(emotion.pack(felt))

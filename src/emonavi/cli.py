@@ -313,7 +313,9 @@ def _ledgered(name: str) -> Callable[..., None]:
     """A bench whose module has ``Cell``, ``cells``, ``measure`` and ``lines``, as a command."""
 
     def command(
-        optimizers: Annotated[str, typer.Option(help="Names separated by commas.")] = "EmoNavi",
+        optimizers: Annotated[
+            str, typer.Option(help="Of EmoNavi, EmoFact, EmoLynx; separated by commas, or * for all.")
+        ] = "EmoNavi",
         seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
         out: Annotated[
             Path | None,

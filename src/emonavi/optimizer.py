@@ -43,9 +43,11 @@ class EmoOptimizer(Bearer):
         params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define groups.
         lr: first guess of the learning rate; the emotion multiplies it by its drive. A float or a 0-d tensor.
         betas: decay rates of the first and the second memory.
-        eps: added to the denominator.
+        eps: added to the denominator (EmoLynx has no use for it).
         weight_decay: decoupled weight decay; it follows the drive.
-        emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``), or an :class:`~emonavi.Emotion`.
+        emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``, where the sibling has it), or an
+            :class:`~emonavi.Emotion`. Where one of the next five options is None, it is the emotion's own; adaptive:
+            False, True, 1.0, 1e-6 and no wall.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
             :meth:`calm` evaluates with it. 4 bytes per parameter.
         use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.

@@ -54,7 +54,8 @@ def choose(
         return None
     kernel = _kernel(rule, lists, predicated)
     if group["stochastic_rounding"] and narrow(lists):
-        kernel = "the kernels round 16-bit parameters to the nearest, which stochastic_rounding=True forbids"
+        what = "take no low-bit memories and round 16-bit parameters to the nearest"
+        kernel = f"the kernels {what}, which stochastic_rounding=True forbids"
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
