@@ -30,7 +30,7 @@ demo: $(VENV)/ready
 	@$(BIN)/emonavi demo $(ARGS)
 
 test: $(VENV)/ready
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/ready
 	@$(BIN)/emonavi bench step $(ARGS)
