@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 CACHE = Path(os.environ.get("EMONAVI_CACHE", Path.home() / ".cache" / "emonavi"))
@@ -89,6 +90,14 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     pixels, labels = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     images, labels = pixels.float().view(-1, 1, 8, 8) / 16, labels.long()
     return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
+
+
+def right_digits(model: nn.Module) -> tuple[float, float]:
+    """Loss and share of right answers on the digits that are held out."""
+    images, labels = digits()[1]
+    with torch.no_grad():
+        scores = model(images)
+    return float(cross_entropy(scores, labels)), float((scores.argmax(1) == labels).float().mean())
 
 
 def photographs() -> Tensor:

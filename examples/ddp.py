@@ -6,21 +6,13 @@ torchrun --nproc-per-node 2 examples/ddp.py
 import argparse
 
 import torch
-from data import digits
+from data import digits, right_digits
 from torch import distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from emonavi import EmoNavi
-
-
-def held_out(model: nn.Module) -> tuple[float, float]:
-    """Loss and share of right answers on the digits that are not trained on."""
-    images, labels = digits()[1]
-    with torch.no_grad():
-        scores = model(images)
-    return float(cross_entropy(scores, labels)), float((scores.argmax(1) == labels).float().mean())
 
 
 def main() -> None:
@@ -35,7 +27,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = DDP(nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
     optimizer = EmoNavi(model.parameters(), lr=1e-2)  # nothing else: it asks the other ranks by itself
-    before = held_out(model)[0]
+    before = right_digits(model)[0]
     images, labels = digits()[0]
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -43,7 +35,7 @@ def main() -> None:
         optimizer.zero_grad()
         cross_entropy(model(images[mine]), labels[mine]).backward()
         optimizer.step()
-    after, right = held_out(model)
+    after, right = right_digits(model)
     emotion = optimizer.param_groups[0]["emotion"]
     mine = torch.cat([emotion, *(p.detach().double().flatten() for p in model.parameters())])
     all_of_them = [torch.empty_like(mine) for _ in range(world)]

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import digits
+from data import digits, right_digits
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -17,14 +17,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 from emonavi import EmoNavi
-
-
-def held_out(model: nn.Module) -> tuple[float, float]:
-    """Loss and share of right answers on the digits that are not trained on."""
-    images, labels = digits()[1]
-    with torch.no_grad():
-        scores = model(images)
-    return float(cross_entropy(scores, labels)), float((scores.argmax(1) == labels).float().mean())
 
 
 def main() -> None:
@@ -48,7 +40,7 @@ def main() -> None:
         state = {"model": weights, "optimizer": memories}
         dcp.load(state, checkpoint_id=saved[-1].parent)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    before = held_out(model)[0]
+    before = right_digits(model)[0]
     images, labels = digits()[0]
     generator = torch.Generator().manual_seed(optimizer.emotion.steps)
     for _ in range(60 if args.small else 600):
@@ -56,7 +48,7 @@ def main() -> None:
         optimizer.zero_grad()
         cross_entropy(model(images[mine]), labels[mine]).backward()
         optimizer.step()
-    after, right = held_out(model)
+    after, right = right_digits(model)
     felt, steps = optimizer.emotion.loss, optimizer.emotion.steps
     weights, memories = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": memories}, checkpoint_id=args.folder / f"{steps:08d}")

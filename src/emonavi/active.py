@@ -11,7 +11,8 @@ from torch import Tensor
 
 from emonavi import kernels
 from emonavi.distributed import is_sharded, local
-from emonavi.machine import Mood, Options
+from emonavi.lowbit import scale_of
+from emonavi.machine import KEPT, Mood, Options
 from emonavi.scalars import Number, where
 from emonavi.sweep import Bucket, to_home
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
 __all__ = ["Active", "bounded", "per_tensor"]
-
-KEPT = ("step", "drive", "trust")  # the numbers in the state of each tensor
 
 
 class Active(NamedTuple):
@@ -123,7 +122,7 @@ class Active(NamedTuple):
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
         """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
         lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        names = [k for name in layout for k in (name, f"{name}_scale") if k in self.states[places[0]]]
+        names = [k for name in layout for k in (name, scale_of(name)) if k in self.states[places[0]]]
         lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 

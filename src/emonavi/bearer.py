@@ -88,7 +88,7 @@ class Bearer(torch.optim.Optimizer):
 
     def reset_emotion(self) -> None:
         """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
-        self._refuse_inside_calm("reset_emotion()")
+        self._refuse_midway("reset_emotion()")
         self._vector().copy_(self._fresh())
         self._begun = False
         self._intake.clear()
@@ -121,7 +121,7 @@ class Bearer(torch.optim.Optimizer):
             >>> with optimizer.calm():
             ...     evaluated = model(torch.ones(1, 2))
         """
-        self._refuse_inside_calm("calm()")
+        self._refuse_midway("calm()")
         pairs = [
             (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
         ]
@@ -140,6 +140,10 @@ class Bearer(torch.optim.Optimizer):
     def _refuse_inside_calm(self, what: str) -> None:
         if self._is_calm:
             raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
+
+    def _refuse_midway(self, what: str) -> None:
+        """Raise where the state at hand is not one between two steps."""
+        self._refuse_inside_calm(what)
 
     @property
     def writer(self) -> Any:

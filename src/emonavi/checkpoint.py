@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emonavi.intake import callers_level
+from emonavi.machine import KEPT
 
 __all__ = ["load_exactly", "taken_over"]
 
@@ -82,7 +83,7 @@ def taken_over(
             continue  # it never had a gradient
         if any(getattr(kept.get(name), "shape", None) != shape for name in layout):
             return None
-        scalars = {"step": float(kept.get("step", unknown)), "drive": 1.0, "trust": 0.0}
+        scalars = KEPT | {"step": float(kept.get("step", unknown))}
         state[i] = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
         state[i] |= stored(place, {name: kept[name] for name in layout})
     if not state:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
+from emonavi.lowbit import scale_of
 from emonavi.machine import Machine
 from emonavi.presets import PRESETS, Preset
 
@@ -248,7 +250,7 @@ def parameters(params: Sequence[Tensor]) -> None:
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
     """Parameters whose blocks of 8-bit state lie on one rank."""
     for p in params:
-        if state_dtype == "8bit" and hasattr(p, "device_mesh"):
+        if state_dtype == "8bit" and is_sharded(p):
             what = f"state_dtype='8bit' with a DTensor, a parameter of shape {tuple(p.shape)}"
             raise ValueError(f"{what}: a shard would end inside a block; choose 'bf16' or None")
 
@@ -304,7 +306,7 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
     for i, layout in zip(saved, layouts, strict=False):
         kept = state_dict["state"].get(i)
         lacking += [name for name in layout if kept and name not in kept]
-        own = {*layout, *(f"{name}_scale" for name in layout)}
+        own = {*layout, *map(scale_of, layout)}
         foreign += [name for name in kept or () if layout and name.startswith("exp_avg") and name not in own]
     if foreign and not lacking:
         what = f"it holds {', '.join(dict.fromkeys(foreign))} besides"

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.fact import emofact, factor_shapes
+from emonavi.fact import emofact, fresh_memories
 from emonavi.lynx import emolynx
 from emonavi.machine import Mood
 from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.scalars import Number, clamp, number
-from emonavi.sweep import Reflected, Rule, dot, wide
+from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoClan", "emoclan", "emoclan_v3", "signed_step"]
 
@@ -67,9 +67,7 @@ class EmoClan(EmoOptimizer):
         return ("exp_avg", "exp_avg_sq", *fact, "lynx_exp_avg")
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        like = torch.zeros_like(wide(param.detach()))
-        shapes = factor_shapes(param)
-        return {n: like.new_zeros(shapes[n]) if n in shapes else like.clone() for n in self._layout(param)}
+        return fresh_memories(param, self._layout(param))
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         if self._emotion.reflects:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from emonavi.intake import Loss
+from emonavi.machine import KEPT
 
 __all__ = [
     "Ranks",
@@ -96,12 +97,11 @@ def hand_on(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], ranks
     """Give the scalars of loaded pieces to the ranks where nothing of them lies, which FSDP1 leaves out."""
     if ranks.shards is None or not any(is_piece(p) for p in params):
         return
-    names = ("step", "drive", "trust")
-    values = torch.stack([torch.stack([s[name] for s in states]) for name in names])
+    values = torch.stack([torch.stack([s[name] for s in states]) for name in KEPT])
     away = torch.tensor([not p.numel() for p in params], device=values.device)
     values = torch.where(away, -torch.inf, values)  # the others all have the same
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=ranks.shards)
-    for name, row in zip(names, values, strict=True):
+    for name, row in zip(KEPT, values, strict=True):
         for p, s, value in zip(params, states, row, strict=True):
             if not p.numel():
                 s[name].copy_(value)

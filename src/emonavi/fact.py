@@ -42,7 +42,7 @@ from emonavi.optimizer import EmoOptimizer
 from emonavi.scalars import Number, like
 from emonavi.sweep import Reflected, Rule, dot, wide
 
-__all__ = ["EmoFact", "emofact", "factor_shapes"]
+__all__ = ["EmoFact", "emofact", "fresh_memories"]
 
 SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
 SAMPLE_RATE = 0.1
@@ -128,11 +128,11 @@ def sample_stride(count: int) -> int:
     return stride + (stride > 1 and stride % 2 == 0)
 
 
-def factor_shapes(param: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of a tensor's memories of rows and columns; none for vectors and scalars."""
-    if param.dim() < 2:
-        return {}
-    return {"exp_avg_row": (len(param), *(1 for _ in param.shape[1:])), "exp_avg_col": (1, *param.shape[1:])}
+def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros under these names: of rows and of columns of a matrix where the name says so, else shaped as it is."""
+    like = torch.zeros_like(wide(param.detach()))
+    shapes = {"exp_avg_row": (*param.shape[:1], *(1 for _ in param.shape[1:])), "exp_avg_col": (1, *param.shape[1:])}
+    return {name: like.new_zeros(shapes[name]) if name in shapes else like.clone() for name in layout}
 
 
 def sample(batch: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 
 from emonavi.pieces import BLOCK
 
-__all__ = ["MEMORIES", "SMALLEST", "narrow", "noise", "pack", "seeds", "stored", "unpack"]
+__all__ = ["MEMORIES", "SMALLEST", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack"]
 
 # The memories that may be stored in fewer bits, all of the parameter's shape, and whether they have a sign.
 MEMORIES = {"exp_avg": True, "exp_avg_sq": False}
@@ -61,7 +61,7 @@ def stored(fresh: dict[str, Tensor], param: Tensor, state_dtype: str | None) -> 
             kept[name] = zeros.to(torch.bfloat16)
         else:
             kept[name] = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
-            kept[_scale_of(name)] = zeros.new_zeros(-(-param.numel() // BLOCK), dtype=torch.float32)
+            kept[scale_of(name)] = zeros.new_zeros(-(-param.numel() // BLOCK), dtype=torch.float32)
     return kept
 
 
@@ -75,7 +75,7 @@ def unpack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     dtype = torch.promote_types(batch["param"].dtype, torch.float32)
     for name, tensor in batch.items():
-        scale = batch.get(_scale_of(name))
+        scale = batch.get(scale_of(name))
         if scale is not None:
             values[name] = _decode(tensor, scale, signed=MEMORIES[name]).to(dtype)
         elif not name.endswith("_scale"):
@@ -97,7 +97,7 @@ def pack(values: Mapping[str, Tensor], batch: Mapping[str, Tensor], random: Tens
             continue
         # The leading bits of products with odd numbers that have nothing to do with each other.
         own = None if random is None else random * _signed(pow(_GOLDEN, place + 2, 1 << 32))
-        scale = batch.get(_scale_of(name))
+        scale = batch.get(scale_of(name))
         if scale is not None:
             _encode(value.float(), home, scale, own, signed=MEMORIES[name])
         elif own is None or home.dtype not in _DROPPED:
@@ -183,5 +183,6 @@ def _blocks(flat: Tensor) -> Tensor:
     return (pad(flat, (0, missing)) if missing else flat).view(len(flat), -1, BLOCK)
 
 
-def _scale_of(name: str) -> str:
+def scale_of(name: str) -> str:
+    """Name of the scales of a memory's blocks, where it has any."""
     return f"{name}_scale"

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from emonavi.scalars import Number, isfinite, like, negate, where
 
-__all__ = ["Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
+__all__ = ["KEPT", "Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
+
+
+# The numbers in the state of each tensor, as they begin.
+KEPT = {"step": 0.0, "drive": 1.0, "trust": 0.0}
 
 
 class Options(NamedTuple):

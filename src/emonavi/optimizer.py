@@ -22,7 +22,7 @@ from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, lo
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
-from emonavi.machine import Mood, Options, Sums
+from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
@@ -255,7 +255,7 @@ class EmoOptimizer(Bearer):
         """Make the state of a parameter where it is missing."""
         state: dict[str, Any] = self.state[param]
         if not state:
-            for name, value in (("step", 0.0), ("drive", 1.0), ("trust", 0.0)):
+            for name, value in KEPT.items():
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
             state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
@@ -357,14 +357,14 @@ class EmoOptimizer(Bearer):
         # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
         group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
 
-    def _refuse_inside_calm(self, what: str) -> None:
-        super()._refuse_inside_calm(what)
-        if self._release is not None and what not in ("step()", "a backward that releases gradients"):
+    def _refuse_midway(self, what: str) -> None:
+        super()._refuse_midway(what)
+        if self._release is not None:
             self._release.refuse(what)
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
-        self._refuse_inside_calm("state_dict()")
+        self._refuse_midway("state_dict()")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -376,7 +376,7 @@ class EmoOptimizer(Bearer):
         Raises:
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
-        self._refuse_inside_calm("load_state_dict()")
+        self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
         self._is_loaded = True
         self._note_begun()
@@ -400,7 +400,7 @@ class EmoOptimizer(Bearer):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_inside_calm("copying")
+        self._refuse_midway("copying")
         return {**super().__getstate__(), "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, reflect, sample, samples
 from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
-from emonavi.machine import Mood, Options, Sums, Weights
+from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.scalars import Number, exp
 from emonavi.sweep import all_norms, wide
 
@@ -282,7 +282,7 @@ class Emotional(Bearer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; the emotion is in the first group."""
-        self._refuse_inside_calm("state_dict()")
+        self._refuse_midway("state_dict()")
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ class Emotional(Bearer):
         Raises:
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
         """
-        self._refuse_inside_calm("load_state_dict()")
+        self._refuse_midway("load_state_dict()")
         own = self._options()
         load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting)
         if "emotion" not in self.param_groups[0]:
@@ -332,7 +332,7 @@ class Emotional(Bearer):
         return self.inner.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_inside_calm("copying")
+        self._refuse_midway("copying")
         return {"inner": self.inner, "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -382,7 +382,7 @@ def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dic
 
 def _alike(found: list[tuple[Tensor, int]], groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
-    own = {"step": torch.zeros(()), "drive": torch.ones(()), "trust": torch.zeros(())}
+    own = {name: torch.tensor(value) for name, value in KEPT.items()}
     params = [p for p, _ in found]
     states = dict.fromkeys(params, own)
     return Active.of(found, _grads(params), states, groups, lambda group: 0.0, vector, fused=False)

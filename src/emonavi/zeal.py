@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from emonavi.clan import rising, signed_step
-from emonavi.fact import emofact, factor_shapes
+from emonavi.fact import emofact, fresh_memories
 from emonavi.machine import Mood
 from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.scalars import Number, number
-from emonavi.sweep import Reflected, Rule, dot, wide
+from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoZeal", "emozeal", "emozeal_v3"]
 
@@ -71,9 +71,7 @@ class EmoZeal(EmoOptimizer):
         return ("exp_avg", "exp_avg_row", "exp_avg_col")[0 if self._emotion.reflects else 1 :]
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        like = torch.zeros_like(wide(param.detach()))
-        shapes = factor_shapes(param)
-        return {n: like.new_zeros(shapes[n]) if n in shapes else like.clone() for n in self._layout(param)}
+        return fresh_memories(param, self._layout(param))
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         if "exp_avg_sq" in layout:

@@ -24,6 +24,12 @@ Kernel: TypeAlias = Callable[
 ]
 
 
+_TO_THE_NEAREST = (
+    "the kernels take no low-bit memories and round 16-bit parameters to the nearest, which stochastic_rounding=True "
+    "forbids"
+)
+
+
 def choose(
     rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], group: Mapping[str, Any], predicated: bool
 ) -> Kernel | None:
@@ -52,10 +58,9 @@ def choose(
     """
     if not wanted(group):
         return None
-    kernel = _kernel(rule, lists, predicated)
-    if group["stochastic_rounding"] and narrow(lists):
-        what = "take no low-bit memories and round 16-bit parameters to the nearest"
-        kernel = f"the kernels {what}, which stochastic_rounding=True forbids"
+    # Asked first: where it is so, nothing has to be compiled.
+    rounds = group["stochastic_rounding"] and narrow(lists)
+    kernel = _TO_THE_NEAREST if rounds else _kernel(rule, lists, predicated)
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
