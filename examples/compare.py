@@ -25,12 +25,13 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from transformers import AutoTokenizer
 
 import emonavi
-from emonavi.bench.runner import EMOTIONAL, hardware, versions
+from emonavi.bench.runner import hardware, versions
 
+OURS = ("EmoNavi", "EmoFact", "EmoLynx")
 # The likeliest first: an interrupted comparison has them.
-GRID = [("lora", name, 1e-3) for name in (*EMOTIONAL, "AdamW")] + [("lora", "Prodigy", 1.0)]
+GRID = [("lora", name, 1e-3) for name in (*OURS, "AdamW")] + [("lora", "Prodigy", 1.0)]
 GRID += [("all", "AdamW", 1e-4), ("all", "EmoNavi", 1e-3)]
-GRID += [("lora", name, lr) for lr in (1e-2, 1e-4) for name in (*EMOTIONAL, "AdamW")] + [("all", "AdamW", 1e-5)]
+GRID += [("lora", name, lr) for lr in (1e-2, 1e-4) for name in (*OURS, "AdamW")] + [("all", "AdamW", 1e-5)]
 PACKAGES = {"minilm": ("transformers", "peft"), "efficientnet": ("efficientnet-lite-pytorch",)}
 
 

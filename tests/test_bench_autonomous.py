@@ -54,6 +54,22 @@ def test_the_table_and_the_picture(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_each_optimizer_of_the_picture_has_its_own_points(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn = {}
+    plot = axes.Axes.plot
+
+    def keep(axis, x, y, **look):
+        drawn[look["label"]] = list(y), look["color"]
+        return plot(axis, x, y, **look)
+
+    monkeypatch.setattr(axes.Axes, "plot", keep)
+    others = [row("sync", 1.0, period=1, optimizer="EmoZeal", times=320), row("mean", 1.3, optimizer="EmoZeal")]
+    bench.draw([SYNC, row("mean", 2.2), *others], tmp_path / "a.png")
+    assert drawn["EmoNavi, mean"][0] == [pytest.approx(1.1)] and drawn["EmoZeal, mean"][0] == [pytest.approx(1.3)]
+    assert drawn["EmoNavi, mean"][1] != drawn["EmoZeal, mean"][1] and "EmoFact, mean" not in drawn
+
+
 def test_every_cell_is_there_once():
     cells = bench.cells(["EmoNavi"], seeds=2)
     assert len(cells) == len(set(cells))

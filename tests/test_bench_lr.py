@@ -240,10 +240,10 @@ def test_grid(tiny):
 
 def test_choose():
     known = ["EmoNavi", "EmoNavi v1", "Prodigy"]
-    assert lr.choose("emonavi", known, "optimizer") == ["EmoNavi"]
-    assert lr.choose("prodigy, EmoNavi*", known, "optimizer") == ["Prodigy", "EmoNavi", "EmoNavi v1"]
+    assert peers.choose("emonavi", known, "optimizer") == ["EmoNavi"]
+    assert peers.choose("prodigy, EmoNavi*", known, "optimizer") == ["Prodigy", "EmoNavi", "EmoNavi v1"]
     with pytest.raises(ValueError, match="no optimizer 'adam': choose from EmoNavi, EmoNavi v1, Prodigy"):
-        lr.choose("adam", known, "optimizer")
+        peers.choose("adam", known, "optimizer")
 
 
 def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):

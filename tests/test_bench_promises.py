@@ -1,4 +1,4 @@
-"""The benches of promises: ``stop``, ``shock`` and ``schedules``. Their figures by hand, and one small cell of each."""
+"""The benches of promises: ``stop``, ``shock``, ``schedules`` and ``lowbit``: figures by hand, and a small cell."""
 
 import math
 
@@ -7,8 +7,20 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
-from emonavi.bench import schedules, shock, stop
+pytest.importorskip("typer")
+from typer.testing import CliRunner
+
+from emonavi import cli
+from emonavi.bench import ledger, lowbit, schedules, shock, stop
 from emonavi.bench.tasks import TASKS
+from emonavi.registry import FAMILY
+
+BF16 = "bf16 weights"
+
+
+def cells_of(table):
+    """What a table shows, row by row."""
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
 
 
 def stopped(task, first, stays, raw):
@@ -21,12 +33,12 @@ def stopped(task, first, stays, raw):
 
 def test_what_stopping_costs_and_saves():
     rows = [stopped("a", 190, 250, [4.0, 3.0, 2.1, 2.0]), stopped("b", 150, 150, [1.0, 1.3, None, 2.0])]
-    ours, published = stop.lines(rows)
-    assert "test tasks, EmoNavi, should_stop: stops 2 of 2 runs" in ours
-    assert "50% saved" in ours  # 1 - 250/400 and 1 - 150/400
-    assert "raw loss there over the run's best: median 1.18, worst 1.30 (b)" in ours  # 2.1 / 2.0 and 1.3 / 1.0
-    assert ours.endswith("budget: none")
-    assert "stops 0 of 2 runs" in published and published.endswith("budget: a, b")
+    (table,) = stop.lines(rows)
+    ours, published = cells_of(table)
+    assert table.title.startswith("test tasks")
+    # 1 - 250/400 and 1 - 150/400 saved; 2.1 / 2.0 and 1.3 / 1.0 there.
+    assert ours == ["EmoNavi", "should_stop", "2 of 2", "50%", *["1.18, 1.30 (b)"] * 2, "none"]
+    assert published == ["EmoNavi", "published", "0 of 2", "0%", "-", "-", "a, b"]
 
 
 @pytest.mark.parametrize(
@@ -54,11 +66,20 @@ def run(shock_name, optimizer="EmoNavi", seed=0):
 def test_what_counts_as_recovered():
     rows = [run("none")(2.0, 1.0), run("fresh")(None, 3.0), run("loss x10")(2.2, 1.04), run("loss NaN")(None, None)]
     rows += [run("switch")(9.0, 3.1)]
-    said = dict(line.split(" EmoNavi lr 0.001: ") for line in list(shock.lines(rows))[1:])
-    said = {name.strip(): words for name, words in said.items()}
-    assert said["loss x10"] == "0 / 1 of 1, worst 1.04 (digits)"
-    assert said["loss NaN"] == "0 / 0 of 1, worst inf (digits)"
-    assert said["switch"] == "1 of 1, worst 1.03 (digits)"  # against the fresh run
+    (table,) = shock.lines(rows)
+    assert cells_of(table) == [
+        ["loss x10", "EmoNavi", "1e-3", "0", "1 of 1", "1.04", "digits"],
+        ["loss NaN", "EmoNavi", "1e-3", "0", "0 of 1", "inf", "digits"],
+        ["switch", "EmoNavi", "1e-3", "", "1 of 1", "1.03", "digits"],  # against the fresh run
+    ]
+
+
+def test_a_shock_is_named_once_and_lrs_of_emonavi_are_for_those_who_ask_for_it():
+    rows = [{**run(kind, name)(2.0, 1.0)} for kind in ("none", "loss inf") for name in ("EmoNavi", "AdamW")]
+    (table,) = shock.lines(rows)
+    assert [cells[:2] for cells in cells_of(table)] == [["loss inf", "EmoNavi"], ["", "AdamW"]]
+    assert {cell.optimizer for cell in shock.cells(["EmoZeal"])} == {"EmoZeal", *shock.PEERS}
+    assert {cell.lr for cell in shock.cells(["EmoNavi"]) if cell.optimizer == "EmoNavi"} == {1e-3, 1.0, 10.0}
 
 
 def test_shocks_that_last_and_early_ones_are_looked_at_later_and_earlier():
@@ -110,12 +131,50 @@ def test_schedules_are_compared_with_the_best():
         row | {"schedule": "constant", "raw": 1.0, "calm": 2.0},
         row | {"schedule": "step", "raw": 1.5, "calm": 2.0},
     ]
-    said = list(schedules.lines(rows))
-    assert said[1] == "EmoNavi, a, lr 1e-3: constant 1.00 / 1.00, step 1.50 / 1.00"
-    assert said[2:] == [
-        "EmoNavi, raw: 50% within 1.10 of the best schedule, worst 1.50",
-        "EmoNavi, calm: 100% within 1.10 of the best schedule, worst 1.00",
+    (table,) = schedules.lines(rows)
+    assert [column.header for column in table.columns] == ["", "lr", "constant", "step"], "only those that were run"
+    assert cells_of(table) == [
+        ["a", "1e-3", "1.00/1.00", "1.50/1.00"],
+        ["≤ 1.10", "of 1", "1/1", "0/1"],
+        ["worst", "", "1.00/1.00", "1.50/1.00"],
     ]
+
+
+def test_fewer_bits_are_compared_with_float32():
+    row = {"task": "mlp", "optimizer": "EmoNavi", "lr": 1e-3, "before": 4.0}
+    kinds = (("float32", (1.0, 2.0)), ("bf16 state", (1.1, 2.0)), ("8bit state", (4.0, 2.0)))
+    rows = [row | {"storage": kind, "seed": s, "raw": raws[s]} for kind, raws in kinds for s in (0, 1)]
+    rows += [
+        row | {"storage": kind, "seed": 0, "lr": 1e-5, "raw": raw} for kind, raw in (("float32", 2.0), (BF16, 3.0))
+    ]
+    usual, careful = lowbit.lines(rows)
+    # Geometric means of 1 and 1, of 1.1 and 1, of 4 and 1; at the small lr, 4 - 3 of 4 - 2.
+    assert cells_of(usual) == [["float32", "1.000"], ["bf16 state", "1.049"], ["8bit state", "2.000"]]
+    assert cells_of(careful) == [["float32", "1.000"], [BF16, "0.500"]]
+    assert careful.title.startswith("EmoNavi, lr 1e-5: fall")
+
+
+@pytest.mark.parametrize("name", ["stop", "shock", "lowbit", "autonomous", "schedules"])
+def test_every_bench_takes_the_whole_family(name, tmp_path, monkeypatch):
+    asked = []
+
+    def note(todo, *_, **__):
+        asked.append(list(dict.fromkeys(cell.optimizer for cell in todo if cell.optimizer in FAMILY)))
+        return ledger.Outcome()
+
+    def command(optimizers):
+        out = tmp_path / f"{len(asked)}.jsonl"
+        return CliRunner().invoke(cli.build(), ["bench", name, "--optimizers", optimizers, "--out", str(out)])
+
+    monkeypatch.setattr(ledger, "execute", note)
+    for optimizers in ("*", "emozeal, EmoNe*", ""):
+        result = command(optimizers)
+        assert result.exit_code == 0, result.output
+    refused = command("nobody")
+    assert set(asked[0]) == set(asked[2]) == set(FAMILY)
+    assert set(asked[1]) == {"EmoZeal", "EmoNeco"}
+    assert refused.exit_code == 2 and len(asked) == 3
+    assert f"no optimizer 'nobody': choose from {', '.join(FAMILY)}" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("name", schedules.SCHEDULES)

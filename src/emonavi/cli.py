@@ -10,7 +10,7 @@ import contextlib
 import io
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +75,16 @@ def _require(command: str, packages: dict[str, str], extra: str = "demo") -> Non
     missing = [package for module, package in packages.items() if find_spec(module) is None]
     if missing:
         raise typer.Exit(_refuse(command, missing, extra))
+
+
+def _chosen(wanted: str, known: Iterable[str], what: str = "optimizer", usual: Iterable[str] = ()) -> list[str]:
+    """The names that an option stands for; none is the usual ones, or all. Leaves where one is not known."""
+    from emonavi.bench.peers import choose
+
+    try:
+        return choose(wanted, list(known), what) or list(usual or known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=f"--{what}s") from error
 
 
 def _version(wanted: bool) -> None:
@@ -234,16 +244,14 @@ def landscape(
     from rich.console import Console
 
     from emonavi.bench import landscape as bench
-    from emonavi.bench.lr import choose
     from emonavi.bench.peers import missing
-    from emonavi.registry import SIBLINGS
+    from emonavi.registry import FAMILY
 
-    known = [*(sibling.cls.__name__ for sibling in SIBLINGS.values()), *bench.PEERS]
+    names = _chosen(optimizers, (*FAMILY, *bench.PEERS))
     try:
-        names = choose(optimizers, known, "optimizer") or known
         out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     if absent := missing([name for name in names if name in bench.PEERS]):
         raise typer.Exit(_refuse("emonavi bench landscape", absent, "bench"))
     console = Console(highlight=False)
@@ -279,15 +287,11 @@ def learning_rates(
     if split not in ("", "dev", "test") or (quick and full):
         problem = "--quick or --full, not both" if quick and full else f"--split is dev or test, not {split!r}"
         raise typer.BadParameter(problem)
-    try:
-        names = lr.choose(tasks, list(TASKS), "task") or (list(lr.QUICK_TASKS) if quick else list(TASKS))
-        contenders = lr.choose(optimizers, list(CONTENDERS), "optimizer")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names = _chosen(tasks, TASKS, "task", lr.QUICK_TASKS if quick else ())
     names = [name for name in names if split in ("", TASKS[name].split)]
     needs = {TASKS[name].needs for name in names} - {""}
     _require("emonavi bench lr", {module: _DEMO_NEEDS.get(module, module) for module in sorted(needs)}, "bench")
-    contenders = contenders or (list(lr.QUICK_OPTIMIZERS) if quick else list(CONTENDERS))
+    contenders = _chosen(optimizers, CONTENDERS, usual=lr.QUICK_OPTIMIZERS if quick else ())
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
     if absent := missing(sorted({cell.optimizer for cell in cells})):
         raise typer.Exit(_refuse("emonavi bench lr", absent, "bench"))
@@ -314,7 +318,7 @@ def _ledgered(name: str) -> Callable[..., None]:
 
     def command(
         optimizers: Annotated[
-            str, typer.Option(help="Of EmoNavi, EmoFact, EmoLynx; separated by commas, or * for all.")
+            str, typer.Option(help="Siblings, separated by commas; a trailing * matches the rest, * is all six.")
         ] = "EmoNavi",
         seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
         out: Annotated[
@@ -332,15 +336,15 @@ def _ledgered(name: str) -> Callable[..., None]:
         from rich.console import Console
 
         from emonavi.bench.ledger import Ledger, execute
-        from emonavi.bench.lr import choose
-        from emonavi.bench.runner import EMOTIONAL, hardware
+        from emonavi.bench.runner import hardware
+        from emonavi.registry import FAMILY
 
         bench = import_module(f"emonavi.bench.{name}")
+        cells = bench.cells(_chosen(optimizers, FAMILY), seeds)
         try:
-            cells = bench.cells(choose(optimizers, EMOTIONAL, "optimizer"), seeds)
             ledger = Ledger(out or Path("runs") / f"{name}.jsonl", bench.Cell)
         except (OSError, RuntimeError, ValueError) as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(str(error), param_hint="--out") from error
         console = Console(highlight=False)
         try:
             todo = ledger.missing(cells)

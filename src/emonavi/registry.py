@@ -15,7 +15,7 @@ from emonavi.neco import EmoNeco
 from emonavi.optimizer import EmoOptimizer
 from emonavi.zeal import EmoZeal
 
-__all__ = ["SIBLINGS", "Sibling", "available", "create", "named"]
+__all__ = ["FAMILY", "SIBLINGS", "Sibling", "available", "create", "named"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ SIBLINGS = {
         Sibling("emoneco", EmoNeco, "Lion", "no reason was found: EmoZeal needs no more and ends lower"),
     )
 }
+
+FAMILY = tuple(s.cls.__name__ for s in SIBLINGS.values())
 
 
 def available() -> list[str]:

@@ -16,21 +16,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import emonavi
 from emonavi.autonomous import Merger, nesterov
 from emonavi.bench import factor, loss_of, lr_label, page
 from emonavi.bench.ledger import Row
-from emonavi.bench.runner import EMOTIONAL, hardware, versions
+from emonavi.bench.runner import hardware, versions
+from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem, data
 from emonavi.bench.tasks.text import CharTransformer, next_character
 from emonavi.emotion import Emotion
+from emonavi.registry import FAMILY
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Cell", "cells", "draw", "lines", "measure", "shard", "traffic"]
 
@@ -60,7 +65,7 @@ class Cell(NamedTuple):
     seed: int
 
 
-def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
+def cells(optimizers: Sequence[str], seeds: int = 1) -> list[Cell]:
     """What is asked for first: four workers; then many of unlike speed, and other numbers of them."""
     ours, peers = [(name, 1e-3) for name in optimizers], [(PEER, lr) for lr in PEER_LRS]
     sync, few = [("sync", 1)], [("mean", 64), ("mean", STEPS), ("outer", 64)]
@@ -82,7 +87,11 @@ def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
         for seed in range(seeds)
     ]  # fmt: skip
     plan = (
-        *(block(4, sync + few, ours), block(4, every, ours), block(4, variants, [("EmoNavi", 1e-3)])),
+        *(
+            block(4, sync + few, ours),
+            block(4, every, ours),
+            block(4, variants, [one for one in ours if one[0] == "EmoNavi"]),
+        ),
         *(block(4, sync + few, peers), block(1, sync, ours + peers), many),
         *(block(workers, sync + few, some) for some in (ours, peers) for workers in (2, 8)),
         block(4, every, peers),
@@ -200,12 +209,8 @@ def pace(cell: Cell, rank: int) -> float:
 # --- What was found
 
 _ADDED = {"mean": "", "outer": ", outer step", "shared": ", drives shared", "moments": ", moments too"}
-_LOOKS: dict[tuple[str, str], dict[str, Any]] = {
-    ("EmoNavi", "mean"): {"color": page.PALETTE[0], "marker": "o"},
-    ("EmoNavi", "outer"): {"color": page.PALETTE[0], "marker": "s", "ls": "", "mfc": "none"},
-    (PEER, "mean"): {"color": page.GREY, "marker": "o"},
-    (PEER, "outer"): {"color": page.GREY, "marker": "s", "ls": "", "mfc": "none"},
-}
+_COLOURS = {**dict(zip(FAMILY, page.PALETTE, strict=True)), PEER: page.GREY}
+_MARKS: dict[str, dict[str, Any]] = {"mean": {"marker": "o"}, "outer": {"marker": "s", "ls": "", "mfc": "none"}}
 
 
 def traffic(row: Row) -> tuple[float, float]:
@@ -250,9 +255,8 @@ def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
 
 
 def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> Table:
-    table = Table(box=None, padding=(0, 1), title=f"{task}: {TASKS[task].title}", title_justify="left")
-    for name in ("workers", "optimizer", "scheme", "one's own", "merged", "over sync", "sent", "of sync", "time"):
-        table.add_column(name, justify="left" if name in ("optimizer", "scheme") else "right")
+    heads = ("workers", "optimizer", "scheme", "one's own", "merged", "over sync", "sent", "of sync", "time")
+    table = plain(f"{task}: {TASKS[task].title}", heads, left=("optimizer", "scheme"))
     order = sorted(rows, key=lambda r: (r["workers"], r["optimizer"] == PEER, r["optimizer"], r["scheme"] != "sync",
                                         r["scheme"], r["period"], r["seed"]))  # fmt: skip
     for row in order:
@@ -290,7 +294,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     best = _best([row for row in rows if row["workers"] == 4])
-    tasks = list(dict.fromkeys(row["task"] for row in best.values()))
+    tasks, names = (list(dict.fromkeys(row[what] for row in best.values())) for what in ("task", "optimizer"))
     if not tasks:
         return
     figure = Figure(figsize=(4.2 * len(tasks), 4), dpi=110, layout="constrained")
@@ -301,12 +305,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         page.prepare(axis, 0.9, 3, True, page.ticks(0.9, 3, plain=True) | {1.1: "1.1", 1.5: "1.5"})
         axis.axhspan(0.9, NEAR, color=page.GREY, alpha=0.15, lw=0)
         axis.axvline(FEW, color=page.GREY, lw=0.8, ls=":")
-        for (name, scheme), look in _LOOKS.items():
-            some = [r for r in best.values() if (r["task"], r["scheme"]) == (task, scheme)]
-            some = [r for r in some if (r["optimizer"] == PEER) == (name == PEER)]
+        for (name, colour), (scheme, mark) in product(_COLOURS.items(), _MARKS.items()):
+            if name not in names:
+                continue
+            some = [r for r in best.values() if (r["task"], r["optimizer"], r["scheme"]) == (task, name, scheme)]
             found = [(traffic(r)[0] / traffic(s)[0], loss_of(r["val"]) / loss_of(s["val"]))
                      for r in some if (s := _against(r, best))]  # fmt: skip
-            axis.plot(*zip(*sorted(found), strict=True) if found else ((), ()), label=f"{name}, {scheme}", **look)
+            axis.plot(
+                *zip(*sorted(found), strict=True) if found else ((), ()),
+                label=f"{name}, {scheme}",
+                color=colour,
+                **mark,
+            )
     axis.legend(frameon=False)
     figure.supylabel("held-out loss, over sync's")
     figure.savefig(path)

@@ -26,14 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from emonavi.bench import Findings, Result, lr_label, report, sentences
-from emonavi.bench.runner import EMOTIONAL, Progress, Run, hardware, train, versions
+from emonavi.bench.runner import Progress, Run, hardware, train, versions
 from emonavi.bench.tasks import DEMO, Task
 from emonavi.bench.workers import Failure, Worker, stop_on_sigint
 from emonavi.terminal import MOOD_STYLE
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
 
-OPTIMIZERS = (*EMOTIONAL, "AdamW")
+OPTIMIZERS = ("EmoNavi", "EmoFact", "EmoLynx", "AdamW")
 LRS = (1e-5, 1e-3, 1e-1)
 
 

@@ -22,6 +22,7 @@ from emonavi.bench import json_line, lr_label, page
 from emonavi.bench.lr import switch
 from emonavi.bench.peers import CONTENDERS
 from emonavi.bench.runner import hardware, versions
+from emonavi.bench.tables import plain
 from emonavi.registry import SIBLINGS
 
 if TYPE_CHECKING:
@@ -142,13 +143,8 @@ def run(out: Path, optimizers: Sequence[str], steps: int, command: str) -> Itera
 
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """Where each path ends, one table for each surface: the value of the function above its lowest, which is 0."""
-    from rich.table import Table
-
     for surface in dict.fromkeys(row["surface"] for row in rows):
-        table = Table(title=f"{SURFACES[surface].title}: value at the end", box=None, title_justify="left")
-        table.add_column("")
-        for lr in LRS:
-            table.add_column(f"lr {lr_label(lr)}", justify="right")
+        table = plain(f"{SURFACES[surface].title}: value at the end", ("", *(f"lr {lr_label(lr)}" for lr in LRS)))
         for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
             ends = {r["lr"]: r["value"] for r in rows if (r["surface"], r["optimizer"]) == (surface, optimizer)}
             table.add_row(optimizer, *(_said(ends[lr]) for lr in LRS))

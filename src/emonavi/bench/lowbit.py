@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench import loss_of
+from emonavi.bench import loss_of, lr_label
 from emonavi.bench.ledger import Row
+from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["STORAGE", "Cell", "cells", "in_bfloat16", "lines", "measure"]
 
@@ -82,25 +86,25 @@ def in_bfloat16(model: nn.Module) -> None:
     model.register_forward_hook(lambda module, args, output: output.float())
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
+def lines(rows: Sequence[Row]) -> Iterator[Table]:
     """Means over the seeds: final loss over that of float32, and at the small lr the share of float32's fall."""
     table = {(r["optimizer"], r["lr"], r["storage"], r["task"], r["seed"]): r for r in rows}
     for optimizer, lr in dict.fromkeys((r["optimizer"], r["lr"]) for r in rows):
         tasks = [t for t in NAMES if any(key[0] == optimizer and key[1] == lr and key[3] == t for key in table)]
         what = "final loss over float32's" if lr == _USUAL else "fall over float32's, use_trust=False"
-        yield f"{optimizer}, lr {lr:g}: {what}"
-        yield f"{'':28}" + "".join(f"{t:>10}" for t in tasks)
+        shown = plain(f"{optimizer}, lr {lr_label(lr)}: {what}", ("", *tasks))
         for storage in STORAGE:
-            shown = ""
+            means = []
             for t in tasks:
                 pairs = [
                     (row, table[optimizer, lr, "float32", t, key[4]])
                     for key, row in table.items()
                     if key[:4] == (optimizer, lr, storage, t) and (optimizer, lr, "float32", t, key[4]) in table
                 ]
-                shown += f"{_mean(pairs, falls=lr == _CAREFUL):10.3f}" if pairs else f"{'':10}"
-            if shown.strip():
-                yield f"{storage:28}{shown}"
+                means.append(f"{_mean(pairs, falls=lr == _CAREFUL):.3f}" if pairs else "")
+            if any(means):
+                shown.add_row(storage, *means)
+        yield shown
 
 
 def _mean(pairs: Sequence[tuple[Row, Row]], falls: bool) -> float:

@@ -19,10 +19,7 @@ from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
 from emonavi.bench.runner import hardware, versions
 from emonavi.bench.tasks import TASKS, Problem
 
-__all__ = [
-    *("HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "choose", "grid", "run"),
-    *("switch", "train"),
-]
+__all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "grid", "run", "switch", "train"]
 
 HALF_DECADES = tuple(float(f"{10 ** (e / 2):.2e}") for e in range(-10, 1))  # 1e-5 to 1
 STANDARD = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
@@ -133,21 +130,6 @@ def _trace(steps: int, losses: list[float], rates: list[float]) -> Row:
 
 
 # --- The grid
-
-
-def choose(wanted: str, known: Sequence[str], what: str) -> list[str]:
-    """Read a list of names separated by commas; in any case, and ``name*`` stands for all that begin so.
-
-    Raises:
-        ValueError: a name is not known.
-    """
-    chosen: list[str] = []
-    for word in filter(None, (part.strip().lower() for part in wanted.split(","))):
-        found = [k for k in known if k.lower() == word or (word.endswith("*") and k.lower().startswith(word[:-1]))]
-        if not found:
-            raise ValueError(f"no {what} {word!r}: choose from {', '.join(known)}")
-        chosen += [name for name in found if name not in chosen]
-    return chosen
 
 
 def grid(tasks: Sequence[str], optimizers: Sequence[str], lrs: Sequence[float], seeds: int) -> list[Cell]:

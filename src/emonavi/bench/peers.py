@@ -9,7 +9,7 @@ estimate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import emonavi
 from emonavi.bench.runner import sources
+from emonavi.registry import FAMILY
 
-__all__ = ["CONTENDERS", "OWN_RULE", "YARDSTICK", "Contender", "missing"]
+__all__ = ["CONTENDERS", "OWN_RULE", "YARDSTICK", "Contender", "choose", "missing"]
 
 WARM_UP = 0.05
 
@@ -123,7 +124,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("AdamW + cosine", "torch", 1e-3, torch.optim.AdamW, **_COSINE),
         Contender("Lion + cosine", "pytorch_optimizer", 1e-4, _LION, **_COSINE),
         Contender("EmoFact rule + cosine", "emonavi", 1e-3, _ours("EmoFact", use_trust=False), **_COSINE),
-        *map(_adaptive, ("EmoNavi", "EmoFact", "EmoLynx", "EmoClan", "EmoZeal", "EmoNeco")),
+        *map(_adaptive, FAMILY),
         Contender("AdamW", "torch", 1e-3, torch.optim.AdamW),
         Contender("Prodigy", "prodigyopt", 1.0, **_PRODIGY),
         Contender("Prodigy + cosine", "prodigyopt", 1.0, **_PRODIGY, warm_up=0.0),
@@ -161,3 +162,18 @@ def missing(names: list[str]) -> list[str]:
     """Packages that these contenders need and that are not installed."""
     packages = {CONTENDERS[name].package for name in names}
     return sorted(p for p in packages if find_spec(_MODULES.get(p, p)) is None)
+
+
+def choose(wanted: str, known: Sequence[str], what: str) -> list[str]:
+    """Read a list of names separated by commas; in any case, and ``name*`` stands for all that begin so.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    chosen: list[str] = []
+    for word in filter(None, (part.strip().lower() for part in wanted.split(","))):
+        found = [k for k in known if k.lower() == word or (word.endswith("*") and k.lower().startswith(word[:-1]))]
+        if not found:
+            raise ValueError(f"no {what} {word!r}: choose from {', '.join(known)}")
+        chosen += [name for name in found if name not in chosen]
+    return chosen

@@ -23,13 +23,12 @@ import torch
 import emonavi
 from emonavi.bench import Result, history_path, json_line, lr_label
 from emonavi.bench.tasks import Problem, Task
+from emonavi.registry import FAMILY
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["EMOTIONAL", "Progress", "Run", "hardware", "sources", "train", "versions"]
-
-EMOTIONAL = ("EmoNavi", "EmoFact", "EmoLynx")
+__all__ = ["Progress", "Run", "hardware", "sources", "train", "versions"]
 
 _VAL_EVERY = 50  # steps: often enough to see the course, rare enough not to cost more than the training
 _TRAIN_MEAN = 20  # steps: a single batch is too noisy to be called the final training loss
@@ -109,7 +108,7 @@ def train(run: Run, folder: Path) -> Iterator[Progress | Result]:
 def _optimizer(run: Run, problem: Problem, board: SummaryWriter) -> torch.optim.Optimizer:
     """Build the optimizer with its defaults, so that the learning rate is all that differs."""
     weights = [p for p in problem.model.parameters() if p.requires_grad]
-    source, extra = (emonavi, {"writer": board}) if run.optimizer in EMOTIONAL else (torch.optim, {})
+    source, extra = (emonavi, {"writer": board}) if run.optimizer in FAMILY else (torch.optim, {})
     made: torch.optim.Optimizer = getattr(source, run.optimizer)(weights, lr=run.lr, **extra)
     return made
 
@@ -117,7 +116,7 @@ def _optimizer(run: Run, problem: Problem, board: SummaryWriter) -> torch.optim.
 def _loop(
     run: Run, problem: Problem, optimizer: Any, board: SummaryWriter, file: TextIO
 ) -> Generator[Progress, None, Result]:
-    emotional = run.optimizer in EMOTIONAL
+    emotional = run.optimizer in FAMILY
     start_loss = val = problem.val()
     board.add_scalar("loss/val", val, 0)
     recent: deque[float] = deque(maxlen=_TRAIN_MEAN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.optim import lr_scheduler
@@ -11,12 +11,17 @@ from torch.optim import lr_scheduler
 import emonavi
 from emonavi.bench import loss_of, lr_label
 from emonavi.bench.ledger import Row
+from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["SCHEDULES", "Cell", "cells", "lines", "measure"]
 
 _EPOCHS = 20  # of a run: after each, a plateau is looked for in the held-out loss, as torch's documentation has it
 NAMES = ("digits", "diabetes", "flow", "lora", "mlp", "gru", "patches", "density")
+NEAR = 1.1
 
 
 def _triangle(optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LambdaLR:
@@ -78,22 +83,26 @@ def measure(cell: Cell) -> Row:
     return figures
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Final losses over that of the best schedule, for each task and lr: where a scheduler costs more than 10 %."""
-    yield "final loss over that of the best schedule; raw weights / the shadow's"
-    for optimizer in sorted({r["optimizer"] for r in rows}):
-        ratios: dict[str, list[float]] = {"raw": [], "calm": []}
+def lines(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table for each optimizer: final losses over that of the best schedule for the task and lr, raw / calm."""
+    for optimizer in dict.fromkeys(r["optimizer"] for r in rows):
         ours = [r for r in rows if r["optimizer"] == optimizer]
+        names = [name for name in SCHEDULES if any(r["schedule"] == name for r in ours)]
+        title = f"{optimizer}: final loss over that of the best schedule, raw weights / the shadow's"
+        table = plain(title, ("", "lr", *names), gap=1)
+        ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for task, lr in dict.fromkeys((r["task"], r["lr"]) for r in ours):
             some = [r for r in ours if (r["task"], r["lr"]) == (task, lr)]
-            best = {kind: min(loss_of(r[kind]) for r in some) for kind in ratios}
-            shown = []
+            best = {kind: min(loss_of(r[kind]) for r in some) for kind in ("raw", "calm")}
+            shown: dict[str, list[str]] = {name: [] for name in names}
             for row in some:
-                over = {kind: loss_of(row[kind]) / best[kind] for kind in ratios}
-                shown.append(f"{row['schedule']} {over['raw']:.2f} / {over['calm']:.2f}")
-                for kind, ratio in over.items():
-                    ratios[kind].append(ratio)
-            yield f"{optimizer}, {task}, lr {lr_label(lr)}: {', '.join(shown)}"
-        for kind, found in ratios.items():
-            near = sum(ratio <= 1.1 for ratio in found) / len(found)
-            yield f"{optimizer}, {kind}: {near:.0%} within 1.10 of the best schedule, worst {max(found):.2f}"
+                raw, calm = (loss_of(row[kind]) / best[kind] for kind in ("raw", "calm"))
+                ratios[row["schedule"]].append((raw, calm))
+                shown[row["schedule"]].append(f"{raw:.2f}/{calm:.2f}")
+            table.add_row(task, lr_label(lr), *("\n".join(shown[name]) for name in names))
+        table.add_section()
+        columns = [list(zip(*ratios[name], strict=True)) for name in names]
+        near = ["/".join(str(sum(ratio <= NEAR for ratio in kind)) for kind in column) for column in columns]
+        table.add_row(f"≤ {NEAR:.2f}", f"of {len(ratios[names[0]])}", *near)
+        table.add_row("worst", "", *("/".join(f"{max(kind):.2f}" for kind in column) for column in columns))
+        yield table

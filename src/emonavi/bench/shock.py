@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench import loss_of
+from emonavi.bench import loss_of, lr_label
 from emonavi.bench.ledger import Row
-from emonavi.bench.runner import EMOTIONAL
+from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["SHOCKS", "Cell", "cells", "lines", "measure"]
 
@@ -95,9 +98,10 @@ class Cell(NamedTuple):
     seed: int
 
 
-def cells(optimizers: Sequence[str] = EMOTIONAL, seeds: int = 1) -> list[Cell]:
+def cells(optimizers: Sequence[str], seeds: int = 1) -> list[Cell]:
     """Every shock at the default lr; EmoNavi also at lr 1 and 10; peers beside."""
-    runs = [(name, 1e-3) for name in (*optimizers, *PEERS)] + [("EmoNavi", lr) for lr in (1.0, 10.0)]
+    runs = [(name, 1e-3) for name in (*optimizers, *PEERS)]
+    runs += [("EmoNavi", lr) for lr in (1.0, 10.0) if "EmoNavi" in optimizers]
     kinds = (_UNDISTURBED, _FRESH, *SHOCKS)
     return [
         Cell(task, name, lr, shock, seed) for task in NAMES for name, lr in runs for shock in kinds
@@ -155,11 +159,13 @@ def _switched(problem: Problem) -> Problem:
     return replace(problem, batch=batch, held_out=(-inputs, targets))  # type: ignore[operator]
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """For each shock and optimizer: how many runs recovered, and the worst."""
+def lines(rows: Sequence[Row]) -> Iterator[Table]:
+    """A table of how many runs recovered from each shock, soon after it and at the end, and the worst of them."""
     table = {(r["optimizer"], r["lr"], r["task"], r["seed"], r["shock"]): r for r in rows}
-    yield f"runs within {RECOVERED} of the undisturbed one, soon after / at the end; worst at the end"
+    heads = ("shock", "optimizer", "lr", "soon", "at the end", "worst", "on")
+    shown = plain(f"runs within {RECOVERED} of the undisturbed one", heads, left=("optimizer", "on"), gap=1)
     for shock in SHOCKS:
+        title = shock
         for name, lr in dict.fromkeys((r["optimizer"], r["lr"]) for r in rows):
             found = [
                 (row, table[(*key[:4], _FRESH if shock in SWITCHES else _UNDISTURBED)])
@@ -167,17 +173,22 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
                 if (key[0], key[1], key[4]) == (name, lr, shock)
             ]
             if found:
-                yield f"{shock:23} {name} lr {lr:g}: {_recovery(found, SPOILT.get(shock))}"
+                shown.add_row(title, name, lr_label(lr), *_recovery(found, SPOILT.get(shock)))
+                title = ""
+        shown.add_section()
+    yield shown
 
 
-def _recovery(found: Sequence[tuple[Row, Row]], shock: Shock | None) -> str:
+def _recovery(found: Sequence[tuple[Row, Row]], shock: Shock | None) -> list[str]:
+    """How many recovered soon and at the end, the worst at the end, and its task."""
     ends = sorted((_over(row["end"], base["end"]), row["task"]) for row, base in found)
     near = ""
     if shock is not None:  # a switch is compared at the end only
         looks = [str(_soon(shock, TASKS[row["task"]].steps)) for row, _ in found]
         soon = [_over(row["soon"][at], base["soon"][at]) for (row, base), at in zip(found, looks, strict=True)]
-        near = f"{sum(ratio <= RECOVERED for ratio in soon)} / "
-    return f"{near}{sum(r <= RECOVERED for r, _ in ends)} of {len(found)}, worst {ends[-1][0]:.2f} ({ends[-1][1]})"
+        near = str(sum(ratio <= RECOVERED for ratio in soon))
+    recovered = f"{sum(ratio <= RECOVERED for ratio, _ in ends)} of {len(found)}"
+    return [near, recovered, f"{ends[-1][0]:.2f}", ends[-1][1]]
 
 
 def _over(value: float | None, base: float | None) -> float:

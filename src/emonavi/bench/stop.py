@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import emonavi
 from emonavi.bench import loss_of
 from emonavi.bench.ledger import Row
+from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
 from emonavi.presets import PRESETS
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Cell", "cells", "lines", "measure"]
 
 TOO_LONG = 4
 _LOOKS = 100  # evaluations in a run
+_HEADS = ("rule", "stops", "saved", "raw", "calm", "fires in the first tenth")
 
 
 class Cell(NamedTuple):
@@ -73,29 +78,33 @@ def _spoke(flags: list[bool]) -> dict[str, int | None]:
     return {"first": first, "stays": still if flags[-1] else None}
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """Say what was found, rule by rule, for the tasks seen while designing and the others."""
+def lines(rows: Sequence[Row]) -> Iterator[Table]:
+    """Tables of what was found, for the tasks seen while designing and the others: a row for each rule."""
     for split in ("dev", "test"):
-        for optimizer in sorted({r["optimizer"] for r in rows}):
+        title = f"{split} tasks: held-out loss where it stops for good, over the run's best; median, worst"
+        table = plain(title, ("", *_HEADS), left=("rule", *_HEADS[3:]))
+        for optimizer in dict.fromkeys(r["optimizer"] for r in rows):
             some = [r for r in rows if r["split"] == split and r["optimizer"] == optimizer]
             for rule in ("should_stop", "published"):
                 if some:
-                    yield f"{split} tasks, {optimizer}, {rule}: {_verdict(some, rule)}"
+                    table.add_row(optimizer, rule, *_verdict(some, rule))
+        if table.row_count:
+            yield table
 
 
-def _verdict(rows: Sequence[Row], rule: str) -> str:
+def _verdict(rows: Sequence[Row], rule: str) -> list[str]:
     stopped = [r for r in rows if r[rule]["stays"] is not None]
     early = [r["task"] for r in rows if r[rule]["first"] is not None and r[rule]["first"] < 0.1 * r["steps"]]
     saved = [1 - r[rule]["stays"] / r["steps"] if r in stopped else 0.0 for r in rows]
-    parts = [f"stops {len(stopped)} of {len(rows)} runs for good, {statistics.median(saved):.0%} saved in the median"]
+    said = [f"{len(stopped)} of {len(rows)}", f"{statistics.median(saved):.0%}"]
     for weights in ("raw", "calm"):
         ratios = sorted((_ratio(r, rule, weights), r["task"]) for r in stopped)
         if ratios:
             middle = statistics.median(ratio for ratio, _ in ratios)
-            parts.append(f"{weights} loss there over the run's best: median {middle:.2f}, worst {ratios[-1][0]:.2f}")
-            parts[-1] += f" ({ratios[-1][1]})"
-    parts.append(f"first fire within a tenth of the budget: {', '.join(early) or 'none'}")
-    return "; ".join(parts)
+            said.append(f"{middle:.2f}, {ratios[-1][0]:.2f} ({ratios[-1][1]})")
+        else:
+            said.append("-")
+    return [*said, ", ".join(early) or "none"]
 
 
 def _ratio(row: dict[str, Any], rule: str, weights: str) -> float:
