@@ -11,6 +11,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +25,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         added.dest_uri = name
         files.append(added)
     return files
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Say of a Japanese page that it is one: a browser goes by that for the shapes of the characters."""
+    return output.replace('<html lang="en"', '<html lang="ja"', 1) if page.file.src_uri.startswith("ja/") else output
 
 
 class Described(griffe.Extension):

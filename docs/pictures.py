@@ -61,10 +61,11 @@ def curve(axis, values, colour, label=None, width=1.2):
 def any_lr(out, steps):
     """Draw the effective lr and the loss of the same run from six first guesses."""
     figure, (rates, losses) = sheet(("effective lr", "training loss"))
-    for lr, colour in zip(LRS, page.PALETTE, strict=True):
+    for place, (lr, colour) in enumerate(zip(LRS, page.PALETTE, strict=True)):
         felt = train(*build("digits", lr=lr), steps)
-        curve(rates, (rate for _, rate in felt), colour, f"lr {lr_label(lr)}")
-        curve(losses, running_mean([feeling.loss for feeling, _ in felt]), colour)
+        width = 4.5 - 0.7 * place  # the curves lie on each other: those below show at the sides
+        curve(rates, (rate for _, rate in felt), colour, f"lr {lr_label(lr)}", width)
+        curve(losses, running_mean([feeling.loss for feeling, _ in felt]), colour, width=width)
     rates.set_yscale("log")
     losses.set_yscale("log")
     figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
