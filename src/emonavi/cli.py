@@ -282,15 +282,17 @@ def learning_rates(
     from emonavi.bench import lr
     from emonavi.bench.ledger import Ledger
     from emonavi.bench.peers import CONTENDERS, missing
-    from emonavi.bench.tasks import TASKS
+    from emonavi.bench.tasks import OPTIONAL, TASKS
 
     if split not in ("", "dev", "test") or (quick and full):
         problem = "--quick or --full, not both" if quick and full else f"--split is dev or test, not {split!r}"
         raise typer.BadParameter(problem)
-    names = _chosen(tasks, TASKS, "task", lr.QUICK_TASKS if quick else ())
-    names = [name for name in names if split in ("", TASKS[name].split)]
-    needs = {TASKS[name].needs for name in names} - {""}
-    _require("emonavi bench lr", {module: _DEMO_NEEDS.get(module, module) for module in sorted(needs)}, "bench")
+    known = TASKS | OPTIONAL
+    names = _chosen(tasks, known, "task", lr.QUICK_TASKS if quick else TASKS)
+    names = [name for name in names if split in ("", known[name].split)]
+    for task in (known[name] for name in names):
+        needs = {module: _DEMO_NEEDS.get(module, module.replace("_", "-")) for module in task.needs.split()}
+        _require(f"emonavi bench lr --tasks {task.name}", needs, task.extra)
     contenders = _chosen(optimizers, CONTENDERS, usual=lr.QUICK_OPTIMIZERS if quick else ())
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
     if absent := missing(sorted({cell.optimizer for cell in cells})):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from emonavi.sweep import wide
 
-__all__ = ["MEMORIES", "SAMPLE", "reflect", "sample", "samples"]
+__all__ = ["MEMORIES", "SAMPLE", "reflect", "sample", "samples", "sums_of_each"]
 
 SAMPLE = 2048  # coordinates of a tensor, at most
 BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
@@ -37,18 +37,38 @@ def sample(tensor: Tensor) -> Tensor:
         >>> sample(torch.ones(6, 4)).shape, sample(torch.ones(1024, 1024)).shape
         (torch.Size([24]), torch.Size([2048]))
     """
-    flat = tensor.detach().flatten()
-    if flat.numel() <= SAMPLE:
+    flat = tensor.detach().reshape(-1)
+    size = flat.numel()
+    if size <= SAMPLE:
         return flat
-    blocks = flat[: flat.numel() // BLOCK * BLOCK].view(-1, BLOCK)
+    blocks = size // BLOCK
     # An odd stride does not run down one column of a matrix whose width is a power of two.
-    stride = -(-len(blocks) * BLOCK // SAMPLE) | 1
-    return blocks[::stride].reshape(-1)
+    stride = -(-blocks * BLOCK // SAMPLE) | 1
+    # One view of all blocks: where there are many tensors, calls are what sampling costs.
+    apart = flat.stride(0)
+    return flat.as_strided((-(-blocks // stride), BLOCK), (stride * BLOCK * apart, apart)).reshape(-1)
 
 
 def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
     """The samples of all tensors, one after the other: a copy, on the emotion's device, in float32 or wider."""
-    return wide(torch.cat([sample(t).to(home.device) for t in tensors]))
+    parts = [sample(t) for t in tensors]
+    return wide(torch.cat(parts if all(p.device == home.device for p in parts) else [p.to(home.device) for p in parts]))
+
+
+def sums_of_each(terms: Tensor, sizes: Tensor) -> Tensor:
+    """Add up the coordinates of each tensor.
+
+    Args:
+        terms: of all samples, one after the other, shape (3, n).
+        sizes: of the samples; whole numbers that add up to n.
+
+    Returns:
+        The sums, shape (3, tensors).
+    """
+    if terms.is_cpu:  # a fifth of the other's time
+        return torch.segment_reduce(terms, "sum", lengths=sizes.expand(len(terms), -1).contiguous(), axis=1)
+    owners = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=terms.shape[1])
+    return terms.new_zeros(len(terms), len(sizes)).index_add(1, owners, terms)
 
 
 def reflect(memories: Tensor, grad: Tensor, step: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from emonavi import checks
 from emonavi.active import Active
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
-from emonavi.displacement import MEMORIES, reflect, sample, samples
+from emonavi.displacement import MEMORIES, reflect, sample, samples, sums_of_each
 from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
@@ -153,7 +153,9 @@ class Emotional(Bearer):
             checks.memory([p for p, _ in found])
             found = [(p, i) for p, i in found if p.numel()]
             params = [p for p, _ in found]
-            heard, norm = agreed(heard, all_norms(_grads(params), vector), params, self._peers())
+            # The guard's sums are our own kernel's, unless a group wants no kernel at all.
+            fused = any(group.get("fused") is not False for group in self.param_groups)
+            heard, norm = agreed(heard, all_norms(_grads(params), vector, fused), params, self._peers())
             self._missing.note(heard, type(self).__name__)
         elif found:
             self._step_unfelt([p for p, _ in found], vector)
@@ -246,14 +248,15 @@ class Emotional(Bearer):
         """The sums of reflection for each tensor, from samples; remembers the step."""
         kept = [self.state[p]["step_sample"] for p in active.params]
         sizes = [memories.shape[1] for memories in kept]
-        owners = torch.arange(len(sizes), device=rates.device).repeat_interleave(rates.new_tensor(sizes).long())
+        counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
         inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
-        steps = (before - samples(active.params, rates)) * inverse[owners]
+        steps = before - samples(active.params, rates)
+        steps *= inverse.repeat_interleave(counts, output_size=len(steps))
         memories = torch.cat([m.to(rates.device) for m in kept], 1)
         terms = reflect(memories, grads, steps)
         torch._foreach_copy_(kept, list(memories.split(sizes, 1)))
         whole = rates.new_tensor([p.numel() / size for p, size in zip(active.params, sizes, strict=True)])
-        sums = rates.new_zeros(3, len(sizes)).index_add(1, owners, terms.to(rates.dtype)) * whole
+        sums = sums_of_each(terms, counts).to(rates.dtype) * whole
         signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in active.groups])
         return Sums(sums[0] * signs, sums[1], sums[2], rates)
 

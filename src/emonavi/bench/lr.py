@@ -17,7 +17,7 @@ from emonavi.bench import running_mean
 from emonavi.bench.ledger import Ledger, Row, execute
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
 from emonavi.bench.runner import hardware, versions
-from emonavi.bench.tasks import TASKS, Problem
+from emonavi.bench.tasks import OPTIONAL, TASKS, Problem
 
 __all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "grid", "run", "switch", "train"]
 
@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 def train(cell: Cell) -> Row:
     """Train once and return the figures. A run that diverges is a result; only a task that cannot be built raises."""
     contender = CONTENDERS[cell.optimizer]
-    task = TASKS[cell.task]
+    task = (TASKS | OPTIONAL)[cell.task]
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
     figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
@@ -139,11 +139,12 @@ def grid(tasks: Sequence[str], optimizers: Sequence[str], lrs: Sequence[float], 
     they are chosen.
     """
     needed = {YARDSTICK, *optimizers, *(OWN_RULE[name] for name in optimizers if name in OWN_RULE)}
+    known = TASKS | OPTIONAL
     cells = []
     for contender in (c for c in CONTENDERS.values() if c.name in needed):
         rates: Sequence[float] = HALF_DECADES if contender.tuned else (*lrs, contender.default_lr)
         cells += [
-            Cell(task, contender.name, lr, seed, TASKS[task].steps)
+            Cell(task, contender.name, lr, seed, known[task].steps)
             for task in tasks
             for seed in range(seeds)
             for lr in dict.fromkeys(rates)

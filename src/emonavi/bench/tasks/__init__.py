@@ -36,6 +36,12 @@ and nothing is ever tuned on them.
 | ``ratings`` | matrix factorisation with rare rows | synthetic stars |
 | ``heat`` | physics-informed network, second derivatives in the loss | the heat equation |
 
+Out of the standard grid, and run only where it is asked for by name:
+
+| test | model | data |
+|---|---|---|
+| ``minilm`` | rank-4 adapters on MiniLM, a pretrained sentence encoder | docstrings of the standard library |
+
 Those whose names end in ``-3x`` are the same at three times the steps. A third of the samples is held out, so that the
 score is a stable figure, and fresh noise on the training inputs holds overfitting back where it is not the point.
 """
@@ -44,11 +50,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from emonavi.bench.tasks import adapt, classify, embed, fields, generate, regress, text
+from emonavi.bench.tasks import adapt, classify, embed, fields, generate, pretrained, regress, text
 from emonavi.bench.tasks.adapt import LoRA
 from emonavi.bench.tasks.problem import Problem, Task
 
-__all__ = ["DEMO", "TASKS", "LoRA", "Problem", "Task"]
+__all__ = ["DEMO", "OPTIONAL", "TASKS", "LoRA", "Problem", "Task"]
 
 _LONG = ("charlm", "flow", "mlp", "vit", "gru", "patches")
 
@@ -65,3 +71,6 @@ TASKS: dict[str, Task] = DEMO | {
     task.name: task for kind in (classify, regress, text, generate, embed, fields, adapt) for task in kind.TASKS
 }
 TASKS |= {longer.name: longer for longer in (_longer(TASKS[name]) for name in _LONG)}
+
+# By name only: too slow for a grid, or of packages that few have.
+OPTIONAL: dict[str, Task] = {task.name: task for task in pretrained.TASKS}

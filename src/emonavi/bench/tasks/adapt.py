@@ -13,7 +13,7 @@ from emonavi.bench.tasks.classify import DIGITS, DigitNet, ViT, digits, mnist
 from emonavi.bench.tasks.problem import Problem, Task
 from emonavi.bench.tasks.text import CharTransformer, next_character
 
-__all__ = ["LORA", "TASKS", "LoRA"]
+__all__ = ["LORA", "TASKS", "LoRA", "adapted"]
 
 
 class LoRA(nn.Module):
@@ -47,7 +47,7 @@ def _pretrain(problem: Problem, steps: int, lr: float = 1e-3) -> dict[str, Tenso
     return {name: tensor.detach().clone() for name, tensor in problem.model.state_dict().items()}
 
 
-def _adapted(model: nn.Module) -> nn.Module:
+def adapted(model: nn.Module) -> nn.Module:
     """Replace every linear and convolutional layer, the head too; embeddings and norms stay frozen."""
     model.requires_grad_(False)
     for path, layer in list(model.named_modules()):
@@ -90,7 +90,7 @@ def _pretrained_text() -> dict[str, Tensor]:
 def _text_adapters() -> nn.Module:
     model = CharTransformer()
     model.load_state_dict(_pretrained_text())
-    return _adapted(model)
+    return adapted(model)
 
 
 def _lora_text(seed: int) -> Problem:
@@ -109,7 +109,7 @@ def _pretrained_vit() -> dict[str, Tensor]:
 def _vit_adapters() -> nn.Module:
     model = ViT()
     model.load_state_dict(_pretrained_vit())
-    return _adapted(model)
+    return adapted(model)
 
 
 def _lora_vit(seed: int) -> Problem:

@@ -66,7 +66,8 @@ class Task:
     quick_steps: int
     build: Callable[[int], Problem]
     split: str = "dev"  # "dev": the library's constants may be tuned on it; "test": never
-    needs: str = ""  # import name of the optional package that its data come from
+    needs: str = ""  # import names of the optional packages that it is made of, separated by blanks
+    extra: str = "bench"  # of this package, which brings them
 
 
 def generator(seed: int, stream: int, index: int) -> torch.Generator:
