@@ -63,7 +63,7 @@ def any_lr(out, steps):
     figure, (rates, losses) = sheet(("effective lr", "training loss"))
     for place, (lr, colour) in enumerate(zip(LRS, page.PALETTE, strict=True)):
         felt = train(*build("digits", lr=lr), steps)
-        width = 3.6 - 0.55 * place  # the curves lie on each other: those below show at the sides
+        width = 4.5 - 0.7 * place  # the curves lie on each other: those below show at the sides
         curve(rates, (rate for _, rate in felt), colour, f"lr {lr_label(lr)}", width)
         curve(losses, running_mean([feeling.loss for feeling, _ in felt]), colour, width=width)
     rates.set_yscale("log")

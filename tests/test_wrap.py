@@ -206,6 +206,15 @@ def test_samples_are_spread_bounded_and_the_same_whatever_the_layout():
             assert float(some.max() - some.min()) > 0.9 * (tensor.numel() - 16 * 3 * tensor.numel() / SAMPLE)
         if tensor.dim() == 2:
             assert torch.equal(sample(tensor.t().contiguous().t()), some)
+        spread = torch.stack([tensor, tensor + 1], -1)[..., 0]  # every other number of its memory
+        assert torch.equal(sample(spread), some)
+
+
+@pytest.mark.parametrize("of_each", [displacement.sums_of_each, displacement._by_owner])
+def test_sums_over_the_coordinates_of_each_tensor(of_each):
+    terms, sizes = torch.arange(21.0).reshape(3, 7), [3, 1, 0, 3]
+    expected = torch.stack([part.sum(1) for part in terms.split(sizes, 1)], 1)
+    assert torch.equal(of_each(terms, torch.tensor(sizes)), expected)
 
 
 def test_sums_of_reflection_equal_a_reference_in_float64():

@@ -153,9 +153,7 @@ class Emotional(Bearer):
             checks.memory([p for p, _ in found])
             found = [(p, i) for p, i in found if p.numel()]
             params = [p for p, _ in found]
-            # The guard's sums are our own kernel's, unless a group wants no kernel at all.
-            fused = any(group.get("fused") is not False for group in self.param_groups)
-            heard, norm = agreed(heard, all_norms(_grads(params), vector, fused), params, self._peers())
+            heard, norm = agreed(heard, all_norms(_grads(params), vector), params, self._peers())
             self._missing.note(heard, type(self).__name__)
         elif found:
             self._step_unfelt([p for p, _ in found], vector)

@@ -87,9 +87,7 @@ CONTENDERS = [
         for name, least in {"EmoNavi": 32.0, "EmoLynx": 24.0, "EmoFact": 16.0}.items()
         for way, flags in _WAYS.items()
     ),
-    Contender("Emotional(AdamW fused)", "Emotional(AdamW)", _WAYS["fused"]),
-    # None, as it stands in the groups of those who ask for foreach: False would be of the guard's kernel, too.
-    Contender("Emotional(AdamW foreach)", "Emotional(AdamW)", {"fused": None, "foreach": True}),
+    *(Contender(f"Emotional(AdamW {way})", "Emotional(AdamW)", _WAYS[way]) for way in ("fused", "foreach")),
     *(Contender(name, name) for name in OPTIMIZERS if name.startswith("Adafactor") or "pytorch_optimizer" in name),
 ]
 

@@ -54,13 +54,14 @@ def _docstrings(package: str) -> Iterator[str]:
                     yield " ".join(text.split())
 
 
-def texts() -> list[tuple[str, int]]:
+@cache
+def texts() -> tuple[tuple[str, int], ...]:
     """Docstrings with the number of their package, none twice: at most 120 of each, spread over its files."""
     found: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         own = [text for text in dict.fromkeys(_docstrings(package)) if text not in found]
         found |= dict.fromkeys(own[:: max(1, len(own) // _MOST)][:_MOST], label)
-    return list(found.items())
+    return tuple(found.items())
 
 
 @cache
@@ -88,7 +89,7 @@ def _encoder() -> tuple[nn.Module, int]:
     return model, model.config.hidden_size
 
 
-def _batch(seed: int, step: int, columns: tuple[Tensor, Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _batch(seed: int, step: int, columns: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], Tensor]:
     tokens, mask, labels = (column[choose(seed, step, samples=len(columns[0]), size=_BATCH)] for column in columns)
     return (tokens, mask), labels
 
@@ -96,11 +97,10 @@ def _batch(seed: int, step: int, columns: tuple[Tensor, Tensor, Tensor]) -> tupl
 def _minilm(seed: int) -> Problem:
     encoder, width = _encoder()
     model = initialised(seed, lambda: Classifier(adapted(copy.deepcopy(encoder)), width))
-    held_out = torch.arange(len(_encoded()[0])) % 3 == 2
-    tokens, mask, labels = (column[~held_out] for column in _encoded())
-    apart, hidden, answers = (column[held_out] for column in _encoded())
-    batch = partial(_batch, seed, columns=(tokens, mask, labels))
-    return Problem(model, cross_entropy, batch, ((apart, hidden), answers))
+    held_out = torch.arange(len(texts())) % 3 == 2
+    tokens, mask, labels = (column[held_out] for column in _encoded())
+    batch = partial(_batch, seed, columns=tuple(column[~held_out] for column in _encoded()))
+    return Problem(model, cross_entropy, batch, ((tokens, mask), labels))
 
 
 TASKS = (
