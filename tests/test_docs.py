@@ -219,6 +219,19 @@ class Loads(HTMLParser):
             (self.links if tag == "a" else self.loads).append(found[key])
 
 
+@pytest.mark.parametrize(("page", "language"), [("ja/emotion.html", "ja"), ("emotion.html", "en")])
+def test_pages_say_their_language(site, page, language):
+    assert f'<html lang="{language}"' in (site / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "ja").glob("*.md")), ids=lambda page: page.name)
+def test_no_blank_falls_into_a_japanese_sentence(page):
+    """A line that ends within one would be shown with a blank there."""
+    kana_or_kanji = "[\u3001\u3041-\u30ff\u4e00-\u9fff]"
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert not re.findall(rf".{{5}}{kana_or_kanji}\n{kana_or_kanji}.{{5}}", prose)
+
+
 def test_links_lead_somewhere_and_nothing_is_fetched(site):
     pages = {path: Loads(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
     assert len(pages) > 15
