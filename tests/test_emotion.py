@@ -391,6 +391,30 @@ def test_an_absurd_gradient_is_scaled_down_before_the_spread_is_known(heard):
     assert float(off) == 1.0
 
 
+def test_an_absurd_first_gradient_is_forgotten_with_its_loss():
+    """What the first gradient was is known by the second: its factor makes it as long as that."""
+    machine, state = fresh()
+    state, scale = machine.look_back(machine.feel(state, given_as(1e3), 0), given_as(2e6), OPTIONS)
+    assert float(scale) == 1.0, "nothing lies behind the first step"
+    state, _, scale = machine.guard(state, given_as(2e6), OPTIONS)
+    assert float(scale) == 1.0
+    unknown, scale = machine.look_back(state, given_as(math.nan), OPTIONS)
+    assert float(scale) == 1.0 and [float(x) for x in unknown] == [float(x) for x in state]
+    for options, norm in ((OPTIONS, 1e6), (OPTIONS._replace(max_norm=0.0), 2.0)):
+        kept, scale = machine.look_back(state, given_as(norm), options)
+        assert float(scale) == 1.0 and float(kept.norms) == float(kept.losses) == 1.0
+    state, scale = machine.look_back(state, given_as(2.0), OPTIONS)
+    assert float(scale) == pytest.approx(1e-6, rel=1e-9)
+    _, untouched = fresh()
+    state, untouched = (
+        machine.guard(machine.feel(s, given_as(1.0), 0), given_as(2.0), OPTIONS)[0] for s in (state, untouched)
+    )
+    assert [float(x) for x in state] == pytest.approx([float(x) for x in untouched], rel=1e-12)
+    for norm in (2.0, 2e-6):
+        _, scale = machine.look_back(state, given_as(norm), OPTIONS)
+    assert float(scale) == pytest.approx(1e-6, rel=1e-9), "the next gradient is the second now"
+
+
 def test_outliers_in_a_row_do_not_open_the_gate():
     machine, state = fresh()
     for t in range(40):

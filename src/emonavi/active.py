@@ -126,6 +126,18 @@ class Active(NamedTuple):
         lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
+    def scale_memories(self, factor: Number) -> None:
+        """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.
+
+        Memories of squares, named so, by its square; of those in eight bits the scales.
+        """
+        factors = torch.where(self.steps == 2, factor, 1.0)
+        for state, factor in zip(self.states, factors.unbind(), strict=True):
+            for name, memory in state.items():
+                if name in KEPT or name == "shadow" or not memory.is_floating_point():
+                    continue
+                memory.mul_(factor.square().to(memory) if "_sq" in name else factor.to(memory))
+
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""
         new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))

@@ -282,6 +282,20 @@ class Emotion:
         felt_state: State = keep(felt, new, state)
         return felt_state
 
+    def look_back(self, state: State, norm: Number, options: Options) -> tuple[State, Number]:
+        """Judge the first gradient by the second: a state that has forgotten it, and its factor in the memories.
+
+        There was nothing to judge it by in its own step, and Adam's second memory would keep it for the whole run.
+        """
+        norm = like(state.code, norm)
+        ratio = log(clamp(norm, 1e-300)) - state.log_norm
+        usual = isfinite(norm) & (norm > 0)
+        absurd = (state.norms == 1) & usual & (ratio < -self.outlier * options.max_norm * UNKNOWN_SPREAD)
+        absurd = absurd & (options.max_norm > 0)
+        # Its loss goes with it: beside that, whatever follows would look like progress.
+        forgotten = state._replace(norms=where(absurd, 0.0, state.norms), losses=where(absurd, 0.0, state.losses))
+        return forgotten, where(absurd, exp(clamp(ratio, high=0.0)), 1.0)
+
     def guard(self, state: State, norm: Tensor, options: Options) -> tuple[State, Number, Number]:
         """Judge a gradient norm: the new state, whether the update may act, and the factor on the gradient."""
         norm = like(state.code, norm)

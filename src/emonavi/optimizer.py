@@ -231,6 +231,9 @@ class EmoOptimizer(Bearer):
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+        state, first_scale = self._emotion.look_back(state, norm, options)
+        if self._is_second if predicated else first_scale != 1:
+            active.scale_memories(first_scale)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
@@ -246,7 +249,7 @@ class EmoOptimizer(Bearer):
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
-        self._begun = True
+        self._is_second, self._begun = not self._begun, True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
