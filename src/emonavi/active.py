@@ -80,7 +80,7 @@ class Active(NamedTuple):
             numbers=numbers,
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
@@ -97,6 +97,7 @@ class Active(NamedTuple):
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
             hold=hold[bool(groups[0]["use_shadow"])],
+            fall=fall,
             fades=fades,
             decayed=torch.stack(decayed).all(),
         )

@@ -168,6 +168,9 @@ class EmoOptimizer(Bearer):
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
+    # Within the noise the lr falls no faster than age to the minus this. At 1 the sum of all lrs still has no bound, so
+    # that a run can travel as far as it must (Robbins and Monro 1951); beyond, a long run stands still before its end.
+    _fall = 1.0
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
 
@@ -228,7 +231,7 @@ class EmoOptimizer(Bearer):
         active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
         buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
-        options = active.options(self.param_groups, self._hold, self._fades)
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
         state, first_scale = self._emotion.look_back(state, norm, options)
