@@ -168,9 +168,9 @@ class EmoOptimizer(Bearer):
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
-    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1: the
-    # sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long runs
-    # stood still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
+    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1:
+    # the sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long
+    # runs stand still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
     _fall = 1.5
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
