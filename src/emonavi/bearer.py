@@ -37,6 +37,7 @@ class Bearer(torch.optim.Optimizer):
         self._process_group = process_group
         self._ranks = Ranks()
         self._is_calm = False
+        self._is_second = False  # one step was made, the next is the second
         self._is_loaded = False
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -190,7 +191,8 @@ class Bearer(torch.optim.Optimizer):
         """Whether a real step was made, read from a state that was loaded."""
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
-        self._begun = bool(state.steps + state.skipped_steps > 0)
+        made = state.steps + state.skipped_steps
+        self._begun, self._is_second = bool(made > 0), bool(made == 1)
 
     def _fresh(self) -> Tensor:
         """The state vector before anything was felt."""

@@ -168,6 +168,10 @@ class EmoOptimizer(Bearer):
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
+    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1:
+    # the sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long
+    # runs stand still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
+    _fall = 1.5
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
 
@@ -228,9 +232,12 @@ class EmoOptimizer(Bearer):
         active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
         buckets = self._buckets(active, predicated)
         state: Any = self._emotion.unpack(vector, plain=not predicated)
-        options = active.options(self.param_groups, self._hold, self._fades)
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+        state, first_scale = self._emotion.look_back(state, norm, options)
+        if self._is_second if predicated else first_scale != 1:
+            active.scale_memories(first_scale)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
@@ -246,7 +253,7 @@ class EmoOptimizer(Bearer):
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
-        self._begun = True
+        self._is_second, self._begun = not self._begun, True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
