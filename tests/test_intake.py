@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -110,6 +111,15 @@ def test_several_observations_are_averaged_and_those_that_are_not_finite_left_ou
         optimizer.observe(value)
     assert felt(optimizer) == close(3.0)
     assert optimizer.emotion.ignored_losses == 0
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.array, lambda x: np.array([[x]]), lambda x: torch.tensor([[x]])])
+def test_a_loss_of_one_element_may_have_any_form(kind):
+    model = net()
+    optimizer = EmoNavi(model.parameters(), capture=False)
+    give_gradients(model)
+    optimizer.step(loss=kind(0.25))
+    assert optimizer.emotion.loss == 0.25
 
 
 def test_observations_of_different_types_keep_their_value():
@@ -276,7 +286,9 @@ def test_a_closure_that_returns_none_runs_beside_a_told_loss():
     assert optimizer.emotion.steps == 1
 
 
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), torch.tensor(1j)], ids=["two", "none", "complex"])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(2), torch.ones(0), torch.tensor(1j), [0.5], np.ones(2), 1j, "low"], ids=lambda bad: f"{bad!r}"
+)
 def test_a_loss_must_be_one_real_number(bad):
     model = net()
     optimizer = EmoNavi(model.parameters())

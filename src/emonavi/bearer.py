@@ -86,6 +86,11 @@ class Bearer(torch.optim.Optimizer):
         """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
         self._intake.observe(loss)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``. Gradients that are filled with zeros, too, begin a new window of losses."""
+        super().zero_grad(set_to_none)
+        self._intake.drop()
+
     def reset_emotion(self) -> None:
         """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
         self._refuse_midway("reset_emotion()")

@@ -124,6 +124,7 @@ class EmoOptimizer(Bearer):
     def _setup(self, *settings: Any) -> None:
         super()._setup(*settings)
         self._release: Release | None = None
+        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
     def describe(cls, head: str, example: str) -> str:
@@ -211,7 +212,7 @@ class EmoOptimizer(Bearer):
 
     def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
         """The step of parameters that have a gradient, with the place of their group."""
-        checks.memory([p for p, _ in found])
+        self._check_fit([p for p, _ in found])
         vector = self._vector()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
@@ -260,6 +261,20 @@ class EmoOptimizer(Bearer):
             state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
+
+    def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
+        """Of the memories of a parameter as they are stored."""
+        like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
+        made = lowbit.stored(self._init_state(like), like, self.param_groups[0]["state_dtype"])
+        return {name: memory.shape for name, memory in made.items()}
+
+    def _check_fit(self, params: list[Tensor]) -> None:
+        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
+        checks.memory(params)
+        for p in params:
+            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+                checks.fits(p, self.state.get(p, {}), self._shapes(p))
+                self._known[p] = p.shape
 
     def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memories of another optimizer as this one keeps them."""
@@ -397,6 +412,7 @@ class EmoOptimizer(Bearer):
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr", *LATER}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
         checks.same_optimizer(state_dict, options, layouts)
+        checks.same_shapes(state_dict, [self._shapes(p) for p in params])
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
