@@ -176,7 +176,7 @@ def test_data_of_another_shape(case, foreach, shape):
     train(optimizer, params, 3)
     params[0].data = torch.ones(shape)
     before = contents(optimizer)
-    with pytest.raises(RuntimeError, match="has a gradient of shape .*: call zero_grad"):
+    with pytest.raises(RuntimeError, match=r"has a gradient of shape .*: call zero_grad"):
         optimizer.step(loss=1.0)
     params[0].grad = torch.ones(shape)
     with pytest.raises(RuntimeError, match=r"has exp_avg.* of shape .*del optimizer\.state"):

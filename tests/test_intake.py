@@ -113,7 +113,9 @@ def test_several_observations_are_averaged_and_those_that_are_not_finite_left_ou
     assert optimizer.emotion.ignored_losses == 0
 
 
-@pytest.mark.parametrize("kind", [float, np.float32, np.array, lambda x: np.array([[x]]), lambda x: torch.tensor([[x]])])
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, np.array, lambda x: np.array([[x]]), lambda x: torch.tensor([[x]])]
+)
 def test_a_loss_of_one_element_may_have_any_form(kind):
     model = net()
     optimizer = EmoNavi(model.parameters(), capture=False)

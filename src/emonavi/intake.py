@@ -166,8 +166,9 @@ def callers_level() -> int:
 def _detached(loss: Tensor | float) -> Tensor | float:
     """A loss of one element, safe from later changes in place."""
     if not isinstance(loss, Tensor):
+        given: Any = loss
         try:
-            return float(loss.item() if getattr(loss, "size", 0) == 1 else loss)  # an array of numpy may have dimensions
+            return float(given.item() if getattr(given, "size", 0) == 1 else given)  # numpy's may have dimensions
         except (TypeError, ValueError) as error:
             raise ValueError(f"a loss must be one real number, got {loss!r}") from error
     if loss.numel() != 1 or loss.is_complex():
