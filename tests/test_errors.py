@@ -5,6 +5,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Valley, contents, differences, siblings, train, ways, weights
@@ -164,6 +165,37 @@ def test_sparse_gradient_at_the_first_step(case):
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step(loss=loss)
     assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+@pytest.mark.parametrize("lr", [math.nan, math.inf, "1e-3", None, torch.tensor(math.nan)], ids=str)
+def test_an_lr_that_is_no_number(case, lr):
+    """As a scheduler may leave it. Nothing is left of weights that have moved by it."""
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    optimizer.param_groups[0]["lr"] = lr
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"lr=.* in a group: .* a finite number"):
+        train(optimizer, params, 1, start=3)
+    optimizer.param_groups[0]["lr"] = before["group 0: lr"] = 0  # NaN equals nothing, itself included
+    assert differences(before, contents(optimizer)) == []
+    for lr in (1e-3, np.float32(1e-3), -1e-20, 0):  # a cosine may end a little below 0
+        optimizer.param_groups[0]["lr"] = lr
+        train(optimizer, params, 1, start=3)
+    assert all(p.isfinite().all() for p in params)
+
+
+@siblings
+def test_repr_names_the_options_and_no_state(case):
+    params = weights()
+    groups = [{"params": params[:2], "lr": 0.25}, {"params": params[2:]}]
+    shown = repr(case.make(groups, weight_decay=0.125)).splitlines()
+    assert len(shown) == 4
+    assert shown[0] == f"{case.name}("
+    assert shown[1].startswith("    group 0: 2 parameters, betas=(")
+    assert "lr=0.25" in shown[1]
+    assert "weight_decay=0.125" in shown[2]
 
 
 @siblings

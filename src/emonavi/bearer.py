@@ -54,6 +54,14 @@ class Bearer(torch.optim.Optimizer):
         group = None if self._process_group is None else "auto"  # a process group cannot be copied
         return self._emotion, self._capture, self._missing.action, group
 
+    def __repr__(self) -> str:
+        """The options of each group in one line; of the emotion's state, :attr:`emotion` tells."""
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            shown = [f"{k}={v!r}" for k, v in sorted(group.items()) if k not in ("params", "emotion")]
+            lines.append(f"    group {i}: {len(group['params'])} parameters, {', '.join(shown)}")
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
     # What can be read -------------------------------------------------------------------------------------------
 
     @property
@@ -181,8 +189,11 @@ class Bearer(torch.optim.Optimizer):
 
     def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
-        return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
+        rates = [self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)}]
+        here = [lr for lr in rates if not isinstance(lr, Tensor) or lr.device.type == "cpu"]
+        for lr in here:
+            checks.rate(lr)
+        return len(here) < len(rates) or any(lr != 0 for lr in here)
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
         """The loss as the emotion takes it: a number to be made small."""

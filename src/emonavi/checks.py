@@ -28,6 +28,7 @@ __all__ = [
     "options",
     "parameters",
     "process_group",
+    "rate",
     "same_optimizer",
     "same_shapes",
     "same_storage",
@@ -262,6 +263,12 @@ def gradient(param: Tensor) -> None:
     if param.grad is not None and param.grad.layout != torch.strided:
         what = f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}"
         raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
+
+
+def rate(lr: Any) -> None:
+    """An lr as a scheduler, or the user, has left it in a group."""
+    if not math.isfinite(_as_float(_plain(lr))):
+        raise ValueError(f"lr={lr!r} in a group: a step needs a finite number; see who wrote it, or set it anew")
 
 
 def memory(params: Sequence[Tensor]) -> None:
