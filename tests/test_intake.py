@@ -523,6 +523,27 @@ def test_two_hundred_steps_without_a_loss(sibling):
     assert math.isnan(emotion.loss)
 
 
+@pytest.mark.parametrize("make", [*SIBLINGS, lambda p: emonavi.Emotional(torch.optim.SGD(p, lr=0.1))], ids=str)
+def test_steps_that_are_all_skipped_are_warned_of(make):
+    """As with a NaN from sqrt(0): the loss looks well, and nothing moves."""
+    params = list(net().parameters())
+    optimizer = make(params)
+
+    def step(value):
+        params[0].grad = torch.full_like(params[0], value)
+        optimizer.step(loss=1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in [*[math.nan] * 19, 1.0] * 2 + [math.nan] * 19:
+            step(value)
+    with pytest.warns(UserWarning, match="skipped 20 steps in a row.*set_detect_anomaly") as caught:
+        for _ in range(30):
+            step(math.inf)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
 def test_the_warning_points_at_the_line_that_called_step():
     model = net()
     optimizer = EmoNavi(model.parameters(), capture=False)

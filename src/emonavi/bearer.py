@@ -5,6 +5,7 @@ The emotion's vector and what can be read from it, what can be told, the shadow 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from emonavi import checks
 from emonavi.active import bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, is_piece, local
-from emonavi.intake import Intake, Missing
+from emonavi.intake import Intake, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
+from emonavi.scalars import Number
 from emonavi.sweep import all_norms, to_home
 
 __all__ = ["Bearer"]
+
+SKIPPED_STEPS = 20  # in a row, before the warning
 
 
 class Bearer(torch.optim.Optimizer):
@@ -38,6 +42,7 @@ class Bearer(torch.optim.Optimizer):
         self._ranks = Ranks()
         self._is_calm = False
         self._is_loaded = False
+        self._skipped = 0  # steps in a row
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -194,6 +199,19 @@ class Bearer(torch.optim.Optimizer):
         for lr in here:
             checks.rate(lr)
         return len(here) < len(rates) or any(lr != 0 for lr in here)
+
+    def _note_skipped(self, acts: Number) -> None:
+        """Warn where step after step is skipped: nothing moves, and the loss may not show why."""
+        if isinstance(acts, Tensor):
+            return  # to know, it would have to wait for the device
+        self._skipped = 0 if acts else self._skipped + 1
+        if self._skipped == SKIPPED_STEPS:
+            remedy = "torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"
+            warnings.warn(
+                f"{type(self).__name__} has skipped {SKIPPED_STEPS} steps in a row, because a gradient was not finite: "
+                f"nothing moves. {remedy}",
+                stacklevel=callers_level(),
+            )
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
         """The loss as the emotion takes it: a number to be made small."""

@@ -192,8 +192,10 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
-            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
+                none. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
+                inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
@@ -235,6 +237,7 @@ class EmoOptimizer(Bearer):
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        self._note_skipped(acts)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
@@ -389,7 +392,8 @@ class EmoOptimizer(Bearer):
         warning says so.
 
         Raises:
-            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+            ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes; nothing has
+                changed then.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
