@@ -18,7 +18,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from emonavi import EmoFact, EmoLynx, EmoNavi, capture, intake
+from emonavi import EmoFact, EmoLynx, EmoNavi, Emotional, capture, intake
 
 torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
@@ -336,9 +336,10 @@ def test_partial_windows_now_and_then_are_never_adopted():
 
 
 @pytest.mark.parametrize("clear", ["optimizer", "optimizer, in place", "model", "by hand"])
-def test_cleared_gradients_begin_a_new_window(clear):
+@pytest.mark.parametrize("make", [EmoNavi, lambda p: Emotional(torch.optim.SGD(p, lr=0.1))], ids=["own", "around"])
+def test_cleared_gradients_begin_a_new_window(clear, make):
     model = net()
-    optimizer = EmoNavi(model.parameters())
+    optimizer = make(model.parameters())
     loss_of(model, 5 * X).backward()
     if clear == "by hand":
         for p in model.parameters():

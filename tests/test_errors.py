@@ -187,18 +187,6 @@ def test_an_lr_that_is_no_number(case, lr):
 
 
 @siblings
-def test_repr_names_the_options_and_no_state(case):
-    params = weights()
-    groups = [{"params": params[:2], "lr": 0.25}, {"params": params[2:]}]
-    shown = repr(case.make(groups, weight_decay=0.125)).splitlines()
-    assert len(shown) == 4
-    assert shown[0] == f"{case.name}("
-    assert shown[1].startswith("    group 0: 2 parameters, betas=(")
-    assert "lr=0.25" in shown[1]
-    assert "weight_decay=0.125" in shown[2]
-
-
-@siblings
 @ways
 @pytest.mark.parametrize("shape", [(600, 4), (2, 4), (4, 6)], ids=str)
 def test_data_of_another_shape(case, foreach, shape):

@@ -60,12 +60,12 @@ class Bearer(torch.optim.Optimizer):
         return self._emotion, self._capture, self._missing.action, group
 
     def __repr__(self) -> str:
-        """The options of each group in one line; of the emotion's state, :attr:`emotion` tells."""
-        lines = []
+        """As in ``torch.optim``, without forty numbers of the emotion's state: :attr:`emotion` tells them by name."""
+        lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
-            shown = [f"{k}={v!r}" for k, v in sorted(group.items()) if k not in ("params", "emotion")]
-            lines.append(f"    group {i}: {len(group['params'])} parameters, {', '.join(shown)}")
-        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {k}: {v}" for k, v in sorted(group.items()) if k not in ("params", "emotion")]
+        return "\n".join([*lines, ")"])
 
     # What can be read -------------------------------------------------------------------------------------------
 

@@ -264,6 +264,7 @@ class Emotional(Bearer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer does it."""
         self.inner.zero_grad(set_to_none)
+        self._intake.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer; the emotion continues."""
