@@ -92,7 +92,7 @@ class Release:
         everything = list(self._groups.items())
         if not optimizer._moves(everything):
             return None
-        checks.memory([p for p, _ in everything])
+        optimizer._check_fit([p for p, _ in everything])
         for p, _ in everything:
             optimizer._make_state(p)
         active = self._active(everything, [p.detach() for p, _ in everything])
