@@ -25,7 +25,7 @@ from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
-from emonavi.scalars import Number
+from emonavi.scalars import Number, integers
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
@@ -215,7 +215,8 @@ class EmoOptimizer(Bearer):
         vector = self._vector()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        plain = not predicated
+        fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
         moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
         params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
         heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
@@ -225,9 +226,9 @@ class EmoOptimizer(Bearer):
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused and plain)
         buckets = self._buckets(active, predicated)
-        state: Any = self._emotion.unpack(vector, plain=not predicated)
+        state: Any = self._emotion.unpack(vector, plain=plain)
         options = active.options(self.param_groups, self._hold, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
@@ -317,7 +318,7 @@ class EmoOptimizer(Bearer):
                 bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
             if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = integers(tuple(bucket.places), active.lr.device)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             scalars |= self._switch(layout, mood)
