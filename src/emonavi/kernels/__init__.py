@@ -59,9 +59,7 @@ def choose(
     """
     if not wanted(group, lists["param"][0].device):
         return None
-    # Asked first: where it is so, nothing has to be compiled.
-    rounds = group["stochastic_rounding"] and lists["param"][0].is_cpu and narrow(lists)
-    kernel = _TO_THE_NEAREST if rounds else _kernel(rule, lists, predicated)
+    kernel = _kernel(rule, lists, predicated, rounds=group["stochastic_rounding"] and narrow(lists))
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
@@ -74,17 +72,20 @@ def wanted(group: Mapping[str, Any], device: torch.device) -> bool:
     return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None and device.type == "cpu")
 
 
-def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
+def _kernel(
+    rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool, rounds: bool
+) -> Kernel | str:
     """The kernel for a bucket, or why there is none."""
     device = lists["param"][0].device.type
     if device == "cpu":
         from emonavi.kernels import cpu
 
-        return cpu.kernel(rule, lists, predicated)
+        # Asked first: where it is so, nothing has to be compiled.
+        return _TO_THE_NEAREST if rounds else cpu.kernel(rule, lists, predicated)
     if device == "cuda":
         from emonavi.kernels import cuda
 
-        return cuda.kernel(rule, lists, predicated)
+        return cuda.kernel(rule, lists)
     return f"there are no kernels for {device}"
 
 

@@ -67,8 +67,8 @@ class _Table(NamedTuple):
         return sums
 
 
-def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
-    """The kernel for a bucket, or why there is none. It asks for no value, whether it is predicated or not."""
+def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kernel | str:
+    """The kernel for a bucket, or why there is none. It branches on no value."""
     launch = {emonavi: _navi, emolynx: _lynx}.get(rule)
     if launch is None:
         return f"there is no kernel for {rule.__name__} on CUDA"

@@ -1,0 +1,309 @@
+"""The Triton programs: equal to the rules, to the last bit the same again, and nothing waits.
+
+Without a GPU they are run by Triton's interpreter on CPU tensors (``conftest.py`` asks for it), and compiled for a GPU
+that is not there. With one, the same tests run what was compiled, on it.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, contents, train, weights
+from test_kernels import GROUP, lists, placed
+
+from emonavi import kernels, lowbit, scalars
+from emonavi.emotion import State
+from emonavi.navi import emonavi
+from emonavi.sweep import Bucket
+
+pytest.importorskip("triton")
+from emonavi.kernels import cuda
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+kernels_of = pytest.mark.parametrize("case", [c for c in CASES if c.on_cuda], ids=lambda c: c.name)
+SIZES = ((5,), (0,), (64,), (7, 19), (), (3, 11))  # several chunks, whole and not; one block, whole and not
+FEW = ((6, 4), (5,), ())
+# The operations are the rule's in its order, in float32; torch's own sums of squares are off by more. The interpreter
+# cuts what bfloat16 cannot hold, where a GPU rounds it.
+ROUNDINGS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+dtypes = pytest.mark.parametrize("dtype", list(ROUNDINGS), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Chunks and blocks so small that small tensors have several."""
+    monkeypatch.setattr(cuda, "CHUNK", 64)
+    monkeypatch.setattr(cuda, "BLOCK", 32)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Where there is no GPU: optimizers take the programs for CPU tensors, too. Counts the buckets that they get."""
+    calls = []
+
+    def kernel(rule, lists, predicated, rounds):
+        found = cuda.kernel(rule, lists)
+        return found if isinstance(found, str) else lambda *given: [calls.append(1), found(*given)][1]
+
+    monkeypatch.setattr(kernels, "_kernel", kernel)
+    monkeypatch.setattr("emonavi.sweep.squares", cuda.squares)
+    return calls
+
+
+def columns(case, dtype, how="plain", shapes=SIZES):
+    """The parallel lists of a bucket, as they come in the middle of a run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(kind):
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [placed((t.abs() if kind == "exp_avg_sq" else t).to(dtype_of[kind]).to(DEVICE), how) for t in drawn]
+
+    dtype_of = {"param": dtype, "grad": dtype} | dict.fromkeys(case.matrix_state, torch.float32)
+    return {kind: some(kind) for kind in dtype_of}
+
+
+def scalars_of(case, trust=None, **kwargs):
+    rates = torch.linspace(1e-3, 1e-1, len(SIZES), dtype=torch.float64, device=DEVICE)
+    return case.scalars(case.betas, rates, 3, trust) | {"decay": 1 - rates, "reflect": True} | kwargs
+
+
+def moved(case, bucket, scalars, kernel, grad_scale=1.0, acts=True, seeds=None):
+    """Copies of a bucket's lists after a move, with what it reflects of each tensor."""
+    held = {name: [t.clone(memory_format=torch.preserve_format) for t in column] for name, column in bucket.items()}
+    made = cuda.kernel(case.rule, held) if kernel else None
+    acts = torch.tensor(acts, device=DEVICE)
+    parts = Bucket(list(range(len(SIZES))), held, True, False, True, made).move(
+        case.rule, scalars, torch.tensor(grad_scale, dtype=torch.float64, device=DEVICE), acts, seeds
+    )
+    sums = {place: [float(s[k]) for s in three] for places, three in parts for k, place in enumerate(places)}
+    return held, [sums[i] for i in range(len(SIZES))] if sums else None
+
+
+def close(found, expected, dtype):
+    for name, column in expected.items():
+        rtol = ROUNDINGS[dtype] if name == "param" else 1e-6
+        for a, b in zip(found[name], column, strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def bits(held):
+    return [t.tolist() for column in held.values() for t in column]
+
+
+# What is computed ----------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "plain": {}, "no decay": {"decay": None}, "no reflection": {"reflect": False}, "trust": {"trust": 0.7},
+    "bold betas": {"beta1": 0.3, "beta2": 0.6}, "no eps": {"eps": 0.0},
+}  # fmt: skip
+
+
+@kernels_of
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [*((torch.float32, way) for way in WAYS), (torch.bfloat16, "plain"), (torch.float16, "no reflection")],
+    ids=str,
+)
+def test_a_program_is_the_rule(case, dtype, way):
+    bucket, given = columns(case, dtype), dict(WAYS[way])
+    if "eps" in given and "exp_avg_sq" not in bucket:
+        pytest.skip("it has no eps")
+    trust = given.pop("trust", None)
+    trust = None if trust is None else torch.tensor(trust, dtype=torch.float64, device=DEVICE)
+    given = scalars_of(case, trust, **given)
+    (plain, expected), (found, sums) = (moved(case, bucket, given, kernel, -0.5) for kernel in (False, True))
+    close(found, plain, dtype)
+    assert bits({"grad": found["grad"]}) == bits({"grad": bucket["grad"]})
+    assert bits(found) != bits(bucket)
+    if not given["reflect"]:
+        assert sums is expected is None
+    else:
+        assert sums == [pytest.approx(own, rel=2e-6, abs=1e-6) for own in expected]
+    again = moved(case, bucket, given, True, -0.5)
+    assert bits(again[0]) == bits(found) and again[1] == sums
+
+
+@kernels_of
+@pytest.mark.parametrize("how", ["unaligned", "transposed", "strided"])
+def test_tensors_lie_in_memory_as_they_please(case, how):
+    bucket = columns(case, torch.float32, how)
+    (plain, expected), (found, sums) = (moved(case, bucket, scalars_of(case), kernel) for kernel in (False, True))
+    close(found, plain, torch.float32)
+    assert sums == [pytest.approx(own, rel=2e-6, abs=1e-6) for own in expected]
+
+
+@kernels_of
+@pytest.mark.parametrize("how", ["plain", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_at_random_takes_the_same_bits(case, dtype, how):
+    bucket, given = columns(case, dtype, how), scalars_of(case)
+    places = torch.arange(len(SIZES), device=DEVICE)
+    seeds = lowbit.seeds(torch.full((len(SIZES),), 3.0, device=DEVICE), places)
+    runs = [moved(case, bucket, given, *how)[0] for how in ((False,), (True,), (True, 1.0, True, seeds))]
+    runs.append(moved(case, bucket, given, False, 1.0, True, seeds)[0])
+    _, nearest, found, plain = (torch.cat([t.flatten() for t in held["param"]]) for held in runs)
+    assert (found != nearest).float().mean() > 0.2
+    # A float32 of a last bit off may fall on the other side.
+    assert (found != plain).float().mean() < 0.01
+
+
+@kernels_of
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_that_does_not_act_writes_nothing(case, bad):
+    bucket = columns(case, torch.float32)
+    bucket["grad"][3].fill_(bad)
+    found, sums = moved(case, bucket, scalars_of(case), True, acts=False)
+    for name in ("param", *case.matrix_state):
+        assert bits({name: found[name]}) == bits({name: bucket[name]})
+    assert sums == [[0.0] * 3] * len(SIZES)
+
+
+@dtypes
+def test_sums_of_squares(dtype):
+    torch.manual_seed(1)
+    sizes = (1, 31, 32, 0, 33, 64, 65, 1000)
+    tensors = [torch.randn(n, dtype=torch.float64).to(dtype).to(DEVICE) for n in sizes]
+    tensors[-1] = tensors[-1].view(50, 20).t()[::2]
+    found = cuda.squares(tensors)
+    assert found.tolist() == pytest.approx([float((t.double() ** 2).sum()) for t in tensors], rel=2e-6)
+    assert found.dtype == torch.float64 and found.tolist() == cuda.squares(tensors).tolist()
+    for bad in (math.nan, math.inf, -math.inf):
+        tensors[2][-1] = bad
+        assert [math.isfinite(s) for s in cuda.squares(tensors).tolist()] == [i != 2 for i in range(len(sizes))]
+
+
+def test_what_16_bits_cannot_hold_the_squares_can():
+    assert cuda.squares([torch.full((3,), 6e4, dtype=torch.float16, device=DEVICE)]).item() == pytest.approx(
+        3 * float(torch.tensor(6e4, dtype=torch.float16)) ** 2
+    )
+
+
+# A whole run ---------------------------------------------------------------------------------------------------------
+
+FEELINGS = {
+    "adaptive": {"weight_decay": 0.1}, "v4": {"emotion": "v4"}, "shadow": {"use_shadow": True, "maximize": True},
+    "capturable": {"capturable": True},
+}  # fmt: skip
+
+
+@kernels_of
+@pytest.mark.parametrize("feeling", FEELINGS)
+def test_a_run_is_that_of_foreach(case, feeling, taken):
+    runs = []
+    for flags in ({"fused": True}, {"fused": False, "foreach": True}):
+        params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=FEW)]
+        optimizer = case.make(params, **flags, **FEELINGS[feeling])
+        train(optimizer, params, 10)
+        runs.append(contents(optimizer))
+        assert len(taken) == 10  # each step of the first run, and none of the second
+    if feeling == "adaptive":
+        assert runs[0]["group 0: emotion"][State._fields.index("gain")] > 0
+    for name, value in runs[1].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(
+                runs[0][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+@kernels_of
+def test_a_bad_gradient_is_skipped(case, taken):
+    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=FEW)]
+    optimizer = case.make(params, fused=True, capturable=True)
+    train(optimizer, params, 2)
+    before = contents(optimizer)
+    params[0].grad[0, 0] = math.nan
+    optimizer.step(loss=1.0)
+    after = contents(optimizer)
+    changed = [n for n, v in before.items() if isinstance(v, torch.Tensor) and not torch.equal(v, after[n])]
+    assert changed == ["group 0: emotion"] and optimizer.emotion.skipped_steps == 1
+
+
+@kernels_of
+def test_autograd_sees_that_a_parameter_has_moved(case, taken):
+    weight = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    loss = (weight * weight).sum()
+    loss.backward(retain_graph=True)
+    case.make([weight], fused=True).step(loss=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Who sweeps ----------------------------------------------------------------------------------------------------------
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("bucket", "why"),
+    [
+        (lists(state=torch.bfloat16), "exp_avg as plain tensors of torch.float32"),
+        (lists(torch.float64, torch.float64), "torch.float64 wants param"),
+        (lists() | {"param": [torch.ones(3).as_subclass(Odd)]}, "param as plain tensors"),
+        (lists() | {"grad": [torch.ones(3, device="meta")]}, "grad as plain tensors of torch.float32 on cpu"),
+    ],
+    ids=["state", "float64", "subclass", "device"],
+)
+def test_what_no_program_takes(bucket, why):
+    assert why in cuda.kernel(emonavi, bucket)
+
+
+def test_without_triton_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr(cuda, "MISSING", "Triton cannot be imported (No module named 'triton')")
+    assert "No module named 'triton'" in cuda.kernel(emonavi, lists())
+    assert "no kernel for emofact on CUDA" in cuda.kernel(next(c for c in CASES if c.name == "EmoFact").rule, lists())
+
+
+def test_on_a_gpu_the_programs_are_taken_where_they_are_asked_for():
+    device = torch.device("cuda")
+    assert kernels.wanted(GROUP | {"fused": True}, device)
+    assert not kernels.wanted(GROUP, device) and kernels.wanted(GROUP, torch.device("cpu"))
+
+
+def test_numbers_go_to_a_device_by_value():
+    """As a captured graph needs it."""
+    numbers = (0, 3, 0x7F12_3456_7890_ABC0, -1)
+    assert scalars._by_value(numbers, torch.device(DEVICE)).tolist() == list(numbers)
+
+
+# Compiled ------------------------------------------------------------------------------------------------------------
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from emonavi.kernels import programs
+
+whole = {"table": "*i64", "count": "i32", "chunks": "i32", "partial": "*fp32", "acts": "*i1"}
+whole |= dict.fromkeys(("grad_scale", "step_size", "decay", "root", "last_root"), "*fp64")
+whole |= {"seeds": "*i32"} | dict.fromkeys(("rest1", "beta1", "beta2", "rest2", "eps"), "fp32")
+none = {"grad_trust": None, "square_trust": None, "trust": None}
+most = {"DTYPE": tl.bfloat16, "REFLECT": True, "ALIGNED": True, "CHUNK": 16384, "BLOCK": 1024}
+for architecture in (90,):
+    for program in (programs.squares, programs.emonavi, programs.emolynx, programs.add_up):
+        own = {"sums": "*fp64"} | whole if program is programs.add_up else whole
+        signature = {n: own.get(n, "constexpr") for n in program.arg_names}
+        constants = {(i,): (none | most)[n] for i, n in enumerate(program.arg_names) if n not in own}
+        source = ASTSource(fn=program, signature=signature, constexprs=constants)
+        code = triton.compile(source, target=GPUTarget("cuda", architecture, 32)).asm["ptx"]
+        print(architecture, program.__name__, code.count("ld.global.v4"), code.count("st.global.v4"), "atom" in code)
+"""
+
+
+def test_the_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
+    """And fetch four words at a time, 16 bytes, what lies on a multiple of 16."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "compile.py"  # Triton reads the source of what it compiles from files
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [name for _, name, *_ in rows] == ["squares", "emonavi", "emolynx", "add_up"]
+    for _, name, loads, stores, atomic in rows:
+        assert atomic == "False"
+        # Of 16 bits eight elements are one vector, of float32 two: gradient, parameter, and each memory.
+        assert (int(loads), int(stores)) == {"squares": (1, 0), "emonavi": (6, 5), "emolynx": (4, 3), "add_up": (0, 0)}[name]
