@@ -303,7 +303,87 @@ def test_the_programs_compile_for_a_gpu_that_is_not_there(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [name for _, name, *_ in rows] == ["squares", "emonavi", "emolynx", "add_up"]
+    # Eight elements of 16 bits are one vector, of float32 two: gradient, parameter, and each memory.
+    vectors = {"squares": (1, 0), "emonavi": (6, 5), "emolynx": (4, 3), "add_up": (0, 0)}
     for _, name, loads, stores, atomic in rows:
-        assert atomic == "False"
-        # Of 16 bits eight elements are one vector, of float32 two: gradient, parameter, and each memory.
-        assert (int(loads), int(stores)) == {"squares": (1, 0), "emonavi": (6, 5), "emolynx": (4, 3), "add_up": (0, 0)}[name]
+        assert (int(loads), int(stores), atomic) == (*vectors[name], "False")
+
+
+# On a GPU only -------------------------------------------------------------------------------------------------------
+
+
+def on_device(shapes=FEW):
+    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=shapes)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    return params, torch.ones((), device=DEVICE)
+
+
+def prepare(params, loss, t):
+    """Gradients and loss of step t, where they lay."""
+    for i, p in enumerate(params):
+        p.grad.copy_(torch.sin(torch.arange(p.numel(), device=DEVICE) * (0.1 + i) + t // 3).view(p.shape))
+    loss.fill_(1 / (1 + t))
+
+
+@on_gpu
+@kernels_of
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_waits_for_nothing(case, fused):
+    params, loss = on_device()
+    optimizer = case.make(params, fused=fused)
+    for t in range(4):
+        prepare(params, loss, t)
+        torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")
+        try:
+            optimizer.step(loss=loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.emotion.steps == 4
+
+
+@on_gpu
+@kernels_of
+@pytest.mark.parametrize("kwargs", [{"fused": True}, {"fused": True, "use_shadow": True}, {"fused": False}], ids=str)
+def test_a_captured_step_is_replayed(case, kwargs):
+    """Everything but the host's own numbers, as a float lr is one, goes on from replay to replay."""
+    runs = []
+    for captured in (True, False):
+        params, loss = on_device()
+        optimizer = case.make(params, **kwargs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for t in range(3):
+                prepare(params, loss, t)
+                optimizer.step(loss=loss)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step(loss=loss)
+        for t in range(3, 10):
+            prepare(params, loss, t)
+            graph.replay() if captured else optimizer.step(loss=loss)
+        torch.cuda.synchronize()
+        runs.append(contents(optimizer))
+    for name, value in runs[1].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(runs[0][name], value, rtol=1e-6, atol=1e-7)
+
+
+@on_gpu
+@kernels_of
+@dtypes
+def test_large_tensors_in_chunks_of_the_usual_size(case, dtype, monkeypatch):
+    monkeypatch.undo()
+    bucket = columns(case, dtype, shapes=((3 * cuda.CHUNK + 1017,), (700, 257), (1,), (cuda.CHUNK,), (129, 1031), (7,)))
+    (plain, expected), (found, sums) = (moved(case, bucket, scalars_of(case), kernel) for kernel in (False, True))
+    close(found, plain, dtype)
+    assert sums == [pytest.approx(own, rel=1e-4, abs=1e-4) for own in expected]
+
+
+@on_gpu
+def test_more_elements_than_32_bits_count():
+    many = torch.ones((1 << 31) + 5, dtype=torch.float16, device=DEVICE)
+    assert cuda.squares([many]).item() == len(many)

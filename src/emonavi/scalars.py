@@ -14,7 +14,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "clamp", "exp", "integers", "isfinite", "like", "log", "negate", "number", "rsqrt", "sqrt", "tanh", "where"]
+__all__ = [
+    "Number",
+    "clamp",
+    "exp",
+    "integers",
+    "isfinite",
+    "like",
+    "log",
+    "negate",
+    "number",
+    "rsqrt",
+    "sqrt",
+    "tanh",
+    "where",
+]
 
 Number: TypeAlias = Any  # a float (or bool, for a flag), or a 0-d tensor
 

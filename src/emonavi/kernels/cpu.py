@@ -60,9 +60,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
     if isinstance(function, str):
         return function
 
-    def run(
-        lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: None
-    ) -> Any:
+    def run(lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Any) -> Any:
         return _sweep(function, lists, scalars, grad_scale, rule is emofact)
 
     return run

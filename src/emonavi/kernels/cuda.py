@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ class _Table(NamedTuple):
     """Where the tensors of a bucket lie, as the programs read it."""
 
     numbers: Tensor
-    count: int  # of tensors
+    tensors: int
     chunks: int
     aligned: bool  # each begins at a multiple of 16 bytes
 
@@ -52,18 +51,18 @@ class _Table(NamedTuple):
         return cls(integers((*first, *sizes, *addresses), columns[0][0].device), len(sizes), first[-1], aligned)
 
     def sweep(self, program: Any, kinds: int, **arguments: Any) -> Tensor:
-        """Launch a program for each chunk; returns its sums, float64, of shape (kinds, count)."""
+        """Launch a program for each chunk; returns its sums, float64, of shape (kinds, tensors)."""
         device = self.numbers.device
         partial = torch.empty((kinds, self.chunks), dtype=torch.float32, device=device) if kinds else None
-        sums = torch.empty((kinds, self.count), dtype=torch.float64, device=device)
+        sums = torch.empty((kinds, self.tensors), dtype=torch.float64, device=device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if self.chunks:
                 program[(self.chunks,)](
-                    self.numbers, self.count, self.chunks, partial, **arguments,
+                    self.numbers, self.tensors, self.chunks, partial, **arguments,
                     ALIGNED=self.aligned, CHUNK=CHUNK, BLOCK=BLOCK,
                 )  # fmt: skip
             if kinds:
-                programs.add_up[(self.count, kinds)](self.numbers, partial, sums, self.count, self.chunks, BLOCK=256)
+                programs.add_up[(self.tensors, kinds)](self.numbers, partial, sums, self.tensors, self.chunks, BLOCK=256)
         return sums
 
 

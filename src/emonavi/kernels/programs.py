@@ -41,16 +41,12 @@ def _number(value):
 @triton.jit
 def _own(vector, tensor):
     """What a vector has for a tensor, as float32; None is 1 for each."""
-    if vector is None:
-        number = 1.0
-    else:
-        number = tl.load(vector + tensor).to(tl.float32)
-    return number
+    return 1.0 if vector is None else tl.load(vector + tensor).to(tl.float32)
 
 
 @triton.jit
 def _chunk(table, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Which chunk this program sweeps: its tensor, and where it begins, where its last whole block ends, and its end."""
+    """What this program sweeps: tensor and begin of its chunk, the end of the last whole block, and the end."""
     chunk = tl.program_id(0)
     low = 0
     high = count
@@ -76,10 +72,7 @@ def _tensor(table, count, column: tl.constexpr, tensor, DTYPE: tl.constexpr, ALI
 @triton.jit
 def _get(pointer, mask, other: tl.constexpr):
     """Elements as float32; where the mask is False, ``other``."""
-    if mask is None:
-        values = tl.load(pointer)
-    else:
-        values = tl.load(pointer, mask=mask, other=other)
+    values = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=other)
     return values.to(tl.float32)
 
 
@@ -93,7 +86,7 @@ def _put(pointer, values, mask):
 def _round(values, places, seeds, tensor, DTYPE: tl.constexpr):
     """Parameters rounded at random to what their dtype can hold, as ``lowbit.pack`` does; as they are without seeds."""
     if seeds is not None:
-        dropped: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
+        dropped: tl.constexpr = 13 if tl.float16 == DTYPE else 16
         random = places.to(tl.uint32) * ODD + tl.load(seeds + tensor).to(tl.uint32)
         random = (random ^ (random >> 15)) * OF_PARAM
         bits = values.to(tl.uint32, bitcast=True) + (random >> (32 - dropped))
@@ -188,7 +181,8 @@ def emonavi(
         tensor, start, whole, end = _chunk(table, count, CHUNK, BLOCK)
         tensors = (
             _tensor(table, count, 0, tensor, DTYPE, ALIGNED), _tensor(table, count, 1, tensor, DTYPE, ALIGNED),
-            _tensor(table, count, 2, tensor, tl.float32, ALIGNED), _tensor(table, count, 3, tensor, tl.float32, ALIGNED),
+            _tensor(table, count, 2, tensor, tl.float32, ALIGNED),
+            _tensor(table, count, 3, tensor, tl.float32, ALIGNED),
         )  # fmt: skip
         scalars = (
             _number(grad_scale), _number(rest1), _number(beta2), _number(rest2), _number(eps), _number(grad_trust),
