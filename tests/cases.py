@@ -143,7 +143,7 @@ CASES = (
     ),
     OptimizerCase(
         name="EmoFact", cls=emonavi.EmoFact, rule=emofact, reference=FactReference, scalars=_fact_scalars,
-        kernel=True, betas=(0.9, 0.999),
+        kernel=True, on_cuda=True, betas=(0.9, 0.999),
         configs=SHARED, matrix_state=("exp_avg_row", "exp_avg_col", "exp_avg_sample"),
         vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=0.2, matrix_extra=16 * 1024, vector_bytes=8,
     ),

@@ -21,14 +21,27 @@ import triton.language as tl
 
 from emonavi import lowbit
 
-__all__ = ["add_up", "emolynx", "emonavi", "squares"]
+__all__ = [
+    "add_up",
+    "address",
+    "emolynx",
+    "emonavi",
+    "find",
+    "get",
+    "keep",
+    "number",
+    "own",
+    "put",
+    "rounded",
+    "squares",
+]
 
 ODD = tl.constexpr(lowbit.GOLDEN)
 OF_PARAM = tl.constexpr(pow(lowbit.GOLDEN, 2, 1 << 32))  # the bits of what a rule writes first, as lowbit.py has them
 
 
 @triton.jit
-def _number(value):
+def number(value):
     """A scalar of a launch as float32; None is 1."""
     if value is None:
         value = 1.0
@@ -39,51 +52,58 @@ def _number(value):
 
 
 @triton.jit
-def _own(vector, tensor):
+def own(vector, tensor):
     """What a vector has for a tensor, as float32; None is 1 for each."""
     return 1.0 if vector is None else tl.load(vector + tensor).to(tl.float32)
 
 
 @triton.jit
-def _chunk(table, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program sweeps: tensor and begin of its chunk, the end of the last whole block, and the end."""
+def find(first, count):
+    """Which tensor this program's chunk is of, and how many of its chunks lie before it."""
     chunk = tl.program_id(0)
     low = 0
     high = count
     while high - low > 1:
         middle = (low + high) // 2
-        begun = tl.load(table + middle) <= chunk
+        begun = tl.load(first + middle) <= chunk
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle)
-    start = (chunk - tl.load(table + low)) * CHUNK
-    end = tl.minimum(start + CHUNK, tl.load(table + count + 1 + low))
-    return low, start, start + (end - start) // BLOCK * BLOCK, end
+    return low, chunk - tl.load(first + low)
 
 
 @triton.jit
-def _tensor(table, count, column: tl.constexpr, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _chunk(table, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program sweeps: tensor and begin of its chunk, the end of the last whole block, and the end."""
+    tensor, place = find(table, count)
+    start = place * CHUNK
+    end = tl.minimum(start + CHUNK, tl.load(table + count + 1 + tensor))
+    return tensor, start, start + (end - start) // BLOCK * BLOCK, end
+
+
+@triton.jit
+def address(where, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a tensor lies, as a pointer."""
-    pointer = tl.cast(tl.load(table + (2 + column) * count + 1 + tensor), tl.pointer_type(DTYPE))
+    pointer = tl.cast(tl.load(where + tensor), tl.pointer_type(DTYPE))
     if ALIGNED:  # without this, and the whole blocks, elements would be fetched one by one
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
-def _get(pointer, mask, other: tl.constexpr):
+def get(pointer, mask, other: tl.constexpr):
     """Elements as float32; where the mask is False, ``other``."""
     values = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=other)
     return values.to(tl.float32)
 
 
 @triton.jit
-def _put(pointer, values, mask):
+def put(pointer, values, mask):
     """Store elements; to the nearest where they are stored in fewer bits."""
     tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _round(values, places, seeds, tensor, DTYPE: tl.constexpr):
+def rounded(values, places, seeds, tensor, DTYPE: tl.constexpr):
     """Parameters rounded at random to what their dtype can hold, as ``lowbit.pack`` does; as they are without seeds."""
     if seeds is not None:
         dropped: tl.constexpr = 13 if tl.float16 == DTYPE else 16
@@ -101,7 +121,7 @@ def _sign(x):
 
 
 @triton.jit
-def _keep(partial, chunks, kind: tl.constexpr, lanes):
+def keep(partial, chunks, kind: tl.constexpr, lanes):
     """Keep what this chunk adds to one of the sums."""
     tl.store(partial + kind * chunks + tl.program_id(0), tl.sum(lanes))
 
@@ -123,7 +143,7 @@ def add_up(table, partial, sums, count, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _square_some(grad, mask, lanes):
-    g = _get(grad, mask, 0.0)
+    g = get(grad, mask, 0.0)
     return lanes + g * g
 
 
@@ -133,14 +153,14 @@ def squares(
 ):  # fmt: skip
     """Sums of squares: of one column."""
     tensor, start, whole, end = _chunk(table, count, CHUNK, BLOCK)
-    grad = _tensor(table, count, 0, tensor, DTYPE, ALIGNED)
+    grad = address(table + 2 * count + 1, tensor, DTYPE, ALIGNED)
     lanes = tl.zeros((BLOCK,), tl.float32)
     for at in range(start, whole, BLOCK):
         lanes = _square_some(grad + at + tl.arange(0, BLOCK), None, lanes)
     if whole < end:
         places = whole + tl.arange(0, BLOCK)
         lanes = _square_some(grad + places, places < end, lanes)
-    _keep(partial, chunks, 0, lanes)
+    keep(partial, chunks, 0, lanes)
 
 
 # The Adam rule (navi.py) ---------------------------------------------------------------------------------------------
@@ -150,9 +170,9 @@ def squares(
 def _navi_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.constexpr, REFLECT: tl.constexpr):
     param, grad, exp_avg, exp_avg_sq = tensors
     scale, rest1, beta2, rest2, eps, grad_trust, square_trust, step_size, decay, root, last_root = scalars
-    g = _get(grad + places, mask, 0.0) * scale
-    m = _get(exp_avg + places, mask, 0.0)
-    v = _get(exp_avg_sq + places, mask, 1.0)  # what is not there adds nothing, with an eps of 0 either
+    g = get(grad + places, mask, 0.0) * scale
+    m = get(exp_avg + places, mask, 0.0)
+    v = get(exp_avg_sq + places, mask, 1.0)  # what is not there adds nothing, with an eps of 0 either
     if REFLECT:
         grad_step, grad_grad, step_step = sums
         denom = tl.div_rn(tl.sqrt_rn(v), last_root) + eps
@@ -161,10 +181,10 @@ def _navi_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.co
     m = tl.fma(rest1, g * grad_trust - m, m)
     v = v * beta2 + rest2 * (g * square_trust) * g
     denom = tl.div_rn(tl.sqrt_rn(v), root) + eps
-    p = _get(param + places, mask, 0.0) * decay - step_size * tl.div_rn(m, denom)
-    _put(exp_avg + places, m, mask)
-    _put(exp_avg_sq + places, v, mask)
-    _put(param + places, _round(p, places, seeds, tensor, DTYPE), mask)
+    p = get(param + places, mask, 0.0) * decay - step_size * tl.div_rn(m, denom)
+    put(exp_avg + places, m, mask)
+    put(exp_avg_sq + places, v, mask)
+    put(param + places, rounded(p, places, seeds, tensor, DTYPE), mask)
     return sums
 
 
@@ -177,17 +197,18 @@ def emonavi(
     """The Adam rule, of the columns param, grad, exp_avg and exp_avg_sq."""
     lanes = tl.zeros((BLOCK,), tl.float32)
     sums = (lanes, lanes, lanes)
-    if _number(acts) != 0:
+    if number(acts) != 0:
         tensor, start, whole, end = _chunk(table, count, CHUNK, BLOCK)
+        where = table + 2 * count + 1
         tensors = (
-            _tensor(table, count, 0, tensor, DTYPE, ALIGNED), _tensor(table, count, 1, tensor, DTYPE, ALIGNED),
-            _tensor(table, count, 2, tensor, tl.float32, ALIGNED),
-            _tensor(table, count, 3, tensor, tl.float32, ALIGNED),
+            address(where, tensor, DTYPE, ALIGNED), address(where + count, tensor, DTYPE, ALIGNED),
+            address(where + 2 * count, tensor, tl.float32, ALIGNED),
+            address(where + 3 * count, tensor, tl.float32, ALIGNED),
         )  # fmt: skip
         scalars = (
-            _number(grad_scale), _number(rest1), _number(beta2), _number(rest2), _number(eps), _number(grad_trust),
-            _number(square_trust), _own(step_size, tensor), _own(decay, tensor), _own(root, tensor),
-            _own(last_root, tensor),
+            number(grad_scale), number(rest1), number(beta2), number(rest2), number(eps), number(grad_trust),
+            number(square_trust), own(step_size, tensor), own(decay, tensor), own(root, tensor),
+            own(last_root, tensor),
         )  # fmt: skip
         for at in range(start, whole, BLOCK):
             places = at + tl.arange(0, BLOCK)
@@ -197,9 +218,9 @@ def emonavi(
             sums = _navi_some(tensors, places, places < end, scalars, sums, seeds, tensor, DTYPE, REFLECT)
     if REFLECT:
         grad_step, grad_grad, step_step = sums
-        _keep(partial, chunks, 0, grad_step)
-        _keep(partial, chunks, 1, grad_grad)
-        _keep(partial, chunks, 2, step_step)
+        keep(partial, chunks, 0, grad_step)
+        keep(partial, chunks, 1, grad_grad)
+        keep(partial, chunks, 2, step_step)
 
 
 # The Lion rule (lynx.py) ---------------------------------------------------------------------------------------------
@@ -209,8 +230,8 @@ def emonavi(
 def _lynx_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.constexpr, REFLECT: tl.constexpr):
     param, grad, exp_avg = tensors
     scale, beta1, rest2, trust, step_size, decay = scalars
-    g = _get(grad + places, mask, 0.0) * scale
-    m = _get(exp_avg + places, mask, 0.0)
+    g = get(grad + places, mask, 0.0) * scale
+    m = get(exp_avg + places, mask, 0.0)
     if REFLECT:
         grad_step, size = sums
         sums = (grad_step + g * _sign(m), size + tl.abs(g))
@@ -218,9 +239,9 @@ def _lynx_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.co
     # A sign may hang on it: as lerp has it.
     near = tl.fma(beta1, memory - g, g)
     blended = tl.where(beta1 < 0.5, near, tl.fma(beta1 - 1, memory - g, memory))
-    p = _get(param + places, mask, 0.0) * decay - step_size * _sign(blended)
-    _put(exp_avg + places, tl.fma(rest2, g - m, m), mask)
-    _put(param + places, _round(p, places, seeds, tensor, DTYPE), mask)
+    p = get(param + places, mask, 0.0) * decay - step_size * _sign(blended)
+    put(exp_avg + places, tl.fma(rest2, g - m, m), mask)
+    put(param + places, rounded(p, places, seeds, tensor, DTYPE), mask)
     return sums
 
 
@@ -232,15 +253,16 @@ def emolynx(
     """The Lion rule, of the columns param, grad and exp_avg."""
     lanes = tl.zeros((BLOCK,), tl.float32)
     sums = (lanes, lanes)
-    if _number(acts) != 0:
+    if number(acts) != 0:
         tensor, start, whole, end = _chunk(table, count, CHUNK, BLOCK)
+        where = table + 2 * count + 1
         tensors = (
-            _tensor(table, count, 0, tensor, DTYPE, ALIGNED), _tensor(table, count, 1, tensor, DTYPE, ALIGNED),
-            _tensor(table, count, 2, tensor, tl.float32, ALIGNED),
+            address(where, tensor, DTYPE, ALIGNED), address(where + count, tensor, DTYPE, ALIGNED),
+            address(where + 2 * count, tensor, tl.float32, ALIGNED),
         )  # fmt: skip
         scalars = (
-            _number(grad_scale), _number(beta1), _number(rest2), _number(trust),
-            _own(step_size, tensor), _own(decay, tensor),
+            number(grad_scale), number(beta1), number(rest2), number(trust),
+            own(step_size, tensor), own(decay, tensor),
         )  # fmt: skip
         for at in range(start, whole, BLOCK):
             places = at + tl.arange(0, BLOCK)
@@ -250,5 +272,5 @@ def emolynx(
             sums = _lynx_some(tensors, places, places < end, scalars, sums, seeds, tensor, DTYPE, REFLECT)
     if REFLECT:
         grad_step, size = sums
-        _keep(partial, chunks, 0, grad_step)
-        _keep(partial, chunks, 1, size)
+        keep(partial, chunks, 0, grad_step)
+        keep(partial, chunks, 1, size)
