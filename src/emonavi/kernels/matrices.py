@@ -35,16 +35,14 @@ def _where(table, count, column: tl.constexpr, tensor, DTYPE: tl.constexpr, ALIG
 
 
 @triton.jit
-def _tile(table, count, ALIGNED: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr):
-    """What this program sweeps: matrix, its rows and columns; the first row of the tile, the rows' end, its columns."""
+def _tile(table, count, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
+    """What this program sweeps: matrix, its rows and columns, and how many tiles lie above this one and beside it."""
     tensor, place = find(table, count)
     rows, width = _fact(table, count, 0, tensor), _fact(table, count, 1, tensor)
-    if ALIGNED:
-        width = tl.multiple_of(width, 16)
+    if ALIGNED:  # the same number, of which the compiler sees that 16 divides it
+        width = width // 16 * 16
     across = tl.cdiv(width, WIDTH)
-    start = place // across * BAND
-    columns = place % across * WIDTH + tl.arange(0, WIDTH)
-    return tensor, rows, width, start, tl.minimum(start + BAND, rows), columns
+    return tensor, rows, width, place // across, place % across
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -54,14 +52,15 @@ def gather(
 ):  # fmt: skip
     """Sums of the squares of a tile's rows and columns."""
     if number(acts) != 0:
-        tensor, rows, width, start, end, columns = _tile(table, count, ALIGNED, BAND, WIDTH)
+        tensor, rows, width, above, beside = _tile(table, count, ALIGNED, WIDTH)
+        columns = beside * WIDTH + tl.arange(0, WIDTH)
+        end = tl.minimum((above + 1) * BAND, rows)
         grad = _where(table, count, GRAD, tensor, DTYPE, ALIGNED)
         scale = number(grad_scale)
-        across = columns // WIDTH
-        of_rows = scratch + _fact(table, count, 4, tensor) + tl.min(across) * rows
-        of_columns = scratch + _fact(table, count, 5, tensor) + start // BAND * width
+        of_rows = scratch + _fact(table, count, 4, tensor) + beside * rows
+        of_columns = scratch + _fact(table, count, 5, tensor) + above * width
         sums = tl.zeros((SOME, WIDTH), tl.float32)
-        for at in range(start, end, SOME):
+        for at in range(above * BAND, end, SOME):
             some = at + tl.arange(0, SOME)
             mask = (some < end)[:, None] & (columns < width)[None, :]
             g = get(grad + some[:, None] * width + columns[None, :], mask, 0.0) * scale
@@ -140,12 +139,14 @@ def move(
 ):  # fmt: skip
     """Move the parameters of a tile."""
     if number(acts) != 0:
-        tensor, _, width, start, end, columns = _tile(table, count, ALIGNED, BAND, WIDTH)
+        tensor, rows, width, above, beside = _tile(table, count, ALIGNED, WIDTH)
+        columns = beside * WIDTH + tl.arange(0, WIDTH)
+        end = tl.minimum((above + 1) * BAND, rows)
         param = _where(table, count, PARAM, tensor, DTYPE, ALIGNED)
         grad = _where(table, count, GRAD, tensor, DTYPE, ALIGNED)
         root = _root(table, count, COLUMN, tensor, columns, columns < width)
         scale, length, shrink = number(grad_scale), own(step_size, tensor), own(decay, tensor)
-        for at in range(start, end, SOME):
+        for at in range(above * BAND, end, SOME):
             some = at + tl.arange(0, SOME)
             row = tl.div_rn(_root(table, count, ROW, tensor, some, some < end), own(bias, tensor))
             mask = (some < end)[:, None] & (columns < width)[None, :]
