@@ -213,7 +213,7 @@ def test_what_16_bits_cannot_hold_the_squares_can():
 # A whole run ---------------------------------------------------------------------------------------------------------
 
 FEELINGS = {
-    "adaptive": {"weight_decay": 0.1}, "v4": {"emotion": "v4"}, "shadow": {"use_shadow": True, "maximize": True},
+    "adaptive": {"weight_decay": 0.1}, "v4, uphill": {"emotion": "v4", "use_shadow": True, "maximize": True},
     "capturable": {"capturable": True},
 }  # fmt: skip
 
