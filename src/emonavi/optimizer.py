@@ -64,7 +64,8 @@ class EmoOptimizer(Bearer):
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
-            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
+            does it on the CPU where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is
+            False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
         state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
             or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.

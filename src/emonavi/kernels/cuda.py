@@ -108,9 +108,11 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
     if MISSING:
         return MISSING
     device, dtype = lists["param"][0].device, lists["param"][0].dtype
+    if dtype not in DTYPES:
+        return f"the kernels for CUDA take parameters of float32, bfloat16 and float16, and not of {dtype}"
     for name, tensors in lists.items():
         wanted = dtype if name in ("param", "grad") else torch.float32
-        if dtype not in DTYPES or not _plain(tensors, wanted, device):
+        if not _plain(tensors, wanted, device):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on {device}"
 
     def run(
