@@ -87,7 +87,10 @@ class Active(NamedTuple):
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
             tops.append(_highest(group["lr_peak"], group["lr_start"]))
-            decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
+            low = lr < 0.5 * group["lr_peak"]
+            # Filled in, a flag of the host is there without a wait.
+            flag = low if isinstance(low, Tensor) else self.lr.new_full((), low, dtype=torch.bool)
+            decayed.append(flag.to(self.lr.device))
         # From the highest lr, not today's: a warm-up or a dip must not move the drive.
         top = per_tensor(tops, self.counts, self.lr)
         return Options(

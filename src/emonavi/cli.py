@@ -216,6 +216,7 @@ def step(
     ] = "one,gpt2,tiny,lora",
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file, and a PNG.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each optimizer.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
 ) -> None:
     """Time one step beside torch's AdamW and others: ratios of medians, taken in turns, with one thread."""
     if out is not None:
@@ -224,9 +225,9 @@ def step(
     from emonavi.bench import step as bench
 
     try:
-        print("\n".join(bench.report(model.split(","), out, rounds)))
+        print("\n".join(bench.report(model.split(","), out, rounds, device)))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
+        raise typer.BadParameter(str(error)) from error
 
 
 def capture(

@@ -25,7 +25,7 @@ from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
-from emonavi.scalars import Number
+from emonavi.scalars import Number, integers
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
@@ -64,7 +64,8 @@ class EmoOptimizer(Bearer):
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
-            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
+            does it on the CPU where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is
+            False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
         state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
             or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
@@ -222,7 +223,8 @@ class EmoOptimizer(Bearer):
         vector = self._vector()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        plain = not predicated
+        fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
         moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
         params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
         heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
@@ -232,9 +234,9 @@ class EmoOptimizer(Bearer):
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused and plain)
         buckets = self._buckets(active, predicated)
-        state: Any = self._emotion.unpack(vector, plain=not predicated)
+        state: Any = self._emotion.unpack(vector, plain=plain)
         options = active.options(self.param_groups, self._hold, self._fall, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
@@ -342,7 +344,7 @@ class EmoOptimizer(Bearer):
                 bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
             if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = integers(tuple(bucket.places), active.lr.device)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             scalars |= self._switch(layout, mood)
