@@ -102,6 +102,7 @@ class OptimizerCase:
     switch: Callable[[float, float], dict[str, Any]] | None = None
     first_step: float | None = 1.0  # of a vector under the adaptive emotion, in lrs; None: it depends on the gradient
     kernel: bool = False  # there is one for the CPU
+    on_cuda: bool = False  # there is one for CUDA
     fades: bool = False  # steps are shorter where gradients are smaller than they used to be
     # Largest relative deviation in the run when all gradients are scaled by 2^-20 (eps is the one thing that feels it).
     scaling_tolerance: float = 1e-3
@@ -136,19 +137,19 @@ ONLY_V3 += (Config("v3, shadow", {"emotion": "v3", "use_shadow": True}, adaptive
 CASES = (
     OptimizerCase(
         name="EmoNavi", cls=emonavi.EmoNavi, rule=emonavi_rule, reference=NaviReference, scalars=_navi_scalars,
-        kernel=True, betas=(0.9, 0.999),
+        kernel=True, on_cuda=True, betas=(0.9, 0.999),
         configs=SHARED, matrix_state=("exp_avg", "exp_avg_sq"), vector_state=("exp_avg", "exp_avg_sq"),
         matrix_bytes=8, matrix_extra=0, vector_bytes=8,
     ),
     OptimizerCase(
         name="EmoFact", cls=emonavi.EmoFact, rule=emofact, reference=FactReference, scalars=_fact_scalars,
-        kernel=True, betas=(0.9, 0.999),
+        kernel=True, on_cuda=True, betas=(0.9, 0.999),
         configs=SHARED, matrix_state=("exp_avg_row", "exp_avg_col", "exp_avg_sample"),
         vector_state=("exp_avg", "exp_avg_sq"), matrix_bytes=0.2, matrix_extra=16 * 1024, vector_bytes=8,
     ),
     OptimizerCase(
         name="EmoLynx", cls=emonavi.EmoLynx, rule=emolynx, reference=LynxReference, scalars=_lynx_scalars,
-        kernel=True, betas=(0.9, 0.99),
+        kernel=True, on_cuda=True, betas=(0.9, 0.99),
         configs=(*SHARED, Config("adaptive, decoupled decay", {"weight_decay": 1e-3, "decoupled_weight_decay": True})),
         matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0, vector_bytes=4,
         scaling_tolerance=0.0, fades=True,

@@ -50,3 +50,17 @@ def test_report_writes_figures_and_a_picture(tmp_path, monkeypatch):
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no list of shapes many: choose from few"):
         step.report(["many"])
+
+
+def test_a_device_that_is_not_there_is_named():
+    for device in ("cuda", "tpu") if not torch.cuda.is_available() else ("tpu",):
+        with pytest.raises(ValueError, match=f"no device {device} to measure on: choose cpu, or cuda where"):
+            step.report(["tiny"], device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_devices_time_and_memory_are_measured():
+    assert step._seconds_on_device(lambda: torch.cuda._sleep(10_000_000)) > 1e-3
+    assert step._extra_on_device(lambda: torch.ones(1 << 20, device="cuda")) == 1 << 22
+    found = step.measure([(40, 30), (7,)], rounds=2, device="cuda")
+    assert found["EmoNavi fused"]["state_bytes"] == 8.0

@@ -498,6 +498,43 @@ def test_max_norm_scales_an_outlier_down_and_can_be_switched_off(case, foreach):
 
 
 @siblings
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
+@pytest.mark.parametrize(
+    "how",
+    [{"foreach": False}, {"foreach": True}, {"capturable": True}, {}, {"state_dtype": "8bit"}],
+    ids=["single", "foreach", "predicated", "kernel", "8bit"],
+)
+def test_an_absurd_first_gradient_leaves_nothing(case, how, max_norm):
+    """By the second gradient the memories are as if the first had been as long as that; with ``max_norm=0`` not."""
+    runs, low = [], "state_dtype" in how
+    for factor in (1e4, None):
+        params = weights(shapes=(*SHAPES, (130, 67)))
+        optimizer, valley, norms = case.make(params, lr=1e-4, max_norm=max_norm, **how), Valley(params), []
+        for t in (0, 1):
+            valley.fill(params, t)
+            norms.append(math.sqrt(sum(float(g.square().sum()) for g in valley.grads)))
+        for t in range(12):
+            valley.fill(params, t)
+            for p in params if t == 0 else ():
+                p.grad.mul_(norms[1] / norms[0] if factor is None else factor)
+            optimizer.step()
+            if low and t == 1:
+                break  # what is rounded at random soon differs
+        runs.append((params, optimizer))
+    (params, spoilt), (others, clean) = runs
+    close = {"rtol": 0.13 if low else 1e-3, "atol": 1e-4 if low else 1e-6}
+    alike = all(
+        torch.allclose(spoilt.state[p][name].float(), clean.state[q][name].float(), **close)
+        for p, q in zip(params, others, strict=True)
+        for name in clean.state[q]
+        if clean.state[q][name].dtype != torch.uint8
+    )
+    assert alike == (max_norm > 0)
+    if max_norm and not low:
+        assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-6) for p, q in zip(params, others, strict=True))
+
+
+@siblings
 def test_max_norm_waits_for_ten_norms_and_ignores_what_is_usual(case):
     _, on, _ = run(case, 40, max_norm=1.0)
     _, off, _ = run(case, 40, max_norm=0.0)
@@ -904,6 +941,7 @@ def test_repr(case, config):
     assert text.startswith(f"{case.name} (")
     for option in ("lr: 0.01", "betas", "weight_decay", "foreach"):
         assert option in text
+    assert "tensor(" not in text, "the emotion's state is no option"
 
 
 @siblings

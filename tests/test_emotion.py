@@ -18,7 +18,9 @@ from emonavi.monitor import Snapshot
 from emonavi.presets import PRESETS
 
 CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it
-OPTIONS = Options(**(CALM | {"use_trust": True, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf}))
+OPTIONS = Options(
+    **(CALM | {"use_trust": True, "fall": 1.0, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf})
+)
 PLAIN = OPTIONS._replace(use_trust=False)
 usual = st.floats(-10, 10).filter(lambda x: x == 0 or abs(x) > 1e-3)
 series = st.lists(usual, min_size=2, max_size=60)
@@ -304,6 +306,29 @@ def test_the_drive_rests_where_trust_is_at_the_rules_target(hold):
         assert size == 1.0 or max(map(abs, changes)) > 0.005  # not less than where the noise is large
 
 
+@pytest.mark.parametrize("fall", [1.0, 2.0])
+def test_under_noise_alone_the_lr_falls_with_age_and_no_faster(fall):
+    """From age 200 to 1200, with the cosines of a run that noise rules, as `flow` has them: -0.65 deviations."""
+    machine, state = fresh()
+    state = state._replace(free=given_as(-20.0))
+    generator = torch.Generator().manual_seed(0)
+    options, logs = OPTIONS._replace(fall=fall, lowest_drive=1e-8), {}
+    for t in range(1201):
+        seen = 0.07 * (torch.randn((), generator=generator, dtype=torch.float64).clamp(-3, 3) - 0.65)
+        state, _ = step(machine, state, cosine=seen, options=options)
+        logs[t] = float(state.log_drive)
+    assert 0.4 * fall * math.log(6) < logs[200] - logs[1200] < fall * math.log(6)
+
+
+def test_a_step_clearly_too_long_is_shortened_at_any_age():
+    machine, state = fresh()
+    state = state._replace(free=given_as(-20.0))
+    for _ in range(1000):
+        state, _ = step(machine, state, cosine=0.0, options=OPTIONS)
+    state = noisy(machine, state, OPTIONS, -0.9, steps=30)
+    assert float(state.log_drive) < -1.0, "the clock allows for 0.03"
+
+
 # Panic and healing ---------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +361,27 @@ def test_panic_cuts_to_a_tenth_rests_and_heals(options, cause):
         state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), options=options)
     # Half of the drive as it was when the panic came: the spike itself may have braked it by one step before.
     assert float(state.log_drive) >= was - math.log(2) - (machine.pace if cause == "loss" else 0) - 1e-6
+
+
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_gradients_that_are_spoilt_again_and_again_do_not_hold_the_drive_down(every):
+    machine, state = calm_run()
+    was = float(state.log_drive)
+    for t in range(30 * every):
+        norm = math.nan if t % every == 0 else 1.0
+        state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), norm=norm)
+    assert int(state.skipped_steps) == 30
+    assert float(state.log_drive) >= was - 1e-6
+
+
+def test_a_rare_spoilt_gradient_is_a_panic_at_any_age():
+    machine, state = calm_run()
+    for _ in range(4):
+        for t in range(60):
+            state, mood = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t))
+            assert float(mood.pull) == 0.0
+        state, mood = step(machine, state, loss=2.0, norm=math.nan)
+        assert float(mood.pull) == 1.0
 
 
 def test_panic_needs_ten_losses():
@@ -389,6 +435,30 @@ def test_an_absurd_gradient_is_scaled_down_before_the_spread_is_known(heard):
     assert float(scale) * 1e6 == pytest.approx(math.exp(6 * 0.25), rel=1e-9)
     _, _, off = machine.guard(state, given_as(2e6), OPTIONS._replace(max_norm=0.0))
     assert float(off) == 1.0
+
+
+def test_an_absurd_first_gradient_is_forgotten_with_its_loss():
+    """What the first gradient was is known by the second: its factor makes it as long as that."""
+    machine, state = fresh()
+    state, scale = machine.look_back(machine.feel(state, given_as(1e3), 0), given_as(2e6), OPTIONS)
+    assert float(scale) == 1.0, "nothing lies behind the first step"
+    state, _, scale = machine.guard(state, given_as(2e6), OPTIONS)
+    assert float(scale) == 1.0
+    unknown, scale = machine.look_back(state, given_as(math.nan), OPTIONS)
+    assert float(scale) == 1.0 and [float(x) for x in unknown] == [float(x) for x in state]
+    for options, norm in ((OPTIONS, 1e6), (OPTIONS._replace(max_norm=0.0), 2.0)):
+        kept, scale = machine.look_back(state, given_as(norm), options)
+        assert float(scale) == 1.0 and float(kept.norms) == float(kept.losses) == 1.0
+    state, scale = machine.look_back(state, given_as(2.0), OPTIONS)
+    assert float(scale) == pytest.approx(1e-6, rel=1e-9)
+    _, untouched = fresh()
+    state, untouched = (
+        machine.guard(machine.feel(s, given_as(1.0), 0), given_as(2.0), OPTIONS)[0] for s in (state, untouched)
+    )
+    assert [float(x) for x in state] == pytest.approx([float(x) for x in untouched], rel=1e-12)
+    for norm in (2.0, 2e-6):
+        _, scale = machine.look_back(state, given_as(norm), OPTIONS)
+    assert float(scale) == pytest.approx(1e-6, rel=1e-9), "the next gradient is the second now"
 
 
 def test_outliers_in_a_row_do_not_open_the_gate():

@@ -80,14 +80,17 @@ class Active(NamedTuple):
             numbers=numbers,
         )
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
+    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
         tops, decayed = [], []
         for group in groups:
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
             tops.append(_highest(group["lr_peak"], group["lr_start"]))
-            decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
+            low = lr < 0.5 * group["lr_peak"]
+            # Filled in, a flag of the host is there without a wait.
+            flag = low if isinstance(low, Tensor) else self.lr.new_full((), low, dtype=torch.bool)
+            decayed.append(flag.to(self.lr.device))
         # From the highest lr, not today's: a warm-up or a dip must not move the drive.
         top = per_tensor(tops, self.counts, self.lr)
         return Options(
@@ -97,6 +100,7 @@ class Active(NamedTuple):
             lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
             highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
             hold=hold[bool(groups[0]["use_shadow"])],
+            fall=fall,
             fades=fades,
             decayed=torch.stack(decayed).all(),
         )
@@ -125,6 +129,18 @@ class Active(NamedTuple):
         names = [k for name in layout for k in (name, scale_of(name)) if k in self.states[places[0]]]
         lists |= {name: [self.states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
+
+    def scale_memories(self, factor: Number) -> None:
+        """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.
+
+        Memories of squares, named so, by its square; of those in eight bits the scales.
+        """
+        factors = torch.where(self.steps == 2, factor, 1.0)
+        for state, factor in zip(self.states, factors.unbind(), strict=True):
+            for name, memory in state.items():
+                if name in KEPT or name == "shadow" or not memory.is_floating_point():
+                    continue
+                memory.mul_(factor.square().to(memory) if "_sq" in name else factor.to(memory))
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""

@@ -19,15 +19,16 @@ Reflection, for the cosine :math:`c_t` between today's gradient and the optimize
     noise += max(0.1, 1/(n+1)) ((c_t - trust)^2 - noise)
     T      = 2.38 (fast - up) / sqrt(noise)          fast's own t-statistic; up = max(target, 0), and T' from the target
     slow   = min(0.05, 2/n) clip((trust - up) / scale, 0, 1)            within the noise: on a logarithmic clock,
-           - min(0.05, 2/n) clip((target - trust) / scale, 0, 1)        scale = min(0.1, sqrt(noise))
-    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 2) / 4, 0, 1))  beyond doubt
+           - min(0.05, fall/n) clip((target - trust) / scale, 0, 1)     scale = min(0.1, sqrt(noise))
+    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 4) / 4, 0, 1))  beyond doubt
     free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
     log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
 
-The target is the rule's, in standard deviations of the cosine: 0 for Adam, below for a rule without momentum (EmoFact),
-above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which its trust
-comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same sums;
-under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
+Under noise alone trust settles half a standard deviation below 0, so that doubt ends later downwards. Target and fall
+are the rule's. The target, in standard deviations of the cosine, is 0 for Adam, below for a rule without momentum
+(EmoFact), above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which
+its trust comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same
+sums; under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
 gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
 For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
@@ -153,8 +154,9 @@ class Emotion:
             this share of the rms unless trust objects, elsewhere to ``start``. What is zero carries nothing that could
             be lost, and as long as it is small its gradients are too noisy to prove anything.
         pace: largest change of the log drive per step within the noise, in the first steps.
-        clock: later that change is at most clock/step. Noise pulls the greedy optimum down at any time; a run without a
-            horizon has no clock but its own age, so within the noise the lr moves no faster than age^(-2) to age^2.
+        clock: later that change is at most clock/step, downwards fall/step, where the rule says how fast it may fall.
+            Noise pulls the greedy optimum down at any time; a run without a horizon has no clock but its own age, so
+            within the noise the lr moves no faster than age^-fall to age^2.
         sure: largest change per step where trust is beyond doubt: it opens a run, re-opens it after a plateau, and
             backs off from a step that is clearly too long.
         tensor_pace: the share of it that one tensor's own drive may move; slower, so that the two do not fight.
@@ -164,6 +166,8 @@ class Emotion:
         tensor_range: bound on one tensor's log drive.
         spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
+        spoilt: from this share of skipped steps on, a gradient that is not finite is no panic: it comes with the data,
+            and as one every ten steps it would hold the drive down for ever. The step is skipped all the same.
         done: ``should_stop`` once the last stretch gave less than this share of all progress so far.
         shadow_horizon: the shadow averages over this share of the run so far.
 
@@ -185,6 +189,7 @@ class Emotion:
     tensor_range: float = 2.0
     spike: float = 10.0
     outlier: float = 6.0
+    spoilt: float = 0.02
     done: float = 0.01
     shadow_horizon: float = 0.1
 
@@ -272,7 +277,7 @@ class Emotion:
         # Tension outlasts a spike: a loss that already falls again, or has settled, is not punished. Nor is the same
         # spike twice, by a brake during rest.
         rises = (x - state.short > deviation / 2) & (state.rest == 0)
-        brake = where(rises, self._pace(state) * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
+        brake = where(rises, self._pace(state, self.clock) * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
 
         new = state._replace(
             losses=n, loss=loss, first=first, short=short, medium=medium, long=long, dev=deviation, near=near, far=far,
@@ -281,6 +286,20 @@ class Emotion:
         )  # fmt: skip
         felt_state: State = keep(felt, new, state)
         return felt_state
+
+    def look_back(self, state: State, norm: Number, options: Options) -> tuple[State, Number]:
+        """Judge the first gradient by the second: a state that has forgotten it, and its factor in the memories.
+
+        There was nothing to judge it by in its own step, and Adam's second memory would keep it for the whole run.
+        """
+        norm = like(state.code, norm)
+        ratio = log(clamp(norm, 1e-300)) - state.log_norm
+        usual = isfinite(norm) & (norm > 0)
+        absurd = (state.norms == 1) & usual & (ratio < -self.outlier * options.max_norm * UNKNOWN_SPREAD)
+        absurd = absurd & (options.max_norm > 0)
+        # Its loss goes with it: beside that, whatever follows would look like progress.
+        forgotten = state._replace(norms=where(absurd, 0.0, state.norms), losses=where(absurd, 0.0, state.losses))
+        return forgotten, where(absurd, exp(clamp(ratio, high=0.0)), 1.0)
 
     def guard(self, state: State, norm: Tensor, options: Options) -> tuple[State, Number, Number]:
         """Judge a gradient norm: the new state, whether the update may act, and the factor on the gradient."""
@@ -314,7 +333,8 @@ class Emotion:
         Heavy-tailed losses spike every few hundred steps, and the clock would not give back what each of them cost: the
         drive returns whole. It returns to half only where the loss spikes again on the way.
         """
-        panic = (state.panic > 0) | negate(finite)
+        news = negate(finite) & (state.skipped_steps < 1 + self.spoilt * state.steps)
+        panic = (state.panic > 0) | news
         fresh = panic & (state.rest == 0)
         again = (state.log_drive < state.goal) & (state.panic > 0)
         goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, 0.0)
@@ -406,12 +426,12 @@ class Emotion:
         up = clamp(target, 0.0)
         # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
         t_above, t_below = 2.38 * (state.fast - up) / deviation, 2.38 * (target - state.fast) / deviation
-        sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 2) / 4, 0.0, 1.0))
+        # Noise alone keeps fast near -0.65 deviations, T' near -1.5: from 2 on, chance would lower the lr at any age.
+        sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 4) / 4, 0.0, 1.0))
         # The more weights there are, the smaller are both the cosine and its noise.
         scale = clamp(deviation, high=0.1)
-        slow = self._pace(state) * (
-            clamp((state.trust - up) / scale, 0.0, 1.0) - clamp((target - state.trust) / scale, 0.0, 1.0)
-        )
+        above, below = clamp((state.trust - up) / scale, 0.0, 1.0), clamp((target - state.trust) / scale, 0.0, 1.0)
+        slow = self._pace(state, self.clock) * above - self._pace(state, options.fall) * below
         change = where(abs(sure) > abs(slow), sure, slow)
         free = self.sure * clamp((2.38 * state.fast / deviation + 1) / 2, 0.0, 1.0)
         harmless = (state.log_drive < state.free) & (state.brake == 0) & (free > 0)
@@ -422,9 +442,9 @@ class Emotion:
         """The training loss is at its floor: growth from here on is a climb into overfitting."""
         return state.gain < self.nothing * state.gain_mean
 
-    def _pace(self, state: State) -> Number:
+    def _pace(self, state: State, clock: float) -> Number:
         """Largest change of the log drive within the noise."""
-        return clamp(self.clock / clamp(state.reflections, 1.0), high=self.pace)
+        return clamp(clock / clamp(state.reflections, 1.0), high=self.pace)
 
     def _bounded(self, log_drive: Number, options: Options) -> Number:
         """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""
@@ -439,7 +459,7 @@ class Emotion:
         seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0) & torch.isfinite(cosine)
         cosine = torch.where(seen, torch.clamp(cosine, -1, 1), 0.0)
         trust = torch.where(seen, _mean(trust, cosine, 0.1, count), trust)
-        change = self.tensor_pace * self._pace(state) * torch.clamp((trust - state.trust) / 0.1, -1, 1)
+        change = self.tensor_pace * self._pace(state, self.clock) * torch.clamp((trust - state.trust) / 0.1, -1, 1)
         log_drive = torch.clamp(torch.log(drive) + change, -self.tensor_range, self.tensor_range)
         return torch.where(seen & (count > 7), torch.exp(log_drive), drive), trust
 

@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 
 from emonavi.pieces import BLOCK
 
-__all__ = ["MEMORIES", "SMALLEST", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack"]
+__all__ = ["GOLDEN", "MEMORIES", "SMALLEST", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack"]
 
 # The memories that may be stored in fewer bits, all of the parameter's shape, and whether they have a sign.
 MEMORIES = {"exp_avg": True, "exp_avg_sq": False}
@@ -46,7 +46,7 @@ _DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of a float32's mantis
 _CUT = 20  # of its 23, so that 3 are kept
 _TOP = 0x3F800000 >> _CUT  # leading bits of 1.0, the highest code
 _LEAST = 1.125 * 2.0**-16  # s: its leading bits are those of 1.0 less 127
-_GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio, odd
+GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio, odd
 
 
 def stored(fresh: dict[str, Tensor], param: Tensor, state_dtype: str | None) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def pack(values: Mapping[str, Tensor], batch: Mapping[str, Tensor], random: Tens
         if name == "grad" or value is home:
             continue
         # The leading bits of products with odd numbers that have nothing to do with each other.
-        own = None if random is None else random * _signed(pow(_GOLDEN, place + 2, 1 << 32))
+        own = None if random is None else random * _signed(pow(GOLDEN, place + 2, 1 << 32))
         scale = batch.get(scale_of(name))
         if scale is not None:
             _encode(value.float(), home, scale, own, signed=MEMORIES[name])
@@ -121,8 +121,8 @@ def noise(seeds: Tensor, start: int, count: int) -> Tensor:
     only when the bits are multiplied by an odd number, so that the leading ones depend on all.
     """
     index = torch.arange(count, device=seeds.device).to(torch.int32)
-    first = seeds + _signed(start * _GOLDEN % (1 << 32))
-    return _folded(torch.add(first[:, None], index, alpha=_signed(_GOLDEN)), 15)
+    first = seeds + _signed(start * GOLDEN % (1 << 32))
+    return _folded(torch.add(first[:, None], index, alpha=_signed(GOLDEN)), 15)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
     hold: float  # the rule's target of trust, in standard deviations below 0
+    fall: float  # within the noise the rule's lr falls no faster than age to the minus this
     fades: bool  # the rule's step has the same size whatever the gradient's
     decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
 
@@ -61,8 +62,8 @@ class Mood(NamedTuple):
 class Machine(Protocol):
     """What an emotion is to the optimizer: a state vector, and pure functions from state to state.
 
-    A step calls ``begin`` (once in a run), ``feel`` (where there is a loss), ``guard``, ``mood``, ``reflect`` and
-    ``reflect_each``, in this order. A state is a NamedTuple of tensors.
+    A step calls ``begin`` (once in a run), ``look_back``, ``feel`` (where there is a loss), ``guard``, ``mood``,
+    ``reflect`` and ``reflect_each``, in this order. A state is a NamedTuple of tensors.
     """
 
     @property
@@ -96,6 +97,7 @@ class Machine(Protocol):
     def pack(self, state: Any) -> Tensor: ...
     def begin(self, state: Any, weights: Weights, lr: Tensor, options: Options) -> Any: ...
     def feel(self, state: Any, loss: Number, window: Number) -> Any: ...
+    def look_back(self, state: Any, norm: Number, options: Options) -> tuple[Any, Number]: ...
     def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Number, Number]: ...
     def mood(self, state: Any, acts: Number, grad_scale: Number, options: Options) -> Mood: ...
     def reflect(self, state: Any, sums: Sums, acted: Number, options: Options) -> Any: ...

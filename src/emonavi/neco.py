@@ -62,6 +62,7 @@ class EmoNeco(EmoOptimizer):
     _generations = ("v3",)
     # As EmoLynx: the same memory, and steps that know no size of gradients.
     _hold = (-0.3, -0.3)
+    _fall = 2.0
     _fades = True
 
     def __init__(

@@ -25,7 +25,7 @@ from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
-from emonavi.scalars import Number
+from emonavi.scalars import Number, integers
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
@@ -64,7 +64,8 @@ class EmoOptimizer(Bearer):
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
         fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
-            does it where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is False.
+            does it on the CPU where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is
+            False.
         capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
         state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
             or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
@@ -124,6 +125,7 @@ class EmoOptimizer(Bearer):
     def _setup(self, *settings: Any) -> None:
         super()._setup(*settings)
         self._release: Release | None = None
+        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
     def describe(cls, head: str, example: str) -> str:
@@ -168,6 +170,10 @@ class EmoOptimizer(Bearer):
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
+    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1:
+    # the sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long
+    # runs stand still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
+    _fall = 1.5
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
 
@@ -191,8 +197,10 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
-            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
+                none. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
+                inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
@@ -211,11 +219,12 @@ class EmoOptimizer(Bearer):
 
     def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
         """The step of parameters that have a gradient, with the place of their group."""
-        checks.memory([p for p, _ in found])
+        self._check_fit([p for p, _ in found])
         vector = self._vector()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
-        fused = not predicated and any(wanted(group) for group in self.param_groups)
+        plain = not predicated
+        fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
         moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
         params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
         heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
@@ -225,15 +234,19 @@ class EmoOptimizer(Bearer):
         if self._is_loaded:
             hand_on(params, [self.state[p] for p in params], ranks)
             self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused)
+        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused and plain)
         buckets = self._buckets(active, predicated)
-        state: Any = self._emotion.unpack(vector, plain=not predicated)
-        options = active.options(self.param_groups, self._hold, self._fades)
+        state: Any = self._emotion.unpack(vector, plain=plain)
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+        state, first_scale = self._emotion.look_back(state, norm, options)
+        if self._is_second if predicated else first_scale != 1:
+            active.scale_memories(first_scale)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        self._note_skipped(acts)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
@@ -246,7 +259,7 @@ class EmoOptimizer(Bearer):
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
-        self._begun = True
+        self._is_second, self._begun = not self._begun, True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
@@ -260,6 +273,20 @@ class EmoOptimizer(Bearer):
             state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
+
+    def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
+        """Of the memories of a parameter as they are stored."""
+        like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
+        made = lowbit.stored(self._init_state(like), like, self.param_groups[0]["state_dtype"])
+        return {name: memory.shape for name, memory in made.items()}
+
+    def _check_fit(self, params: list[Tensor]) -> None:
+        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
+        checks.memory(params)
+        for p in params:
+            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+                checks.fits(p, self.state.get(p, {}), self._shapes(p))
+                self._known[p] = p.shape
 
     def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memories of another optimizer as this one keeps them."""
@@ -317,7 +344,7 @@ class EmoOptimizer(Bearer):
                 bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
             if not bucket.predicated and not bool(acts):
                 continue
-            at = torch.tensor(bucket.places, device="cpu").to(active.lr.device, non_blocking=True)
+            at = integers(tuple(bucket.places), active.lr.device)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
             scalars |= self._switch(layout, mood)
@@ -374,7 +401,8 @@ class EmoOptimizer(Bearer):
         warning says so.
 
         Raises:
-            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+            ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes; nothing has
+                changed then.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
@@ -397,6 +425,7 @@ class EmoOptimizer(Bearer):
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr", *LATER}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
         checks.same_optimizer(state_dict, options, layouts)
+        checks.same_shapes(state_dict, [self._shapes(p) for p in params])
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "CHUNK", "Piece", "dense", "pieces"]
+__all__ = ["BLOCK", "CHUNK", "Piece", "dense", "in_order", "pieces"]
 
 CHUNK = 131_072  # elements, half a MiB of float32: less pays more for calls, more for memory (`make bench`)
 BLOCK = 256  # elements that share a scale where they have one: no cut goes through a block
@@ -103,3 +103,20 @@ def dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def in_order(columns: list[list[Tensor]], row_major: bool) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Columns whose tensors have one common element order, with what has to be copied back: tensor and its copy."""
+    columns[1] = [g.resolve_neg() for g in columns[1]]
+    if all([t.is_contiguous() for column in columns for t in column]):
+        return columns, []
+    ordered, home = [list(column) for column in columns], []
+    for i, row in enumerate(zip(*columns, strict=True)):
+        stride = row[0].stride()
+        if not row_major and dense(row[0]) and all(t.stride() == stride for t in row):
+            continue
+        for k, tensor in enumerate(row):
+            ordered[k][i] = tensor.contiguous()
+            if k != 1 and ordered[k][i] is not tensor:
+                home.append((tensor, ordered[k][i]))
+    return ordered, home

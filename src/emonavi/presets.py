@@ -127,6 +127,10 @@ class Preset:
         mild = 0.3 * number(abs(s) > 0.3)
         return where(s > 0.6, 0.7 + 0.2 * s, where(s < -0.6, 0.1, mild))
 
+    def look_back(self, state: PresetState, norm: Number, options: Options) -> tuple[PresetState, Number]:
+        """The published generations forget nothing."""
+        return state, like(state.code, 1.0)
+
     def guard(self, state: PresetState, norm: Tensor, options: Options) -> tuple[PresetState, Number, Number]:
         """Whether the update may act. The published generations have no guard; skipping a NaN is this library's."""
         norm = like(state.code, norm)

@@ -92,11 +92,11 @@ class Release:
         everything = list(self._groups.items())
         if not optimizer._moves(everything):
             return None
-        checks.memory([p for p, _ in everything])
+        optimizer._check_fit([p for p, _ in everything])
         for p, _ in everything:
             optimizer._make_state(p)
         active = self._active(everything, [p.detach() for p, _ in everything])
-        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fades)
+        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fall, optimizer._fades)
         predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
         emotion: Any = optimizer._emotion
         state = emotion.unpack(vector, plain=not predicated)

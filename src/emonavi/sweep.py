@@ -16,7 +16,7 @@ from emonavi import lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
-from emonavi.scalars import Number, like
+from emonavi.scalars import Number, integers, like
 
 __all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "to_home", "wide"]
 
@@ -57,7 +57,7 @@ class Bucket(NamedTuple):
         ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
         """
         if self.kernel is not None:
-            reflected = self.kernel(self.lists, scalars, grad_scale, acts)
+            reflected = self.kernel(self.lists, scalars, grad_scale, acts, seeds)
             return [] if reflected is None else [(self.places, reflected)]
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
@@ -113,9 +113,7 @@ def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums
     """Add up the parts of each tensor. ``weight`` is 1-D with one entry for each tensor and sets device and dtype."""
     sums = weight.new_zeros((3, len(weight)))
     for some in _by_kind(parts, lambda part: part[1][0]).values():
-        places = torch.tensor([p for owned, _ in some for p in owned], device="cpu").to(
-            weight.device, non_blocking=True
-        )
+        places = integers(tuple(p for owned, _ in some for p in owned), weight.device)
         values = torch.stack([torch.cat(column) for column in zip(*(three for _, three in some), strict=True)])
         sums = sums.index_add(1, places, to_home(values, weight))
     return Sums(sums[0], sums[1], sums[2], weight)
@@ -149,5 +147,5 @@ def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> T
         places += [place for place, _ in items]
     if len(norms) == 1:
         return norms[0]
-    order = torch.tensor(places, device="cpu").argsort()
-    return torch.cat(norms)[order.to(home.device, non_blocking=True)]
+    order = tuple(sorted(range(len(places)), key=places.__getitem__))
+    return torch.cat(norms)[integers(order, home.device)]

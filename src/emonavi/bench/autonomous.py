@@ -208,7 +208,7 @@ def pace(cell: Cell, rank: int) -> float:
 
 # --- What was found
 
-_ADDED = {"mean": "", "outer": ", outer step", "shared": ", drives shared", "moments": ", moments too"}
+_ADDED = {"mean": "", "outer": ", outer", "shared": ", drives", "moments": ", memory"}
 _COLOURS = {**dict(zip(FAMILY, page.PALETTE, strict=True)), PEER: page.GREY}
 _MARKS: dict[str, dict[str, Any]] = {"mean": {"marker": "o"}, "outer": {"marker": "s", "ls": "", "mfc": "none"}}
 
@@ -247,7 +247,10 @@ def _against(row: Row, best: dict[tuple[Any, ...], Row]) -> Row | None:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
-    """A table for each task (held-out loss of a worker before its last merge, and after it), and the verdicts."""
+    """A table for each task (held-out loss of a worker before its last merge, and after it), and the verdicts.
+
+    ``drives`` or Adam's ``memory`` are shared at the merges, too; ``outer`` takes an outer step.
+    """
     best = _best(rows)
     for task in dict.fromkeys(row["task"] for row in rows):
         yield _table(task, [row for row in best.values() if row["task"] == task], best)
@@ -255,8 +258,8 @@ def lines(rows: Sequence[Row]) -> Iterator[Table | str]:
 
 
 def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> Table:
-    heads = ("workers", "optimizer", "scheme", "one's own", "merged", "over sync", "sent", "of sync", "time")
-    table = plain(f"{task}: {TASKS[task].title}", heads, left=("optimizer", "scheme"))
+    heads = ("workers", "optimizer", "scheme", "own", "merged", "over sync", "sent MB", "of sync", "time")
+    table = plain(f"{task}: {TASKS[task].title}", heads, left=("optimizer", "scheme"), gap=1)
     order = sorted(rows, key=lambda r: (r["workers"], r["optimizer"] == PEER, r["optimizer"], r["scheme"] != "sync",
                                         r["scheme"], r["period"], r["seed"]))  # fmt: skip
     for row in order:
@@ -265,11 +268,11 @@ def _table(task: str, rows: Sequence[Row], best: dict[tuple[Any, ...], Row]) -> 
         own = [f"{factor(loss_of(row['val']) / loss_of(sync['val']))}" if sync else "-"]
         share = f"{size / traffic(sync)[0]:.1%}" if sync and traffic(sync)[0] else "-"
         alone = f"{loss_of(row['alone']):#.4g}" if "alone" in row else "-"
-        name = f"{row['optimizer']} lr {lr_label(row['lr'])}" if row["optimizer"] == PEER else row["optimizer"]
+        name = f"{row['optimizer']} {lr_label(row['lr'])}" if row["optimizer"] == PEER else row["optimizer"]
         compute = row["step_seconds"] * row["steps"]
         table.add_row(
             str(row["workers"]), name, _label(row), alone, f"{loss_of(row['val']):#.4g}", *own,
-            f"{size / 1e6:.2f} MB", share, f"{compute + line:.0f} s",
+            f"{size / 1e6:.2f}", share, f"{compute + line:.0f} s",
         )  # fmt: skip
     return table
 
@@ -302,8 +305,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for axis, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         axis.set(title=task, xlabel="bytes sent, over sync's")
         page.prepare(axis, 0.002, 1.5, True, {share: f"{share:.1%}" for share in (0.003, 0.016, 0.06, 1)}, "x")
-        page.prepare(axis, 0.9, 3, True, page.ticks(0.9, 3, plain=True) | {1.1: "1.1", 1.5: "1.5"})
-        axis.axhspan(0.9, NEAR, color=page.GREY, alpha=0.15, lw=0)
+        page.prepare(axis, 0.8, 3, True, page.ticks(0.8, 3, plain=True) | {1.1: "1.1", 1.5: "1.5"})
+        axis.axhspan(0.8, NEAR, color=page.GREY, alpha=0.15, lw=0)
         axis.axvline(FEW, color=page.GREY, lw=0.8, ls=":")
         for (name, colour), (scheme, mark) in product(_COLOURS.items(), _MARKS.items()):
             if name not in names:

@@ -3,7 +3,8 @@
 Machines are noisy and so are their neighbours: the optimizers take turns, what counts is the ratio of medians, and the
 time is that of the processor, which does not run while somebody else has it. An optimizer step on a CPU is bound by
 memory: beside its time stands the share of the limit that it reaches, which is the time that the least bytes a rule has
-to move would take at the bandwidth measured in the same turns.
+to move would take at the bandwidth measured in the same turns. On a CUDA device the time is that between two events on
+it, which holds the waits for a host that is slower than the device.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ CONTENDERS = [
 ]
 
 
-def measure(shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2) -> dict[str, dict[str, Any]]:
+def measure(
+    shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
     """Figures of each contender on parameters of the given shapes, which all of them move in turn, with one thread.
 
     Returns:
@@ -103,40 +106,39 @@ def measure(shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-2
     optimizers = {name: build(params) for name, build in OPTIMIZERS.items()}
     steps = {c.name: _step(c, optimizers[c.optimizer], params) for c in CONTENDERS}
     count = sum(p.numel() for p in params)
-    buffer = torch.zeros(max(count, LARGE))
+    buffer = torch.zeros(max(count, LARGE), device=device)
     steps[BANDWIDTH] = lambda: buffer.add_(1.0)
     times: dict[str, list[float]] = {name: [] for name in steps}
     extra: dict[str, int | None] = {}
     for turn in range(warm_up + rounds):
         for name, step in steps.items():
             if turn == warm_up - 1:
-                extra[name] = _extra_memory(step)
+                extra[name] = _extra_memory(step) if device == "cpu" else _extra_on_device(step)
                 continue
-            start = time.process_time()
-            step()
+            seconds = _seconds(step) if device == "cpu" else _seconds_on_device(step)
             if turn >= warm_up:
-                times[name].append(time.process_time() - start)
+                times[name].append(seconds)
     torch.set_num_threads(threads)
-    seconds = {name: statistics.median(some) for name, some in times.items()}
-    speed = 8 * len(buffer) / seconds[BANDWIDTH]
+    typical = {name: statistics.median(some) for name, some in times.items()}
+    speed = 8 * len(buffer) / typical[BANDWIDTH]
     figures: dict[str, dict[str, Any]] = {BANDWIDTH: {"gb_per_s": speed / 1e9}}
     for c in CONTENDERS:
         found = figures[c.name] = {
-            "ms": 1e3 * seconds[c.name],
-            "ratio": seconds[c.name] / seconds["AdamW fused"],
+            "ms": 1e3 * typical[c.name],
+            "ratio": typical[c.name] / typical["AdamW fused"],
             "state_bytes": _state_bytes(optimizers[c.optimizer]),
         }
         peak = extra[c.name]
         if peak is not None and count >= LARGE:
             found["extra"] = peak / (4 * count)
         if c.least and count >= LARGE:
-            found["share"] = c.least * count / speed / seconds[c.name]
+            found["share"] = c.least * count / speed / typical[c.name]
     return figures
 
 
@@ -158,6 +160,32 @@ def _step(contender: Contender, optimizer: Any, params: list[nn.Parameter]) -> C
             optimizer.step()
 
     return step
+
+
+def _seconds(step: Callable[[], Any]) -> float:
+    """The processor's time of a step."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def _seconds_on_device(step: Callable[[], Any]) -> float:
+    """The CUDA device's time from the begin of a step to its end."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _extra_on_device(step: Callable[[], Any]) -> int:
+    """Bytes by which a step lifts the peak of what torch holds on the CUDA device."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _extra_memory(step: Callable[[], Any]) -> int | None:
@@ -192,17 +220,26 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return held / count
 
 
-def report(models: Sequence[str] = tuple(LISTS), out: Path | None = None, rounds: int = 15) -> list[str]:
-    """Measure lists; returns the lines of a table, and writes figures as JSON and a picture where ``out`` says."""
+def report(
+    models: Sequence[str] = tuple(LISTS), out: Path | None = None, rounds: int = 15, device: str = "cpu"
+) -> list[str]:
+    """Measure lists on ``"cpu"`` or ``"cuda"``.
+
+    Returns the lines of a table, and writes figures as JSON and a picture where ``out`` says.
+    """
     unknown = [name for name in models if name not in LISTS]
     if unknown:
         raise ValueError(f"no list of shapes {', '.join(unknown)}: choose from {', '.join(LISTS)}")
-    figures: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "threads": 1, "rounds": rounds}
-    figures |= {"load": {}, "lists": {}}
-    lines = [f"{hardware()}, torch {torch.__version__}, 1 thread, processor time, medians of {rounds}"]
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"no device {device} to measure on: choose cpu, or cuda where torch.cuda.is_available()")
+    place = hardware() if device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware()}"
+    figures: dict[str, Any] = {"hardware": place, "versions": versions(), "threads": 1, "rounds": rounds}
+    figures |= {"device": device, "load": {}, "lists": {}}
+    clock = "processor time" if device == "cpu" else "time of the device"
+    lines = [f"{place}, torch {torch.__version__}, 1 thread, {clock}, medians of {rounds}"]
     for model in models:
         what, shapes = LISTS[model]
-        result = figures["lists"][model] = measure(shapes, rounds)
+        result = figures["lists"][model] = measure(shapes, rounds, device=device)
         load = figures["load"][model] = os.getloadavg()[0]
         lines += ["", f"{what}; memory {result[BANDWIDTH]['gb_per_s']:.1f} GB/s, load {load:.1f}"]
         lines += [f"  {'':28} {'ms':>9} {'ratio':>7} {'of limit':>9} {'extra':>7} {'state bytes':>12}"]

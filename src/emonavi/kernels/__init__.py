@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from emonavi.lowbit import narrow
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Kernel", "choose", "numbers", "squares", "wanted"]
 
-# (lists, scalars, grad_scale, acts) as the rule takes them, for a whole bucket; returns the sums of reflection of each
-# of its tensors, or None where the scalars do not ask for them.
+# (lists, scalars, grad_scale, acts, seeds) as Bucket.move has them, for a whole bucket; returns the sums of reflection
+# of each of its tensors, or None where the scalars do not ask for them.
 Kernel: TypeAlias = Callable[
-    [Mapping[str, list[Tensor]], dict[str, Any], Any, Any], "tuple[Tensor, Tensor, Tensor] | None"
+    [Mapping[str, list[Tensor]], dict[str, Any], Any, Any, "Tensor | None"], "tuple[Tensor, Tensor, Tensor] | None"
 ]
 
 
 _TO_THE_NEAREST = (
-    "the kernels take no low-bit memories and round 16-bit parameters to the nearest, which stochastic_rounding=True "
-    "forbids"
+    "the kernels for the CPU take no low-bit memories and round 16-bit parameters to the nearest, which "
+    "stochastic_rounding=True forbids"
 )
 
 
@@ -38,8 +39,8 @@ def choose(
     ======  =======  ==========================  ==========================================
     fused   foreach  is there a kernel for it?   swept by
     ======  =======  ==========================  ==========================================
-    None    None     yes                         the kernel
-    None    None     no                          foreach
+    None    None     yes, for the CPU            the kernel
+    None    None     no, or for CUDA             foreach
     None    True     (not asked)                 foreach
     None    False    (not asked)                 tensor by tensor
     False   any      (not asked)                 foreach, or tensor by tensor for ``False``
@@ -56,11 +57,9 @@ def choose(
     Raises:
         RuntimeError: the group says ``fused=True``, and there is no kernel for this bucket.
     """
-    if not wanted(group):
+    if not wanted(group, lists["param"][0].device):
         return None
-    # Asked first: where it is so, nothing has to be compiled.
-    rounds = group["stochastic_rounding"] and narrow(lists)
-    kernel = _TO_THE_NEAREST if rounds else _kernel(rule, lists, predicated)
+    kernel = _kernel(rule, lists, predicated, rounds=group["stochastic_rounding"] and narrow(lists))
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
@@ -68,18 +67,25 @@ def choose(
     return None
 
 
-def wanted(group: Mapping[str, Any]) -> bool:
-    """Whether a group's flags leave room for kernels, or ask for them."""
-    return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None)
+def wanted(group: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a group's flags ask for kernels, or leave room for them: on the CPU, those for CUDA ran on no GPU yet."""
+    return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None and device.type == "cpu")
 
 
-def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
+def _kernel(
+    rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool, rounds: bool
+) -> Kernel | str:
     """The kernel for a bucket, or why there is none."""
     device = lists["param"][0].device.type
     if device == "cpu":
         from emonavi.kernels import cpu
 
-        return cpu.kernel(rule, lists, predicated)
+        # Asked first: where it is so, nothing has to be compiled.
+        return _TO_THE_NEAREST if rounds else cpu.kernel(rule, lists, predicated)
+    if device == "cuda":
+        from emonavi.kernels import cuda
+
+        return cuda.kernel(rule, lists)
     return f"there are no kernels for {device}"
 
 
@@ -88,11 +94,15 @@ def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predica
 
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
-    if not tensors[0].is_cpu:
-        return None
-    from emonavi.kernels import cpu
+    if tensors[0].is_cpu:
+        from emonavi.kernels import cpu
 
-    return cpu.squares(tensors)
+        return cpu.squares(tensors)
+    if tensors[0].is_cuda:
+        from emonavi.kernels import cuda
+
+        return cuda.squares(tensors)
+    return None
 
 
 def numbers(tensors: Sequence[Tensor]) -> Numbers | None:

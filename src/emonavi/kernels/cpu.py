@@ -16,7 +16,7 @@ from emonavi.kernels import Kernel
 from emonavi.kernels.build import library
 from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
-from emonavi.pieces import dense
+from emonavi.pieces import in_order
 
 __all__ = ["Numbers", "kernel", "squares"]
 
@@ -60,7 +60,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
     if isinstance(function, str):
         return function
 
-    def run(lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any) -> Any:
+    def run(lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Any) -> Any:
         return _sweep(function, lists, scalars, grad_scale, rule is emofact)
 
     return run
@@ -69,7 +69,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
 def _sweep(
     function: Any, lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: float, matrices: bool
 ) -> Any:
-    columns, home = _in_order(list(lists.values()), row_major=matrices)
+    columns, home = in_order(list(lists.values()), row_major=matrices)
     scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
     vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
     fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
@@ -156,20 +156,3 @@ def _call(function: Any, columns: Sequence[Sequence[Tensor]], **fields: Any) -> 
     if function(ctypes.byref(bucket)):
         raise MemoryError("no memory for the sums of a step: not all of it was done")
     return sums
-
-
-def _in_order(columns: list[list[Tensor]], row_major: bool) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Columns whose tensors have one common element order, with what has to be copied back: tensor and its copy."""
-    columns[1] = [g.resolve_neg() for g in columns[1]]
-    if all([t.is_contiguous() for column in columns for t in column]):
-        return columns, []
-    ordered, home = [list(column) for column in columns], []
-    for i, row in enumerate(zip(*columns, strict=True)):
-        stride = row[0].stride()
-        if not row_major and dense(row[0]) and all(t.stride() == stride for t in row):
-            continue
-        for k, tensor in enumerate(row):
-            ordered[k][i] = tensor.contiguous()
-            if k != 1 and ordered[k][i] is not tensor:
-                home.append((tensor, ordered[k][i]))
-    return ordered, home
