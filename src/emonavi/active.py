@@ -19,21 +19,54 @@ from emonavi.sweep import Bucket, to_home
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
-__all__ = ["Active", "bounded", "per_tensor"]
+__all__ = ["Active", "Roster", "bounded", "per_tensor"]
 
 
-class Active(NamedTuple):
-    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them.
+class Roster(NamedTuple):
+    """All tensors that a step moves, in the order of the groups, with what does not change from step to step.
 
-    Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
+    Of a sharded one the lists hold what lies here, which may be nothing.
     """
 
     whole: list[Tensor]  # the parameters themselves
     params: list[Tensor]
-    grads: list[Tensor]
     states: list[dict[str, Any]]
     groups: list[int]
     counts: list[int]  # of tensors in each group
+    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
+
+    @classmethod
+    def of(
+        cls, found: Sequence[tuple[Tensor, int]], states: Mapping[Tensor, dict[str, Any]], groups: int, fused: bool
+    ) -> Roster:
+        """From parameters with the place of their group; ``groups`` is the number of them."""
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
+        counted = Counter(i for _, i in found)
+        numbers = kernels.numbers([s[k] for k in KEPT for s in own]) if fused else None
+        params = [local(p) for p, _ in found]
+        counts = [counted[i] for i in range(groups)]
+        return cls([p for p, _ in found], params, own, [i for _, i in found], counts, numbers)
+
+    def kept(self, home: Tensor) -> Sequence[Tensor]:
+        """A vector of each of the numbers that every tensor keeps, in the order of :data:`KEPT`."""
+        if self.numbers is None:
+            return [to_home(_stack([s[k] for s in self.states]), home) for k in KEPT]
+        return to_home(self.numbers.read(), home).view(len(KEPT), -1).unbind()
+
+
+class Active(NamedTuple):
+    """The roster of one step with a vector for each number that differs from tensor to tensor.
+
+    Each vector has one entry for each tensor; of sharded ones they are equal on all ranks.
+    """
+
+    whole: list[Tensor]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    groups: list[int]
+    counts: list[int]
+    numbers: Numbers | None
+    grads: list[Tensor]
     lr: Tensor
     low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
     wall: Tensor  # nor rise above this
@@ -41,44 +74,22 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
-    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
     def of(
         cls,
-        found: Sequence[tuple[Tensor, int]],
+        roster: Roster,
         grads: list[Tensor],
-        states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
-        fused: bool,
     ) -> Active:
-        """From parameters with the place of their group, and what lies here of their gradients."""
-        owners = [i for _, i in found]
-        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
-        counted = Counter(owners)
-        counts = [counted[i] for i in range(len(groups))]
-        each = [[s[k] for s in own] for k in KEPT]
-        numbers = kernels.numbers([t for column in each for t in column]) if fused else None
-        kept = [_stack(column) for column in each] if numbers is None else numbers.read().view(len(KEPT), -1)
-        step, drive, trust = (to_home(column, home) for column in kept)
-        return cls(
-            whole=[p for p, _ in found],
-            params=[local(p) for p, _ in found],
-            grads=grads,
-            states=own,
-            groups=owners,
-            counts=counts,
-            lr=per_tensor([g["lr"] for g in groups], counts, home),
-            low=per_tensor([g["lr_floor"] for g in groups], counts, home),
-            wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
-            decay=per_tensor([decay_rate(g) for g in groups], counts, home),
-            steps=step + 1,
-            drive=drive,
-            trust=trust,
-            numbers=numbers,
-        )
+        """From a roster and what lies here of its gradients."""
+        step, drive, trust = roster.kept(home)
+        of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
+        of_groups.append([decay_rate(g) for g in groups])
+        lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
+        return cls(*roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
     def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""

@@ -167,17 +167,21 @@ class Bearer(torch.optim.Optimizer):
 
     def _found(self) -> list[tuple[Tensor, int]]:
         """Parameters that have a gradient, with the place of their group."""
-        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
         # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
-        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
-        for p, _ in found:
-            checks.gradient(p)
+        found = [
+            (p, i)
+            for i, g in enumerate(self.param_groups)
+            for p in g["params"]
+            if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())
+        ]
+        checks.gradients([p for p, _ in found])
         return found
 
     def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = (self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)})
-        return any(bool(lr != 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else True for lr in rates)
+        rates = [g["lr"] for g in self.param_groups]
+        moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
+        return any(moving[i] and (p.numel() or is_piece(p)) for p, i in found)
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
         """The loss as the emotion takes it: a number to be made small."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emonavi import checks
-from emonavi.active import Active
+from emonavi.active import Active, Roster
 from emonavi.distributed import Ranks
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
@@ -116,7 +116,7 @@ class Release:
                 "a second backward before step(), with gradients released: they cannot accumulate; call step() after "
                 "each backward, or remove() the release"
             )
-        checks.gradient(param)
+        checks.gradients([param])
         begun = self._begun = self._begun or self._begin()
         if begun is not None and param.grad is not None and param.numel():
             found = [(param, self._groups[param])]
@@ -131,8 +131,8 @@ class Release:
 
     def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor]) -> Active:
         optimizer, vector = self._optimizer, self._optimizer._vector()
-        states, groups, decay = optimizer.state, optimizer.param_groups, optimizer._decay_rate
-        return Active.of(found, grads, states, groups, decay, vector, fused=False)
+        roster = Roster.of(found, optimizer.state, len(optimizer.param_groups), fused=False)
+        return Active.of(roster, grads, optimizer.param_groups, optimizer._decay_rate, vector)
 
     def close(self, heard: Loss | None) -> bool:
         """End the step that backward began. Returns whether it was one."""

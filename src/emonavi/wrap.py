@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from emonavi import checks
-from emonavi.active import Active
+from emonavi.active import Active, Roster
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, reflect, sample, samples
@@ -385,7 +385,8 @@ def _alike(found: list[tuple[Tensor, int]], groups: list[dict[str, Any]], vector
     own = {name: torch.tensor(value) for name, value in KEPT.items()}
     params = [p for p, _ in found]
     states = dict.fromkeys(params, own)
-    return Active.of(found, _grads(params), states, groups, lambda group: 0.0, vector, fused=False)
+    roster = Roster.of(found, states, len(groups), fused=False)
+    return Active.of(roster, _grads(params), groups, lambda group: 0.0, vector)
 
 
 def _grads(params: list[Tensor]) -> list[Tensor]:
