@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,20 @@ from emonavi.sweep import Bucket, to_home
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
-__all__ = ["Active", "Roster", "bounded", "per_tensor"]
+__all__ = ["Active", "Found", "Roster", "bounded", "per_tensor"]
+
+
+class Found(NamedTuple):
+    """Parameters that are to move, in the order of the groups: parallel lists."""
+
+    params: list[Tensor]
+    groups: list[int]  # place of the group of each
+    grads: list[Tensor]  # as they lie in ``.grad``
+
+    def where(self, keeps: Sequence[bool]) -> Found:
+        """Some of them."""
+        params, groups, grads = self
+        return Found(list(compress(params, keeps)), list(compress(groups, keeps)), list(compress(grads, keeps)))
 
 
 class Roster(NamedTuple):
@@ -36,16 +49,12 @@ class Roster(NamedTuple):
     numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
-    def of(
-        cls, found: Sequence[tuple[Tensor, int]], states: Mapping[Tensor, dict[str, Any]], groups: int, fused: bool
-    ) -> Roster:
-        """From parameters with the place of their group; ``groups`` is the number of them."""
-        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
-        counted = Counter(i for _, i in found)
+    def of(cls, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: int, fused: bool) -> Roster:
+        """From parameters that have state; ``groups`` is the number of groups."""
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p in found.params]
         numbers = kernels.numbers([s[k] for k in KEPT for s in own]) if fused else None
-        params = [local(p) for p, _ in found]
-        counts = [counted[i] for i in range(groups)]
-        return cls([p for p, _ in found], params, own, [i for _, i in found], counts, numbers)
+        counts = [found.groups.count(i) for i in range(groups)]
+        return cls(found.params, [local(p) for p in found.params], own, found.groups, counts, numbers)
 
     def kept(self, home: Tensor) -> Sequence[Tensor]:
         """A vector of each of the numbers that every tensor keeps, in the order of :data:`KEPT`."""

@@ -255,10 +255,9 @@ def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
             raise ValueError(f"{what}: a shard would end inside a block; choose 'bf16' or None")
 
 
-def gradients(params: Sequence[Tensor]) -> None:
+def gradients(grads: Sequence[Tensor | None]) -> None:
     """Gradients that the rules can take in."""
-    for p in params:
-        grad = p.grad
+    for grad in grads:
         if grad is not None and grad.layout is not torch.strided:
             what = f"a gradient of shape {tuple(grad.shape)} is {grad.layout}"
             raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")

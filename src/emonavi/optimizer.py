@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
 from emonavi import checks, kernels, lowbit
-from emonavi.active import Active, Roster
+from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
@@ -207,36 +207,31 @@ class EmoOptimizer(Bearer):
             self._move(found, heard)
             return returned
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
-        for p, _ in found:
+        for p in found.params:
             self._make_state(p)
-        if found:
+        if found.params:
             self._intake.clear()
         return returned
 
-    def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
-        """The step of parameters that have a gradient, with the place of their group."""
+    def _move(self, found: Found, heard: Loss | None) -> None:
+        """The step of parameters that have a gradient."""
         vector, ranks = self._vector(), self._peers()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         fused = not predicated and any(wanted(group) for group in self.param_groups)
-        plan, grads = self._plan, [g for p, _ in found if (g := p.grad) is not None]
-        if plan is not None and plan.fits(found, grads, self.state, self.param_groups):
-            params, buckets = plan.roster.whole, plan.filled(grads)
+        plan = self._plan
+        if plan is not None and plan.fits(found, self.state, self.param_groups):
+            params, grads, buckets = found.params, found.grads, plan.filled(found.grads)
             norms = plan.norms(buckets)
         else:
             plan = self._plan = None
-            checks.memory([p for p, _ in found])
-            moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
-            params, grads = [p for p, _ in moved], [local_grad(p) for p, _ in moved]
+            checks.memory(found.params)
+            moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
+            params, grads = moved.params, [local_grad(p) for p in moved.params]
             norms = all_norms(grads, vector, fused)
         heard, norm = agreed(heard, norms, params, ranks)
         self._missing.note(heard, type(self).__name__)
-        if plan is not None:
-            roster = plan.roster
-        else:
-            for p, _ in found:
-                self._make_state(p)
-            roster = self._roster(moved, fused)
+        roster = self._roster(found.params, moved, fused) if plan is None else plan.roster
         active = Active.of(roster, grads, self.param_groups, self._decay_rate, vector)
         if plan is None:
             buckets = self._buckets(active, predicated)
@@ -257,11 +252,12 @@ class EmoOptimizer(Bearer):
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
 
-    def _roster(self, moved: list[tuple[Tensor, int]], fused: bool) -> Roster:
-        """Parameters that move, with the place of their group, and their state."""
+    def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
+        """Who moves, with the state of all of ``params`` made where it is missing."""
+        for p in params:
+            self._make_state(p)
         if self._is_loaded:
-            params = [p for p, _ in moved]
-            hand_on(params, [self.state[p] for p in params], self._peers())
+            hand_on(moved.params, [self.state[p] for p in moved.params], self._peers())
             self._is_loaded = False
         return Roster.of(moved, self.state, len(self.param_groups), fused)
 

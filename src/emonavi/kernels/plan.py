@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi.active import Roster
+from emonavi.active import Found, Roster
 from emonavi.kernels.cpu import Sweep, in_order, plain
 
 __all__ = ["Plan"]
 
 # Read for every tensor in every step: by map, which takes half the time of a loop.
-_pointer, _size, _dtype, _shape = Tensor.data_ptr, Tensor.numel, attrgetter("dtype"), attrgetter("shape")
+_pointer, _size, _dtype = Tensor.data_ptr, Tensor.numel, attrgetter("dtype")
 FLAGS = ("fused", "foreach", "capturable", "stochastic_rounding", "use_shadow", "state_dtype")
 
 
@@ -38,8 +38,7 @@ class Plan(NamedTuple):
     memories: list[Tensor]  # all that they hold
     pointers: list[int]  # of the parameters and of ``memories``
     dtypes: list[torch.dtype]
-    shapes: list[torch.Size]  # of the parameters
-    sizes: list[int]
+    sizes: list[int]  # of the parameters
     order: Tensor  # where in the buckets' own order each of the roster is
 
     @classmethod
@@ -58,25 +57,19 @@ class Plan(NamedTuple):
         memories = _values(roster.states)
         held = [*roster.whole, *memories]
         without = [(*rest, bucket._replace(lists=bucket.lists | {"grad": []})) for *rest, bucket in buckets]
+        places = torch.tensor([i for *_, bucket in buckets for i in bucket.places])
         return cls(
-            roster, without, _flags(groups), dict(states), memories, list(map(_pointer, held)), list(map(_dtype, held)),
-            list(map(_shape, roster.whole)), list(map(_size, roster.whole)),
-            torch.tensor([i for *_, bucket in buckets for i in bucket.places]).argsort(),
+            roster, without, _flags(groups), dict(states), memories, list(map(_pointer, held)),
+            list(map(_dtype, held)), list(map(_size, roster.whole)), places.argsort(),
         )  # fmt: skip
 
-    def fits(
-        self,
-        found: Sequence[tuple[Tensor, int]],
-        grads: Sequence[Tensor],
-        states: Mapping[Tensor, dict[str, Any]],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> bool:
-        """Whether it holds for parameters with the place of their group, and for gradients of theirs."""
-        params = [p for p, _ in found]
+    def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether it holds for these parameters with their gradients."""
+        params, grads = found.params, found.grads
         held = [*params, *self.memories]
         return (
             _same(params, self.roster.whole)
-            and [i for _, i in found] == self.roster.groups
+            and found.groups == self.roster.groups
             and _flags(groups) == self.flags
             # Compared by what they are: to look a tensor up takes longer.
             and _same(list(states), list(self.states))
@@ -84,7 +77,7 @@ class Plan(NamedTuple):
             and _same(_values(self.roster.states), self.memories)
             and list(map(_pointer, held)) == self.pointers
             and list(map(_dtype, held)) == self.dtypes
-            and list(map(_shape, params)) == self.shapes
+            and list(map(_size, params)) == self.sizes
             and plain(grads)
             and in_order(params, grads)
             and list(map(_size, grads)) == self.sizes
