@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
-from emonavi.scalars import Number, where
+from emonavi.scalars import Number, clamp, like, where
 from emonavi.sweep import Bucket, to_home
 
 if TYPE_CHECKING:
@@ -102,23 +103,29 @@ class Active(NamedTuple):
 
     def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
-        tops, decayed = [], []
-        for group in groups:
+        numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
+        kind = self.lr.new_zeros(()) if any(isinstance(n, Tensor) for n in numbers) else 0.0
+        lowest, highest, decayed = [], [], []
+        for group, count in zip(groups, self.counts, strict=True):
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
-            tops.append(_highest(group["lr_peak"], group["lr_start"]))
-            decayed.append(torch.as_tensor(lr < 0.5 * group["lr_peak"], device=self.lr.device))
-        # From the highest lr, not today's: a warm-up or a dip must not move the drive.
-        top = per_tensor(tops, self.counts, self.lr)
+            decayed.append(like(kind, lr) < 0.5 * like(kind, group["lr_peak"]))
+            if count:
+                # From the highest lr, not today's: a warm-up or a dip must not move the drive.
+                top = like(kind, _highest(group["lr_peak"], group["lr_start"]))
+                low, wall = like(kind, group["lr_floor"]), like(kind, _or_none(group["lr_ceiling"]))
+                some = where(top > 0, top, 1.0)
+                lowest.append(where(top > 0, clamp(low, high=top) / some, 1.0))
+                highest.append(where(top > 0, wall / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
-            highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
+            lowest_drive=_fold(lowest, torch.amin, min),
+            highest_drive=_fold(highest, torch.amax, max),
             hold=hold[bool(groups[0]["use_shadow"])],
             fades=fades,
-            decayed=torch.stack(decayed).all(),
+            decayed=_fold(decayed, torch.all, all),
         )
 
     def rates(self, mood: Mood) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +169,16 @@ def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
         return max(a, b)
     device = a.device if isinstance(a, Tensor) else torch.as_tensor(b).device
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
+
+
+def _or_none(bound: float | None) -> float:
+    """An upper bound; None is no bound."""
+    return math.inf if bound is None else bound
+
+
+def _fold(numbers: Sequence[Number], tensors: Callable[[Tensor], Tensor], plain: Callable[[Any], Any]) -> Number:
+    """One number of several of one kind."""
+    return tensors(torch.stack(list(numbers))) if isinstance(numbers[0], Tensor) else plain(numbers)
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:

@@ -3,9 +3,10 @@
 Of many small tensors the arithmetic takes less time than finding out, tensor by tensor, which of them share a bucket,
 whether a kernel takes them and where they lie. A plan holds what was found. It holds good as long as everything that
 it hangs on is as it was, and that is looked at in every step: the parameters that have a gradient and their groups,
-their states, the memory, dtype and shape of each, the groups' flags, and what kind of gradients there are. Only a
-tensor that is set to another part or dtype of the very memory that it had (``state.data = state.data[:2]``) goes
-unseen, unless it is a parameter or a gradient.
+their states and every tensor in them, where parameters and memories lie, the groups' flags, and what kind of gradients
+there are. To look takes time, too, most of it for fetching each tensor's header. So it goes unseen when ``.data`` of one
+of the single numbers of a state is set (``state["step"].data = ...``), and nothing else of that state is; or when that
+of a memory is set to another part of the very memory that it had.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from emonavi.active import Found, Roster
 from emonavi.kernels.cpu import Sweep, in_order, plain
+from emonavi.machine import KEPT
 
 __all__ = ["Plan"]
 
@@ -36,9 +38,11 @@ class Plan(NamedTuple):
     flags: list[Any]  # of the groups
     states: dict[Tensor, dict[str, Any]]  # the optimizer's, in a shallow copy
     memories: list[Tensor]  # all that they hold
-    pointers: list[int]  # of the parameters and of ``memories``
-    dtypes: list[torch.dtype]
-    sizes: list[int]  # of the parameters
+    storages: list[Any]  # theirs: held, so that nothing else can come to lie there
+    watched: list[Tensor]  # the parameters and their large memories,
+    pointers: list[int]  # and where these lie
+    dtypes: list[torch.dtype]  # of the parameters
+    sizes: list[int]
     order: Tensor  # where in the buckets' own order each of the roster is
 
     @classmethod
@@ -55,18 +59,18 @@ class Plan(NamedTuple):
         if not whole or not all(isinstance(kernel, Sweep) and kernel.in_order for kernel in kernels):
             return None
         memories = _values(roster.states)
-        held = [*roster.whole, *memories]
+        watched = [*roster.whole, *(t for s in roster.states for name, t in s.items() if name not in KEPT)]
         without = [(*rest, bucket._replace(lists=bucket.lists | {"grad": []})) for *rest, bucket in buckets]
         places = torch.tensor([i for *_, bucket in buckets for i in bucket.places])
         return cls(
-            roster, without, _flags(groups), dict(states), memories, list(map(_pointer, held)),
-            list(map(_dtype, held)), list(map(_size, roster.whole)), places.argsort(),
+            roster, without, _flags(groups), dict(states), memories, [t.untyped_storage() for t in memories],
+            watched, list(map(_pointer, watched)), list(map(_dtype, roster.whole)), list(map(_size, roster.whole)),
+            places.argsort(),
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether it holds for these parameters with their gradients."""
         params, grads = found.params, found.grads
-        held = [*params, *self.memories]
         return (
             _same(params, self.roster.whole)
             and found.groups == self.roster.groups
@@ -75,13 +79,13 @@ class Plan(NamedTuple):
             and _same(list(states), list(self.states))
             and _same(list(states.values()), list(self.states.values()))
             and _same(_values(self.roster.states), self.memories)
-            and list(map(_pointer, held)) == self.pointers
-            and list(map(_dtype, held)) == self.dtypes
+            and list(map(_pointer, self.watched)) == self.pointers
+            and list(map(_dtype, params)) == self.dtypes
             and list(map(_size, params)) == self.sizes
             and plain(grads)
             and in_order(params, grads)
             and list(map(_size, grads)) == self.sizes
-            and list(map(_dtype, grads)) == self.dtypes[: len(grads)]
+            and list(map(_dtype, grads)) == self.dtypes
         )
 
     def norms(self, buckets: Sequence[Any]) -> Tensor:
