@@ -67,8 +67,10 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
     for (int64_t i = 0; i < n;) {
         const int64_t to = n - i < BLOCK ? n : i + BLOCK;
         WIDE lanes[SUMS][LANES] = {{0}};
-        for (; i + LANES <= to; i += LANES)
+        for (; i + LANES <= to; i += LANES) {
+            PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i), PREFETCH(exp_avg_sq + i);
             NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, lanes);
+        }
         NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, lanes);
         i = to;
         for (int s = 0; s < SUMS; s++)
