@@ -4,9 +4,9 @@ Of many small tensors the arithmetic takes less time than finding out, tensor by
 whether a kernel takes them and where they lie. A plan holds what was found. It holds good as long as everything that
 it hangs on is as it was, and that is looked at in every step: the parameters that have a gradient and their groups,
 their states and every tensor in them, where parameters and memories lie, the groups' flags, and what kind of gradients
-there are. To look takes time, too, most of it for fetching each tensor's header. So it goes unseen when ``.data`` of one
-of the single numbers of a state is set (``state["step"].data = ...``), and nothing else of that state is; or when that
-of a memory is set to another part of the very memory that it had.
+there are. To look takes time, too, most of it for fetching each tensor's header. So it goes unseen when ``.data`` of
+one of the single numbers of a state is set (``state["step"].data = ...``), and nothing else of that state is; or when
+that of a memory is set to another part of the very memory that it had.
 """
 
 from __future__ import annotations
