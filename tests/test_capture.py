@@ -18,7 +18,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from emonavi import EmoFact, EmoLynx, EmoNavi, capture, intake
+from emonavi import EmoFact, EmoLynx, EmoNavi, Emotional, capture, intake
 
 torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
@@ -335,14 +335,17 @@ def test_partial_windows_now_and_then_are_never_adopted():
         assert optimizer.emotion.loss == close(usual)
 
 
-@pytest.mark.parametrize("clear", ["optimizer", "model", "by hand"])
-def test_cleared_gradients_begin_a_new_window(clear):
+@pytest.mark.parametrize("clear", ["optimizer", "optimizer, in place", "model", "by hand"])
+@pytest.mark.parametrize("make", [EmoNavi, lambda p: Emotional(torch.optim.SGD(p, lr=0.1))], ids=["own", "around"])
+def test_cleared_gradients_begin_a_new_window(clear, make):
     model = net()
-    optimizer = EmoNavi(model.parameters())
+    optimizer = make(model.parameters())
     loss_of(model, 5 * X).backward()
     if clear == "by hand":
         for p in model.parameters():
             p.grad = None
+    elif clear == "optimizer, in place":
+        optimizer.zero_grad(set_to_none=False)
     else:
         (optimizer if clear == "optimizer" else model).zero_grad()
     loss = loss_of(model)
@@ -405,20 +408,21 @@ def bce(logits, target):
     return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
-@pytest.mark.parametrize("clear", ["model", "optimizer"])
+@pytest.mark.parametrize("clear", ["model", "optimizer", "optimizer, in place"])
 def test_gan_with_two_optimizers(clear):
     torch.manual_seed(0)
     d, g = nn.Linear(4, 1), nn.Linear(2, 4)
     opt_d, opt_g = EmoNavi(d.parameters()), EmoNavi(g.parameters())
+    how = {"set_to_none": clear != "optimizer, in place"}
     for _ in range(5):
-        (d if clear == "model" else opt_d).zero_grad()
+        (d if clear == "model" else opt_d).zero_grad(**how)
         real = bce(d(X), 1.0)
         real.backward()
         fake_x = g(torch.randn(8, 2))
         fake = bce(d(fake_x.detach()), 0.0)
         fake.backward()
         assert heard(opt_d) == close(real + fake)
-        (g if clear == "model" else opt_g).zero_grad()
+        (g if clear == "model" else opt_g).zero_grad(**how)
         fooled = bce(d(fake_x), 1.0)  # reaches the discriminator too, which clears its gradients before its next turn
         fooled.backward()
         assert heard(opt_g) == close(fooled)

@@ -904,6 +904,7 @@ def test_repr(case, config):
     assert text.startswith(f"{case.name} (")
     for option in ("lr: 0.01", "betas", "weight_decay", "foreach"):
         assert option in text
+    assert "tensor(" not in text, "the emotion's state is no option"
 
 
 @siblings

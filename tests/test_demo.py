@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from emonavi.bench import Findings, Result, demo, report, runner, tasks
 from emonavi.bench.tasks import Problem, Task
 
 STEPS = 12
+LEDGER = Path(__file__).parents[1] / "benchmarks" / "lr-cpu.jsonl"
 
 
 def build_line(seed: int) -> Problem:
@@ -444,6 +446,36 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert result.exit_code == 2
     assert "not empty" in result.output
     assert (tmp_path / "results.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("command", [["bench", "step"], ["bench", "capture"], ["demo"]], ids=" ".join)
+def test_where_nothing_can_be_written_nothing_is_measured(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("emonavi.bench.step.report", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("emonavi.bench.capture.report", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("precious\n")
+    folder = tmp_path if command[0] == "bench" else tmp_path / "file"
+    for out in (folder, tmp_path / "file" / "below"):
+        result = CliRunner().invoke(cli.build(), [*command, "--out", str(out)])
+        assert result.exit_code == 2
+        assert re.search("name another (file|folder)", result.output)
+    assert (tmp_path / "file").read_text() == "precious\n"
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("emonavi.bench.step.report", lambda *_: ["measured"])
+    out = tmp_path / "new" / "folder" / "step.json"
+    assert CliRunner().invoke(cli.build(), ["bench", "step", "--out", str(out)]).output == "measured\n"
+    assert out.parent.is_dir()
+
+
+def test_forty_columns_without_utf8(tmp_path):
+    rows = [line for line in LEDGER.read_text().splitlines() if '"task":"digits"' in line]
+    (tmp_path / "lr.jsonl").write_text("\n".join(rows) + "\n")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    command = [sys.executable, "-m", "emonavi", "report", str(tmp_path / "lr.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert any((tmp_path / "lr").glob("*.html"))
 
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):

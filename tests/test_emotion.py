@@ -338,6 +338,27 @@ def test_panic_cuts_to_a_tenth_rests_and_heals(options, cause):
     assert float(state.log_drive) >= was - math.log(2) - (machine.pace if cause == "loss" else 0) - 1e-6
 
 
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_gradients_that_are_spoilt_again_and_again_do_not_hold_the_drive_down(every):
+    machine, state = calm_run()
+    was = float(state.log_drive)
+    for t in range(30 * every):
+        norm = math.nan if t % every == 0 else 1.0
+        state, _ = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t), norm=norm)
+    assert int(state.skipped_steps) == 30
+    assert float(state.log_drive) >= was - 1e-6
+
+
+def test_a_rare_spoilt_gradient_is_a_panic_at_any_age():
+    machine, state = calm_run()
+    for _ in range(4):
+        for t in range(60):
+            state, mood = step(machine, state, loss=2.0 + 0.1 * math.sin(9.7 * t * t))
+            assert float(mood.pull) == 0.0
+        state, mood = step(machine, state, loss=2.0, norm=math.nan)
+        assert float(mood.pull) == 1.0
+
+
 def test_panic_needs_ten_losses():
     machine, state = fresh()
     for t in range(9):

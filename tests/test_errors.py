@@ -5,9 +5,10 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from cases import CASES, Valley, contents, differences, siblings, train, weights
+from cases import CASES, Valley, contents, differences, siblings, train, ways, weights
 
 import emonavi
 from emonavi.presets import PRESETS
@@ -163,6 +164,64 @@ def test_sparse_gradient_at_the_first_step(case):
     before = contents(optimizer)
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step(loss=loss)
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+@pytest.mark.parametrize("lr", [math.nan, math.inf, "1e-3", None, torch.tensor(math.nan)], ids=str)
+def test_an_lr_that_is_no_number(case, lr):
+    """As a scheduler may leave it. Nothing is left of weights that have moved by it."""
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    optimizer.param_groups[0]["lr"] = lr
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"lr=.* in a group: .* a finite number"):
+        train(optimizer, params, 1, start=3)
+    optimizer.param_groups[0]["lr"] = before["group 0: lr"] = 0  # NaN equals nothing, itself included
+    assert differences(before, contents(optimizer)) == []
+    for lr in (1e-3, np.float32(1e-3), -1e-20, 0):  # a cosine may end a little below 0
+        optimizer.param_groups[0]["lr"] = lr
+        train(optimizer, params, 1, start=3)
+    assert all(p.isfinite().all() for p in params)
+
+
+@siblings
+@ways
+@pytest.mark.parametrize("shape", [(600, 4), (2, 4), (4, 6)], ids=str)
+def test_data_of_another_shape(case, foreach, shape):
+    """A kernel would write past the end of what is smaller; torch looks at neither."""
+    params = weights()
+    optimizer = case.make(params, foreach=foreach, use_shadow=True)
+    train(optimizer, params, 3)
+    params[0].data = torch.ones(shape)
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"has a gradient of shape .*: call zero_grad"):
+        optimizer.step(loss=1.0)
+    params[0].grad = torch.ones(shape)
+    with pytest.raises(RuntimeError, match=r"has exp_avg.* of shape .*del optimizer\.state"):
+        optimizer.step(loss=1.0)
+    assert differences(before, contents(optimizer)) == []
+    del optimizer.state[params[0]]
+    optimizer.step(loss=1.0)
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+@siblings
+@pytest.mark.parametrize("state_dtype", [None, "bf16", "8bit"])
+@pytest.mark.parametrize("shape", [(600, 40), (20, 400), (400, 20)], ids=str)
+def test_checkpoint_of_another_shape(case, state_dtype, shape):
+    """As of a model with another vocabulary. Refused before anything changes."""
+    mine, theirs = weights(shapes=((400, 20), (5,))), weights(shapes=(shape, (5,)))
+    optimizer, other = (case.make(some, state_dtype=state_dtype, use_shadow=True) for some in (mine, theirs))
+    train(optimizer, mine, 2)
+    train(other, theirs, 2)
+    before = contents(optimizer)
+    if shape == (400, 20):
+        optimizer.load_state_dict(other.state_dict())
+        return
+    with pytest.raises(ValueError, match=r"of a model of other shapes: exp_avg.* of parameter 0 is .*, here "):
+        optimizer.load_state_dict(other.state_dict())
     assert differences(before, contents(optimizer)) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -110,6 +111,17 @@ def test_several_observations_are_averaged_and_those_that_are_not_finite_left_ou
         optimizer.observe(value)
     assert felt(optimizer) == close(3.0)
     assert optimizer.emotion.ignored_losses == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, np.array, lambda x: np.array([[x]]), lambda x: torch.tensor([[x]])]
+)
+def test_a_loss_of_one_element_may_have_any_form(kind):
+    model = net()
+    optimizer = EmoNavi(model.parameters(), capture=False)
+    give_gradients(model)
+    optimizer.step(loss=kind(0.25))
+    assert optimizer.emotion.loss == 0.25
 
 
 def test_observations_of_different_types_keep_their_value():
@@ -276,7 +288,9 @@ def test_a_closure_that_returns_none_runs_beside_a_told_loss():
     assert optimizer.emotion.steps == 1
 
 
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.ones(0), torch.tensor(1j)], ids=["two", "none", "complex"])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(2), torch.ones(0), torch.tensor(1j), [0.5], np.ones(2), 1j, "low"], ids=lambda bad: f"{bad!r}"
+)
 def test_a_loss_must_be_one_real_number(bad):
     model = net()
     optimizer = EmoNavi(model.parameters())
@@ -507,6 +521,27 @@ def test_two_hundred_steps_without_a_loss(sibling):
     assert (emotion.scalar, emotion.ignored_losses) == (0.0, 0)
     assert emotion.drive != 1.0
     assert math.isnan(emotion.loss)
+
+
+@pytest.mark.parametrize("make", [*SIBLINGS, lambda p: emonavi.Emotional(torch.optim.SGD(p, lr=0.1))], ids=str)
+def test_steps_that_are_all_skipped_are_warned_of(make):
+    """As with a NaN from sqrt(0): the loss looks well, and nothing moves."""
+    params = list(net().parameters())
+    optimizer = make(params)
+
+    def step(value):
+        params[0].grad = torch.full_like(params[0], value)
+        optimizer.step(loss=1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in [*[math.nan] * 19, 1.0] * 2 + [math.nan] * 19:
+            step(value)
+    with pytest.warns(UserWarning, match="skipped 20 steps in a row.*set_detect_anomaly") as caught:
+        for _ in range(30):
+            step(math.inf)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
 
 
 def test_the_warning_points_at_the_line_that_called_step():

@@ -5,6 +5,7 @@ The emotion's vector and what can be read from it, what can be told, the shadow 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, is_piece, local
-from emonavi.intake import Intake, Missing
+from emonavi.intake import Intake, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
+from emonavi.scalars import Number
 from emonavi.sweep import all_norms, to_home
 
 __all__ = ["Bearer"]
+
+SKIPPED_STEPS = 20  # in a row, before the warning
 
 
 class Bearer(torch.optim.Optimizer):
@@ -38,6 +42,7 @@ class Bearer(torch.optim.Optimizer):
         self._ranks = Ranks()
         self._is_calm = False
         self._is_loaded = False
+        self._skipped = 0  # steps in a row
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -53,6 +58,14 @@ class Bearer(torch.optim.Optimizer):
         """What a copy is set up with."""
         group = None if self._process_group is None else "auto"  # a process group cannot be copied
         return self._emotion, self._capture, self._missing.action, group
+
+    def __repr__(self) -> str:
+        """As in ``torch.optim``, without forty numbers of the emotion's state: :attr:`emotion` tells them by name."""
+        lines = [f"{type(self).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            lines += [f"    {k}: {v}" for k, v in sorted(group.items()) if k not in ("params", "emotion")]
+        return "\n".join([*lines, ")"])
 
     # What can be read -------------------------------------------------------------------------------------------
 
@@ -85,6 +98,11 @@ class Bearer(torch.optim.Optimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
         self._intake.observe(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``. Gradients that are filled with zeros, too, begin a new window of losses."""
+        super().zero_grad(set_to_none)
+        self._intake.drop()
 
     def reset_emotion(self) -> None:
         """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
@@ -180,8 +198,24 @@ class Bearer(torch.optim.Optimizer):
     def _moves(self, found: Found) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
         rates = [g["lr"] for g in self.param_groups]
+        for lr in rates:
+            if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+                checks.rate(lr)
         moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
         return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
+
+    def _note_skipped(self, acts: Number) -> None:
+        """Warn where step after step is skipped: nothing moves, and the loss may not show why."""
+        if isinstance(acts, Tensor):
+            return  # to know, it would have to wait for the device
+        self._skipped = 0 if acts else self._skipped + 1
+        if self._skipped == SKIPPED_STEPS:
+            remedy = "torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"
+            warnings.warn(
+                f"{type(self).__name__} has skipped {SKIPPED_STEPS} steps in a row, because a gradient was not finite: "
+                f"nothing moves. {remedy}",
+                stacklevel=callers_level(),
+            )
 
     def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
         """The loss as the emotion takes it: a number to be made small."""

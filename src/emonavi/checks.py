@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "capture",
     "checkpoint",
     "emotion",
+    "fits",
     "gradients",
     "group",
     "memory",
@@ -27,7 +28,9 @@ __all__ = [
     "options",
     "parameters",
     "process_group",
+    "rate",
     "same_optimizer",
+    "same_shapes",
     "same_storage",
     "shared",
     "spelled",
@@ -263,12 +266,29 @@ def gradients(grads: Sequence[Tensor | None]) -> None:
             raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
 
 
+def rate(lr: Any) -> None:
+    """An lr as a scheduler, or the user, has left it in a group."""
+    if not math.isfinite(_as_float(_plain(lr))):
+        raise ValueError(f"lr={lr!r} in a group: a step needs a finite number; see who wrote it, or set it anew")
+
+
 def memory(params: Sequence[Tensor]) -> None:
     """Parameters that lie somewhere."""
     for p in params:
         if p.is_meta:
             what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
             raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")
+
+
+def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """State and gradient of the shapes that a parameter's own asks for: its data may have been replaced."""
+    what = f"a parameter of shape {tuple(param.shape)}"
+    if param.grad is not None and param.grad.shape != param.shape:
+        raise RuntimeError(f"{what} has a gradient of shape {tuple(param.grad.shape)}: call zero_grad() first")
+    for name, shape in {**shapes, "shadow": param.shape}.items():
+        if name in state and state[name].shape != shape:
+            remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"
+            raise RuntimeError(f"{what} has {name} of shape {tuple(state[name].shape)}: {remedy}")
 
 
 def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
@@ -317,6 +337,19 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
             f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "
             "into the optimizer that saved it, or start with a fresh one"
         )
+
+
+def same_shapes(state_dict: dict[str, Any], shapes: Sequence[Mapping[str, torch.Size]]) -> None:
+    """A checkpoint of a model of the same shapes. torch does not compare them."""
+    saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+    for place, (i, own) in enumerate(zip(saved, shapes, strict=False)):
+        for name, memory in state_dict["state"].get(i, {}).items():
+            if name in own and memory.shape != own[name]:
+                what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"
+                raise ValueError(
+                    f"the checkpoint is of a model of other shapes: {what}; load it with the model that it was saved "
+                    "with, or start with a fresh optimizer"
+                )
 
 
 def writer(given: Any) -> Any:

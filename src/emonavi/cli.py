@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -91,6 +92,21 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Versions.")] = False,
 ) -> None:
     """PyTorch optimizers that listen to the loss."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a bar drawn as ??? rather than a crash where there is no UTF-8
+
+
+def _writable(file: Path | None) -> None:
+    """Leave where a file cannot be written: before what is to be in it has been measured, not after."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise PermissionError(f"{file} cannot be written")
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another file", param_hint="--out") from error
 
 
 def demo(
@@ -107,11 +123,9 @@ def demo(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(str(error), param_hint="--out") from error
+        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     if any(folder.iterdir()):
         raise typer.BadParameter(f"{folder} is not empty: name a new folder", param_hint="--out")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a bar drawn as ??? rather than a crash where there is no UTF-8
 
     from emonavi.bench.demo import run_demo
 
@@ -206,6 +220,7 @@ def step(
     """Time one step beside torch's AdamW and others: ratios of medians, taken in turns, with one thread."""
     if out is not None:
         _require("emonavi bench step --out", {"matplotlib": "matplotlib"}, "bench")
+    _writable(out)
     from emonavi.bench import step as bench
 
     try:
@@ -219,6 +234,7 @@ def capture(
     rounds: Annotated[int, typer.Option(min=1, help="Timed backward passes of each variant.")] = 100,
 ) -> None:
     """Time the backward of 100 M parameters with 0, 1 and 4 optimizers listening: about a minute."""
+    _writable(out)
     from emonavi.bench.capture import report
 
     print("\n".join(report(out, rounds)))

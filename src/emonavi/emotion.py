@@ -164,6 +164,8 @@ class Emotion:
         tensor_range: bound on one tensor's log drive.
         spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
+        spoilt: from this share of skipped steps on, a gradient that is not finite is no panic: it comes with the data,
+            and as one every ten steps it would hold the drive down for ever. The step is skipped all the same.
         done: ``should_stop`` once the last stretch gave less than this share of all progress so far.
         shadow_horizon: the shadow averages over this share of the run so far.
 
@@ -185,6 +187,7 @@ class Emotion:
     tensor_range: float = 2.0
     spike: float = 10.0
     outlier: float = 6.0
+    spoilt: float = 0.02
     done: float = 0.01
     shadow_horizon: float = 0.1
 
@@ -314,7 +317,8 @@ class Emotion:
         Heavy-tailed losses spike every few hundred steps, and the clock would not give back what each of them cost: the
         drive returns whole. It returns to half only where the loss spikes again on the way.
         """
-        panic = (state.panic > 0) | negate(finite)
+        news = negate(finite) & (state.skipped_steps < 1 + self.spoilt * state.steps)
+        panic = (state.panic > 0) | news
         fresh = panic & (state.rest == 0)
         again = (state.log_drive < state.goal) & (state.panic > 0)
         goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, 0.0)

@@ -58,7 +58,7 @@ class Intake:
     def hear(self, loss: Tensor) -> None:
         """Add a back-propagated loss to the window; cleared gradients begin a new one."""
         if self._window and all(p.grad is None for p in self._params()):
-            self._captured, self._window = None, 0
+            self.drop()
         self._captured = loss if self._captured is None else self._captured + loss.to(self._captured.device)
         self._window += 1
         self._heard += 1
@@ -117,8 +117,12 @@ class Intake:
     def clear(self) -> None:
         """Forget what is pending: a step has used it."""
         self._observed.clear()
-        self._captured, self._window = None, 0
+        self.drop()
         self._steps += 1
+
+    def drop(self) -> None:
+        """Forget what was heard: the gradients that it belongs to are gone."""
+        self._captured, self._window = None, 0
 
 
 class Missing:
@@ -162,7 +166,11 @@ def callers_level() -> int:
 def _detached(loss: Tensor | float) -> Tensor | float:
     """A loss of one element, safe from later changes in place."""
     if not isinstance(loss, Tensor):
-        return float(loss)
+        given: Any = loss
+        try:
+            return float(given.item() if getattr(given, "size", 0) == 1 else given)  # numpy's may have dimensions
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a loss must be one real number, got {loss!r}") from error
     if loss.numel() != 1 or loss.is_complex():
         what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
         raise ValueError(f"a loss must be one real number, got {what}: reduce it first, say by .mean()")

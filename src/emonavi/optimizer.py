@@ -128,6 +128,7 @@ class EmoOptimizer(Bearer):
         super()._setup(*settings)
         self._release: Release | None = None
         self._plan: Plan | None = None  # of the last step, where it may serve the next
+        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
     def describe(cls, head: str, example: str) -> str:
@@ -195,8 +196,10 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
-            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
+                none. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
+                inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
@@ -225,7 +228,7 @@ class EmoOptimizer(Bearer):
             norms = plan.norms(buckets)
         else:
             plan = self._plan = None
-            checks.memory(found.params)
+            self._check_fit(found.params)
             moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
             params, grads = moved.params, [local_grad(p) for p in moved.params]
             norms = all_norms(grads, vector, fused)
@@ -243,6 +246,7 @@ class EmoOptimizer(Bearer):
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        self._note_skipped(acts)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
@@ -278,6 +282,20 @@ class EmoOptimizer(Bearer):
             state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
+
+    def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
+        """Of the memories of a parameter as they are stored."""
+        like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
+        made = lowbit.stored(self._init_state(like), like, self.param_groups[0]["state_dtype"])
+        return {name: memory.shape for name, memory in made.items()}
+
+    def _check_fit(self, params: list[Tensor]) -> None:
+        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
+        checks.memory(params)
+        for p in params:
+            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+                checks.fits(p, self.state.get(p, {}), self._shapes(p))
+                self._known[p] = p.shape
 
     def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memories of another optimizer as this one keeps them."""
@@ -392,7 +410,8 @@ class EmoOptimizer(Bearer):
         warning says so.
 
         Raises:
-            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+            ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes; nothing has
+                changed then.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
@@ -415,6 +434,7 @@ class EmoOptimizer(Bearer):
         options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr", *LATER}
         options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
         checks.same_optimizer(state_dict, options, layouts)
+        checks.same_shapes(state_dict, [self._shapes(p) for p in params])
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Release:
         everything = Found(params, list(self._groups.values()), [p.detach() for p in params])
         if not optimizer._moves(everything):
             return None
-        checks.memory(params)
+        optimizer._check_fit(params)
         for p in params:
             optimizer._make_state(p)
         active = self._active(everything)

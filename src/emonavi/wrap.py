@@ -142,7 +142,8 @@ class Emotional(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, or the loss is not one number.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
+                none. Nothing has changed then.
             RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")
@@ -166,6 +167,7 @@ class Emotional(Bearer):
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
         before = state
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        self._note_skipped(acts)
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
@@ -262,6 +264,7 @@ class Emotional(Bearer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer does it."""
         self.inner.zero_grad(set_to_none)
+        self._intake.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer; the emotion continues."""
