@@ -13,7 +13,7 @@ from cases import contents, differences, siblings, vector
 from test_checkpoint import through_file
 
 import emonavi
-from emonavi.active import Active
+from emonavi.active import Active, Found, Roster
 from emonavi.distributed import Ranks
 from emonavi.machine import Sums
 from emonavi.sweep import all_norms
@@ -36,8 +36,9 @@ def made(case, **kwargs):
 
 
 def active_of(optimizer, found):
-    grads, home = [p.grad for p, _ in found], vector(optimizer)
-    return Active.of(found, grads, optimizer.state, optimizer.param_groups, optimizer._decay_rate, home, fused=False)
+    found = Found([p for p, _ in found], [i for _, i in found], [p.grad for p, _ in found])
+    roster = Roster.of(found, optimizer.state, len(optimizer.param_groups), fused=False)
+    return Active.of(roster, found.grads, optimizer.param_groups, optimizer._decay_rate, vector(optimizer))
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,27 +14,69 @@ from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
-from emonavi.scalars import Number, where
+from emonavi.scalars import Number, clamp, like, where
 from emonavi.sweep import Bucket, to_home
 
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
-__all__ = ["Active", "bounded", "per_tensor"]
+__all__ = ["Active", "Found", "Roster", "bounded", "per_tensor"]
 
 
-class Active(NamedTuple):
-    """All tensors that this step moves, in the order of the groups. Each vector has one entry for each of them.
+class Found(NamedTuple):
+    """Parameters that are to move, in the order of the groups: parallel lists."""
 
-    Of a sharded one the lists hold what lies here, which may be nothing; the vectors are equal on all ranks.
+    params: list[Tensor]
+    groups: list[int]  # place of the group of each
+    grads: list[Tensor]  # as they lie in ``.grad``
+
+    def where(self, keeps: Sequence[bool]) -> Found:
+        """Some of them."""
+        params, groups, grads = self
+        return Found(list(compress(params, keeps)), list(compress(groups, keeps)), list(compress(grads, keeps)))
+
+
+class Roster(NamedTuple):
+    """All tensors that a step moves, in the order of the groups, with what does not change from step to step.
+
+    Of a sharded one the lists hold what lies here, which may be nothing.
     """
 
     whole: list[Tensor]  # the parameters themselves
     params: list[Tensor]
-    grads: list[Tensor]
     states: list[dict[str, Any]]
     groups: list[int]
     counts: list[int]  # of tensors in each group
+    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
+
+    @classmethod
+    def of(cls, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: int, fused: bool) -> Roster:
+        """From parameters that have state; ``groups`` is the number of groups."""
+        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p in found.params]
+        numbers = kernels.numbers([s[k] for k in KEPT for s in own]) if fused else None
+        counts = [found.groups.count(i) for i in range(groups)]
+        return cls(found.params, [local(p) for p in found.params], own, found.groups, counts, numbers)
+
+    def kept(self, home: Tensor) -> Sequence[Tensor]:
+        """A vector of each of the numbers that every tensor keeps, in the order of :data:`KEPT`."""
+        if self.numbers is None:
+            return [to_home(_stack([s[k] for s in self.states]), home) for k in KEPT]
+        return to_home(self.numbers.read(), home).view(len(KEPT), -1).unbind()
+
+
+class Active(NamedTuple):
+    """The roster of one step with a vector for each number that differs from tensor to tensor.
+
+    Each vector has one entry for each tensor; of sharded ones they are equal on all ranks.
+    """
+
+    whole: list[Tensor]
+    params: list[Tensor]
+    states: list[dict[str, Any]]
+    groups: list[int]
+    counts: list[int]
+    numbers: Numbers | None
+    grads: list[Tensor]
     lr: Tensor
     low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
     wall: Tensor  # nor rise above this
@@ -41,68 +84,49 @@ class Active(NamedTuple):
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
     trust: Tensor
-    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
 
     @classmethod
     def of(
         cls,
-        found: Sequence[tuple[Tensor, int]],
+        roster: Roster,
         grads: list[Tensor],
-        states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
-        fused: bool,
     ) -> Active:
-        """From parameters with the place of their group, and what lies here of their gradients."""
-        owners = [i for _, i in found]
-        own = [{k: local(v) for k, v in states[p].items()} if is_sharded(p) else states[p] for p, _ in found]
-        counted = Counter(owners)
-        counts = [counted[i] for i in range(len(groups))]
-        each = [[s[k] for s in own] for k in KEPT]
-        numbers = kernels.numbers([t for column in each for t in column]) if fused else None
-        kept = [_stack(column) for column in each] if numbers is None else numbers.read().view(len(KEPT), -1)
-        step, drive, trust = (to_home(column, home) for column in kept)
-        return cls(
-            whole=[p for p, _ in found],
-            params=[local(p) for p, _ in found],
-            grads=grads,
-            states=own,
-            groups=owners,
-            counts=counts,
-            lr=per_tensor([g["lr"] for g in groups], counts, home),
-            low=per_tensor([g["lr_floor"] for g in groups], counts, home),
-            wall=per_tensor([g["lr_ceiling"] for g in groups], counts, home),
-            decay=per_tensor([decay_rate(g) for g in groups], counts, home),
-            steps=step + 1,
-            drive=drive,
-            trust=trust,
-            numbers=numbers,
-        )
+        """From a roster and what lies here of its gradients."""
+        step, drive, trust = roster.kept(home)
+        of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
+        of_groups.append([decay_rate(g) for g in groups])
+        lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
+        return cls(*roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
     def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool) -> Options:
         """What the emotion has to know of the options. Notes each group's peak lr on the way."""
-        tops, decayed = [], []
-        for group in groups:
+        numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
+        kind = self.lr.new_zeros(()) if any(isinstance(n, Tensor) for n in numbers) else 0.0
+        lowest, highest, decayed = [], [], []
+        for group, count in zip(groups, self.counts, strict=True):
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
-            tops.append(_highest(group["lr_peak"], group["lr_start"]))
-            low = lr < 0.5 * group["lr_peak"]
-            # Filled in, a flag of the host is there without a wait.
-            flag = low if isinstance(low, Tensor) else self.lr.new_full((), low, dtype=torch.bool)
-            decayed.append(flag.to(self.lr.device))
-        # From the highest lr, not today's: a warm-up or a dip must not move the drive.
-        top = per_tensor(tops, self.counts, self.lr)
+            decayed.append(like(kind, lr) < 0.5 * like(kind, group["lr_peak"]))
+            if count:
+                # From the highest lr, not today's: a warm-up or a dip must not move the drive.
+                top = like(kind, _highest(group["lr_peak"], group["lr_start"]))
+                low, wall = like(kind, group["lr_floor"]), like(kind, _or_none(group["lr_ceiling"]))
+                some = where(top > 0, top, 1.0)
+                lowest.append(where(top > 0, clamp(low, high=top) / some, 1.0))
+                highest.append(where(top > 0, wall / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=torch.where(top > 0, torch.minimum(self.low, top) / top, 1.0).min(),
-            highest_drive=torch.where(top > 0, self.wall / top, 0.0).max(),
+            lowest_drive=_fold(lowest, torch.amin, min),
+            highest_drive=_fold(highest, torch.amax, max),
             hold=hold[bool(groups[0]["use_shadow"])],
             fall=fall,
             fades=fades,
-            decayed=torch.stack(decayed).all(),
+            decayed=_fold(decayed, torch.all, all),
         )
 
     def rates(self, mood: Mood) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +182,16 @@ def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
         return max(a, b)
     device = a.device if isinstance(a, Tensor) else torch.as_tensor(b).device
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
+
+
+def _or_none(bound: float | None) -> float:
+    """An upper bound; None is no bound."""
+    return math.inf if bound is None else bound
+
+
+def _fold(numbers: Sequence[Number], tensors: Callable[[Tensor], Tensor], plain: Callable[[Any], Any]) -> Number:
+    """One number of several of one kind."""
+    return tensors(torch.stack(list(numbers))) if isinstance(numbers[0], Tensor) else plain(numbers)
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:

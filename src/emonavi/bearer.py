@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emonavi import checks
-from emonavi.active import bounded, per_tensor
+from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, is_piece, local
 from emonavi.intake import Intake, Missing, callers_level
@@ -184,22 +184,26 @@ class Bearer(torch.optim.Optimizer):
 
     # What a step begins with ------------------------------------------------------------------------------------
 
-    def _found(self) -> list[tuple[Tensor, int]]:
-        """Parameters that have a gradient, with the place of their group."""
-        every = ((p, i) for i, g in enumerate(self.param_groups) for p in g["params"])
-        # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
-        found = [(p, i) for p, i in every if p.grad is not None or (is_piece(p) and p.requires_grad and not p.numel())]
-        for p, _ in found:
-            checks.gradient(p)
+    def _found(self) -> Found:
+        """Parameters that have a gradient."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        groups = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
+        found = Found(params, groups, [p.grad for p in params])
+        if any([g is None for g in found.grads]):
+            # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
+            away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
+            found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
+        checks.gradients(found.grads)
         return found
 
-    def _moves(self, found: list[tuple[Tensor, int]]) -> bool:
+    def _moves(self, found: Found) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
-        rates = [self.param_groups[i]["lr"] for i in {i for p, i in found if p.numel() or is_piece(p)}]
-        here = [lr for lr in rates if not isinstance(lr, Tensor) or lr.device.type == "cpu"]
-        for lr in here:
-            checks.rate(lr)
-        return len(here) < len(rates) or any(lr != 0 for lr in here)
+        rates = [g["lr"] for g in self.param_groups]
+        for lr in rates:
+            if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+                checks.rate(lr)
+        moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
+        return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
 
     def _note_skipped(self, acts: Number) -> None:
         """Warn where step after step is skipped: nothing moves, and the loss may not show why."""

@@ -21,7 +21,7 @@ __all__ = [
     "checkpoint",
     "emotion",
     "fits",
-    "gradient",
+    "gradients",
     "group",
     "memory",
     "on_missing_loss",
@@ -258,11 +258,12 @@ def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
             raise ValueError(f"{what}: a shard would end inside a block; choose 'bf16' or None")
 
 
-def gradient(param: Tensor) -> None:
-    """A gradient that the rules can take in."""
-    if param.grad is not None and param.grad.layout != torch.strided:
-        what = f"a gradient of shape {tuple(param.grad.shape)} is {param.grad.layout}"
-        raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
+def gradients(grads: Sequence[Tensor | None]) -> None:
+    """Gradients that the rules can take in."""
+    for grad in grads:
+        if grad is not None and grad.layout is not torch.strided:
+            what = f"a gradient of shape {tuple(grad.shape)} is {grad.layout}"
+            raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
 
 
 def rate(lr: Any) -> None:

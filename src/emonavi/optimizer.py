@@ -8,14 +8,14 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 
-from emonavi import checks, lowbit
-from emonavi.active import Active
+from emonavi import checks, kernels, lowbit
+from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, taken_over
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
@@ -29,6 +29,9 @@ from emonavi.scalars import Number, integers
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
+
+if TYPE_CHECKING:
+    from emonavi.kernels.plan import Plan
 
 ParamsT: TypeAlias = Iterable[Any]
 
@@ -125,6 +128,7 @@ class EmoOptimizer(Bearer):
     def _setup(self, *settings: Any) -> None:
         super()._setup(*settings)
         self._release: Release | None = None
+        self._plan: Plan | None = None  # of the last step, where it may serve the next
         self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
@@ -211,31 +215,36 @@ class EmoOptimizer(Bearer):
             self._move(found, heard)
             return returned
         # Made without a move, too: distributed checkpoints make state by a step at lr 0.
-        for p, _ in found:
+        for p in found.params:
             self._make_state(p)
-        if found:
+        if found.params:
             self._intake.clear()
         return returned
 
-    def _move(self, found: list[tuple[Tensor, int]], heard: Loss | None) -> None:
-        """The step of parameters that have a gradient, with the place of their group."""
-        self._check_fit([p for p, _ in found])
-        vector = self._vector()
+    def _move(self, found: Found, heard: Loss | None) -> None:
+        """The step of parameters that have a gradient."""
+        vector, ranks = self._vector(), self._peers()
         # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
         predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
         plain = not predicated
         fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
-        moved = [(p, i) for p, i in found if p.numel() or is_piece(p)]
-        params, grads, ranks = [p for p, _ in moved], [local_grad(p) for p, _ in moved], self._peers()
-        heard, norm = agreed(heard, all_norms(grads, vector, fused), params, ranks)
+        plan = self._plan
+        if plan is not None and plan.fits(found, self.state, self.param_groups):
+            params, grads, buckets = found.params, found.grads, plan.filled(found.grads)
+            norms = plan.norms(buckets)
+        else:
+            plan = self._plan = None
+            self._check_fit(found.params)
+            moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
+            params, grads = moved.params, [local_grad(p) for p in moved.params]
+            norms = all_norms(grads, vector, fused)
+        heard, norm = agreed(heard, norms, params, ranks)
         self._missing.note(heard, type(self).__name__)
-        for p, _ in found:
-            self._make_state(p)
-        if self._is_loaded:
-            hand_on(params, [self.state[p] for p in params], ranks)
-            self._is_loaded = False
-        active = Active.of(moved, grads, self.state, self.param_groups, self._decay_rate, vector, fused and plain)
-        buckets = self._buckets(active, predicated)
+        roster = self._roster(found.params, moved, fused and plain) if plan is None else plan.roster
+        active = Active.of(roster, grads, self.param_groups, self._decay_rate, vector)
+        if plan is None:
+            buckets = self._buckets(active, predicated)
+            self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
         state: Any = self._emotion.unpack(vector, plain=plain)
         options = active.options(self.param_groups, self._hold, self._fall, self._fades)
         if not self._begun:
@@ -255,6 +264,15 @@ class EmoOptimizer(Bearer):
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
+
+    def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
+        """Who moves, with the state of all of ``params`` made where it is missing."""
+        for p in params:
+            self._make_state(p)
+        if self._is_loaded:
+            hand_on(moved.params, [self.state[p] for p in moved.params], self._peers())
+            self._is_loaded = False
+        return Roster.of(moved, self.state, len(self.param_groups), fused)
 
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
@@ -406,7 +424,7 @@ class EmoOptimizer(Bearer):
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, self._fitting)
-        self._is_loaded = True
+        self._is_loaded, self._plan = True, None
         self._note_begun()
         self._intake.clear()
 

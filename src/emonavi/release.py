@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from emonavi import checks
-from emonavi.active import Active
+from emonavi.active import Active, Found, Roster
 from emonavi.distributed import Ranks
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
@@ -89,13 +89,14 @@ class Release:
     def _begin(self) -> _Begun | None:
         """The mood of the step before, which this one goes by; None where every lr is 0."""
         optimizer, vector = self._optimizer, self._optimizer._vector()
-        everything = list(self._groups.items())
+        params = list(self._groups)
+        everything = Found(params, list(self._groups.values()), [p.detach() for p in params])
         if not optimizer._moves(everything):
             return None
-        optimizer._check_fit([p for p, _ in everything])
-        for p, _ in everything:
+        optimizer._check_fit(params)
+        for p in params:
             optimizer._make_state(p)
-        active = self._active(everything, [p.detach() for p, _ in everything])
+        active = self._active(everything)
         options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fall, optimizer._fades)
         predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
         emotion: Any = optimizer._emotion
@@ -116,23 +117,22 @@ class Release:
                 "a second backward before step(), with gradients released: they cannot accumulate; call step() after "
                 "each backward, or remove() the release"
             )
-        checks.gradient(param)
+        checks.gradients([param.grad])
         begun = self._begun = self._begun or self._begin()
         if begun is not None and param.grad is not None and param.numel():
-            found = [(param, self._groups[param])]
-            active = self._active(found, [param.grad])
+            active = self._active(Found([param], [self._groups[param]], [param.grad]))
             norm = all_norms(active.grads, begun.vector)[0]
             acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
             buckets = optimizer._buckets(active, begun.predicated)
             sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options, self._places[param])
-            self._moved[param] = _Moved(found[0][1], norm, acts, sums)
+            self._moved[param] = _Moved(self._groups[param], norm, acts, sums)
         self._idle = begun is None
         param.grad = None
 
-    def _active(self, found: list[tuple[Tensor, int]], grads: list[Tensor]) -> Active:
+    def _active(self, found: Found) -> Active:
         optimizer, vector = self._optimizer, self._optimizer._vector()
-        states, groups, decay = optimizer.state, optimizer.param_groups, optimizer._decay_rate
-        return Active.of(found, grads, states, groups, decay, vector, fused=False)
+        roster = Roster.of(found, optimizer.state, len(optimizer.param_groups), fused=False)
+        return Active.of(roster, found.grads, optimizer.param_groups, optimizer._decay_rate, vector)
 
     def close(self, heard: Loss | None) -> bool:
         """End the step that backward began. Returns whether it was one."""
@@ -149,8 +149,7 @@ class Release:
             return False
         vector = begun.vector
         emotion: Any = optimizer._emotion
-        found = [(p, m.group) for p, m in moved.items()]
-        active = self._active(found, [p.detach() for p in moved])
+        active = self._active(Found(list(moved), [m.group for m in moved.values()], [p.detach() for p in moved]))
         state = begun.state
         if heard is not None:
             state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)

@@ -111,6 +111,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
     """Add up the parts of each tensor. ``weight`` is 1-D with one entry for each tensor and sets device and dtype."""
+    if len(parts) == 1 and len(parts[0][0]) == len(weight):  # one bucket of all, which are in order
+        grad_step, grad_grad, step_step = to_home(torch.stack(parts[0][1]), weight).unbind()
+        return Sums(grad_step, grad_grad, step_step, weight)
     sums = weight.new_zeros((3, len(weight)))
     for some in _by_kind(parts, lambda part: part[1][0]).values():
         places = integers(tuple(p for owned, _ in some for p in owned), weight.device)

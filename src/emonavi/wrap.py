@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from emonavi import checks
-from emonavi.active import Active
+from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, reflect, sample, samples, sums_of_each
@@ -151,13 +151,13 @@ class Emotional(Bearer):
         found, vector = self._found(), self._vector()
         moves = self._moves(found)
         if moves:
-            checks.memory([p for p, _ in found])
-            found = [(p, i) for p, i in found if p.numel()]
-            params = [p for p, _ in found]
-            heard, norm = agreed(heard, all_norms(_grads(params), vector), params, self._peers())
+            checks.memory(found.params)
+            found = found.where([bool(p.numel()) for p in found.params])
+            params = found.params
+            heard, norm = agreed(heard, all_norms(found.grads, vector), params, self._peers())
             self._missing.note(heard, type(self).__name__)
-        elif found:
-            self._step_unfelt([p for p, _ in found], vector)
+        elif found.params:
+            self._step_unfelt(found.params, vector)
         if not moves:
             return returned
         active = _alike(found, self.param_groups, vector)
@@ -384,12 +384,11 @@ def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dic
     group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
 
 
-def _alike(found: list[tuple[Tensor, int]], groups: list[dict[str, Any]], vector: Tensor) -> Active:
+def _alike(found: Found, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
     own = {name: torch.tensor(value) for name, value in KEPT.items()}
-    params = [p for p, _ in found]
-    states = dict.fromkeys(params, own)
-    return Active.of(found, _grads(params), states, groups, lambda group: 0.0, vector, fused=False)
+    roster = Roster.of(found, dict.fromkeys(found.params, own), len(groups), fused=False)
+    return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
 
 
 def _grads(params: list[Tensor]) -> list[Tensor]:

@@ -47,7 +47,10 @@ Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer and how it is told to sweep. Those of one ``optimizer`` take turns on the same state."""
+    """An optimizer and how it is told to sweep. Those of one ``optimizer`` take turns on the same state.
+
+    The kernels have theirs alone: what a step finds out serves the next one, unless another way comes between.
+    """
 
     name: str
     optimizer: str
@@ -65,7 +68,7 @@ def _peer(name: str) -> Build:
 
 
 OPTIMIZERS: dict[str, Build] = {
-    **{name: _ours(name) for name in ("EmoNavi", "EmoLynx", "EmoFact")},
+    **{name + own: _ours(name) for name in ("EmoNavi", "EmoLynx", "EmoFact") for own in ("", " fused")},
     "AdamW": torch.optim.AdamW,
     "Emotional(AdamW)": lambda params: emonavi.Emotional(torch.optim.AdamW(params), capture=False),
     "Adafactor": torch.optim.Adafactor,
@@ -84,7 +87,7 @@ CONTENDERS = [
         for way, flags in _WAYS.items()
     ),
     *(
-        Contender(f"{name} {way}", name, flags, least=least)
+        Contender(f"{name} {way}", name + " fused" * (way == "fused"), flags, least=least)
         for name, least in {"EmoNavi": 32.0, "EmoLynx": 24.0, "EmoFact": 16.0}.items()
         for way, flags in _WAYS.items()
     ),

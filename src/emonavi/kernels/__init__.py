@@ -14,12 +14,15 @@ from torch import Tensor
 from emonavi.lowbit import narrow
 
 if TYPE_CHECKING:
+    from emonavi.active import Roster
     from emonavi.kernels.cpu import Numbers
+    from emonavi.kernels.plan import Plan
 
-__all__ = ["Kernel", "choose", "numbers", "squares", "wanted"]
+__all__ = ["Kernel", "choose", "numbers", "planned", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts, seeds) as Bucket.move has them, for a whole bucket; returns the sums of reflection
-# of each of its tensors, or None where the scalars do not ask for them.
+# of each of its tensors, or None where the scalars do not ask for them. One that was chosen for some lists may be
+# called again with other gradients of the same kind.
 Kernel: TypeAlias = Callable[
     [Mapping[str, list[Tensor]], dict[str, Any], Any, Any, "Tensor | None"], "tuple[Tensor, Tensor, Tensor] | None"
 ]
@@ -112,3 +115,17 @@ def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
     from emonavi.kernels import cpu
 
     return cpu.Numbers.of(tensors)
+
+
+def planned(
+    roster: Roster,
+    buckets: Sequence[Any],
+    states: Mapping[Tensor, dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+) -> Plan | None:
+    """What the next step need not find out again; None where it must."""
+    if roster.numbers is None:
+        return None
+    from emonavi.kernels.plan import Plan
+
+    return Plan.of(roster, buckets, states, groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 
-__all__ = ["Numbers", "kernel", "squares"]
+__all__ = ["Numbers", "Sweep", "in_one_order", "kernel", "plain", "squares"]
 
 # Of parameters and gradients, with that of their states.
 DTYPES = {
@@ -54,55 +55,89 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
     dtype = lists["param"][0].dtype
     for name, tensors in lists.items():
         wanted = dtype if name in ("param", "grad") else DTYPES[dtype]
-        if not _plain(tensors, wanted):
+        if not plain(tensors, wanted):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on the CPU"
-    function = _function(rule.__name__, dtype)
-    if isinstance(function, str):
-        return function
-
-    def run(lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Any) -> Any:
-        return _sweep(function, lists, scalars, grad_scale, rule is emofact)
-
-    return run
+    sweep, squares = _function(rule.__name__, dtype), _function("squares", dtype)
+    if isinstance(sweep, str):
+        return sweep
+    if not _fit(lists, matrices=rule is emofact):
+        return f"the kernel for {rule.__name__} wants parameters, gradients and memories of one size"
+    return Sweep(sweep, squares, lists, matrices=rule is emofact)
 
 
-def _sweep(
-    function: Any, lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: float, matrices: bool
-) -> Any:
-    columns, home = in_order(list(lists.values()), row_major=matrices)
-    scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
-    vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
-    fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
-    # Lion and Adafactor have one trust, Adam one for each memory.
-    fields = {"grad_trust": fields.pop("trust", 1.0), "square_trust": 1.0} | fields
-    held = _shapes(columns) if matrices else {}
-    sums = _call(function, columns, grad_scale=grad_scale, **fields, **{k: v.buffer_info()[0] for k, v in held.items()})
-    for tensor, copy in home:
-        tensor.copy_(copy)
-    torch.autograd.graph.increment_version(lists["param"])  # autograd must see that they are not what they were
-    return sums.unbind(1) if scalars["reflect"] else None
+class Sweep:
+    """A kernel for the tensors of one bucket. It may be called again while all but the gradients lie where they lay."""
+
+    def __init__(self, sweep: Any, squares: Any, lists: Mapping[str, list[Tensor]], matrices: bool) -> None:
+        self._sweep, self._squares, self._matrices = sweep, squares, matrices
+        grads = lists.get("grad", [])
+        self.in_order = in_one_order([t for name, column in lists.items() if name != "grad" for t in column], grads)
+        self._arrays: _Arrays | None = None
+
+    def squares(self, lists: Mapping[str, list[Tensor]]) -> Tensor:
+        """Sum of the squares of each gradient of a bucket that is in order."""
+        return _call(self._squares, self._where(lists), first=1).unbind(1)[0]
+
+    def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
+        if self._arrays is None:
+            self._arrays = _Arrays(list(lists.values()), self._matrices)
+        else:
+            self._arrays.point(1, lists["grad"])
+        return self._arrays
+
+    def __call__(
+        self, lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: float, acts: Any, seeds: Any
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        home: list[tuple[Tensor, Tensor]] = []
+        if self.in_order:
+            arrays = self._where(lists)
+        else:
+            columns, home = in_order(list(lists.values()), row_major=self._matrices)
+            arrays = _Arrays(columns, self._matrices)
+        scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
+        vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
+        fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
+        # Lion and Adafactor have one trust, Adam one for each memory.
+        fields = {"grad_trust": fields.pop("trust", 1.0), "square_trust": 1.0} | fields
+        sums = _call(self._sweep, arrays, grad_scale=grad_scale, **fields)
+        for tensor, copy in home:
+            tensor.copy_(copy)
+        torch.autograd.graph.increment_version(lists["param"])  # autograd must see that they are not what they were
+        return (sums[:, 0], sums[:, 1], sums[:, 2]) if scalars["reflect"] else None
 
 
-def _shapes(columns: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
-    """Rows of each matrix, and where the sample of it lies that the last column remembers."""
-    sampled = [t.numel() for t in columns[-1]]
-    stride = [sample_stride(t.numel()) for t in columns[0]]
-    rows = [t.numel() for t in columns[2]]  # one number remembered for each
-    return {"rows": array("q", rows), "samples": array("q", sampled), "stride": array("q", stride)}
+class _Arrays:
+    """Columns of tensors as the C code takes them. Their memory must not go while it does."""
+
+    def __init__(self, columns: Sequence[Sequence[Tensor]], matrices: bool = False) -> None:
+        self.count = len(columns[0])
+        self.size = array("q", [t.numel() for t in columns[0]])
+        self.tensors = array("Q", [t.data_ptr() for column in columns for t in column])
+        if not matrices:
+            self.rows = self.samples = self.stride = array("q")
+            return
+        # Rows of each matrix, of which one number each is remembered, and where the sample lies.
+        self.rows = array("q", [t.numel() for t in columns[2]])
+        self.samples = array("q", [t.numel() for t in columns[-1]])
+        self.stride = array("q", [sample_stride(t.numel()) for t in columns[0]])
+
+    def point(self, column: int, tensors: Sequence[Tensor]) -> None:
+        """Put other tensors of the same sizes in the place of a column."""
+        self.tensors[column * self.count : (column + 1) * self.count] = array("Q", [t.data_ptr() for t in tensors])
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
     """Sum of the squares of each tensor, taken in float64; None where there is no kernel for them."""
     function = _function("squares", tensors[0].dtype)
-    if isinstance(function, str) or not _plain(tensors, tensors[0].dtype):
+    if isinstance(function, str) or not plain(tensors, tensors[0].dtype):
         return None
     # In which order the elements lie does not matter, but each must lie there once.
     held = [t if t.is_contiguous() else t.contiguous() for t in (t.resolve_neg() for t in tensors)]
-    return _call(function, [held]).unbind(1)[0]
+    return _call(function, _Arrays([held])).unbind(1)[0]
 
 
 class Numbers:
-    """Single float32 numbers that lie anywhere, read and written together. It lives no longer than one step."""
+    """Single float32 numbers that lie anywhere, read and written together."""
 
     def __init__(self, library: ctypes.CDLL, tensors: Sequence[Tensor]) -> None:
         self._library = library
@@ -113,7 +148,7 @@ class Numbers:
     def of(cls, tensors: Sequence[Tensor]) -> Numbers | None:
         """Those of 0-d tensors; None where they cannot be reached so."""
         loaded = library()
-        return None if isinstance(loaded, str) or not _plain(tensors, torch.float32) else cls(loaded, tensors)
+        return None if isinstance(loaded, str) or not plain(tensors, torch.float32) else cls(loaded, tensors)
 
     def read(self) -> Tensor:
         """All in turn, as a float64 vector."""
@@ -130,9 +165,25 @@ class Numbers:
         function(ctypes.c_int64(len(self._pointers)), pointers, ctypes.c_void_p(values.data_ptr()))
 
 
-def _plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether all are torch's own tensors of this dtype in the CPU's memory: a subclass may have none of its own."""
-    return all([t.is_cpu and t.dtype is dtype and type(t) in OWN for t in tensors])
+def plain(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
+    """Whether all are torch's own tensors, of this dtype, in the CPU's memory: a subclass may have none of its own."""
+    same = dtype is None or {t.dtype for t in tensors} <= {dtype}
+    return same and set(map(type, tensors)) <= OWN and all([t.is_cpu for t in tensors])
+
+
+def in_one_order(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether the elements of each lie one after the other, as they are to be read."""
+    return all(map(Tensor.is_contiguous, chain(params, grads))) and not any(map(Tensor.is_neg, grads))
+
+
+def _fit(lists: Mapping[str, list[Tensor]], matrices: bool) -> bool:
+    """Whether C, which knows one size for all of a row, stays within each of its tensors."""
+    size, *others = ([t.numel() for t in column] for column in lists.values())
+    if not matrices or len(others) < 3:
+        return all(other == size for other in others)
+    grad, row, column, *sample = others
+    samples = [-(-n // sample_stride(n)) for n in size]
+    return grad == size == [r * c for r, c in zip(row, column, strict=True)] and sample in ([], [samples])
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -144,14 +195,16 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return getattr(loaded, f"{name}_{suffix}", None) or f"this compiler, or the kernels, have no {suffix}"
 
 
-def _call(function: Any, columns: Sequence[Sequence[Tensor]], **fields: Any) -> Tensor:
-    """Call a C function on the columns of a bucket; returns its sums, of shape (count, 3)."""
-    sizes = array("q", [t.numel() for t in columns[0]])
-    pointers = array("Q", [t.data_ptr() for column in columns for t in column])
-    sums = torch.zeros(len(sizes), 3, dtype=torch.float64)
+def _call(function: Any, arrays: _Arrays, first: int = 0, **fields: Any) -> Tensor:
+    """Call a C function on columns from the given one on; returns its sums, of shape (count, 3)."""
+    sums = torch.zeros(arrays.count, 3, dtype=torch.float64)
+    size, rows, samples, stride, tensors = (
+        a.buffer_info()[0] for a in (arrays.size, arrays.rows, arrays.samples, arrays.stride, arrays.tensors)
+    )
     bucket = _Bucket(
-        count=len(sizes), threads=torch.get_num_threads(), size=sizes.buffer_info()[0],
-        tensors=pointers.buffer_info()[0], sums=sums.data_ptr(), sample_rate=SAMPLE_RATE, **fields,
+        count=arrays.count, threads=torch.get_num_threads(), size=size, rows=rows, samples=samples, stride=stride,
+        tensors=tensors + first * arrays.count * arrays.tensors.itemsize, sums=sums.data_ptr(),
+        sample_rate=SAMPLE_RATE, **fields,
     )  # fmt: skip
     if function(ctypes.byref(bucket)):
         raise MemoryError("no memory for the sums of a step: not all of it was done")

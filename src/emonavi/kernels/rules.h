@@ -67,8 +67,10 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
     for (int64_t i = 0; i < n;) {
         const int64_t to = n - i < BLOCK ? n : i + BLOCK;
         WIDE lanes[SUMS][LANES] = {{0}};
-        for (; i + LANES <= to; i += LANES)
+        for (; i + LANES <= to; i += LANES) {
+            PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i), PREFETCH(exp_avg_sq + i);
             NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, lanes);
+        }
         NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, lanes);
         i = to;
         for (int s = 0; s < SUMS; s++)
@@ -141,11 +143,16 @@ int NAME(emolynx)(const bucket *b)
 
 /* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------*/
 
-/* A memory of rows or columns after today's mean of squares. */
-static inline WIDE NAME(remember)(const bucket *b, WIDE memory, double mean)
+/* Memories of n rows or columns after today's sums of squares, each of `count` elements. */
+static inline void NAME(remember)(const bucket *b, WIDE *memories, const double *sums, int64_t n, int64_t count)
 {
-    const WIDE today = ROOT((WIDE)mean + (WIDE)b->floor) * (WIDE)b->grad_trust;
-    return memory + (WIDE)(1 - b->beta1) * (today - memory);
+    const double per_count = 1 / (double)count;
+    const WIDE floor = (WIDE)b->floor, trust = (WIDE)b->grad_trust, rest1 = (WIDE)(1 - b->beta1);
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE today = ROOT((WIDE)(sums[k] * per_count) + floor) * trust;
+        memories[k] += rest1 * (today - memories[k]);
+    }
 }
 
 /* The squares of LANES elements of a row: into the sum of the row and those of the columns. */
@@ -159,14 +166,9 @@ static inline void NAME(fact_some)(const STORED *grad, WIDE scale, WIDE lanes[LA
     }
 }
 
-static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+/* Sums of squares of n wide rows, and of their columns. */
+static void NAME(fact_wide)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
 {
-    const int64_t width = b->size[tensor] / b->rows[tensor];
-    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
-    WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
-    WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
-    const WIDE scale = (WIDE)b->grad_scale;
-    (void)sums;
     memset(columns, 0, (size_t)width * sizeof *columns);
     for (int64_t r = 0; r < n; r++, grad += width) {
         double sum = 0;
@@ -183,8 +185,88 @@ static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, in
             sum += (double)(g * g);
             columns[i] += g * g;
         }
-        row[r] = NAME(remember)(b, row[r], sum / (double)width);
+        rows[r] = sum;
     }
+}
+
+/* The same of narrow rows, some at a time, which stand in for one that is wide. */
+static void NAME(fact_narrow)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
+{
+    const int64_t some = NARROW / width;
+    WIDE squares[NARROW], totals[NARROW] = {0};
+    for (int64_t r = 0; r < n; r += some) {
+        const int64_t here = n - r < some ? n - r : some;
+#pragma omp simd
+        for (int64_t k = 0; k < here * width; k++) {
+            const WIDE g = GET(grad[r * width + k]) * scale;
+            squares[k] = g * g;
+            totals[k] += g * g;
+        }
+        for (int64_t k = 0; k < here; k++) {
+            WIDE sum = 0;
+            for (int64_t i = 0; i < width; i++)
+                sum += squares[k * width + i];
+            rows[r + k] = (double)sum;
+        }
+    }
+    for (int64_t i = 0; i < width; i++) {
+        columns[i] = 0;
+        for (int64_t k = 0; k < some; k++)
+            columns[i] += totals[k * width + i];
+    }
+}
+
+static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t width = b->size[tensor] / b->rows[tensor];
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
+    WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
+    WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
+    double rows[BAND];
+    (void)sums;
+    (width < 2 * LANES ? NAME(fact_narrow) : NAME(fact_wide))(grad, (WIDE)b->grad_scale, n, width, rows, columns);
+    NAME(remember)(b, row, rows, n, width);
+}
+
+/* The denominators of n elements that follow each other, from column i of a row on; its root and those of the columns
+   are multiplied. */
+static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *roots, int64_t i, int64_t n, int64_t width,
+                                     WIDE per_bias, WIDE eps, WIDE *denom)
+{
+    for (int64_t k = 0; k < n; row++, i = 0) {
+        const WIDE factor = ROOT(*row) * per_bias;
+        const int64_t some = n - k < width - i ? n - k : width - i;
+        if (some < LANES) {
+#pragma omp simd simdlen(4)
+            for (int64_t c = 0; c < some; c++)
+                denom[k + c] = factor * roots[i + c] + eps;
+        } else {
+#pragma omp simd
+            for (int64_t c = 0; c < some; c++)
+                denom[k + c] = factor * roots[i + c] + eps;
+        }
+        k += some;
+    }
+}
+
+/* The sums of reflection of n coordinates of a sample, BLOCK at most, and what is remembered of them. */
+static inline void NAME(fact_reflect)(WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n, WIDE rate,
+                                      double *sums)
+{
+    WIDE lanes[SUMS][LANES] = {{0}};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const int64_t some = n - i < LANES ? n - i : LANES;
+#pragma omp simd
+        for (int64_t k = 0; k < some; k++) {
+            const WIDE g = grad[i + k], m = sample[i + k], per_denom = 1 / denom[i + k];
+            lanes[0][k] += m * (g * per_denom);
+            lanes[1][k] += g * (g * per_denom);
+            lanes[2][k] += m * (m * per_denom);
+            sample[i + k] = m + rate * (g - m);
+        }
+    }
+    for (int s = 0; s < SUMS; s++)
+        sums[s] += NAME(total)(lanes[s]);
 }
 
 /* Bands meet: the memory of columns, whose roots are left in the scratch, and then the sample that reflection takes. */
@@ -202,28 +284,41 @@ static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int6
         for (int64_t band = 0; band * BAND < rows; band++)
             for (int64_t k = 0; k < some; k++)
                 sum[k] += (double)columns[band * width + from + k];
-        for (int64_t k = 0; k < some; k++) {
-            column[from + k] = NAME(remember)(b, column[from + k], sum[k] / (double)rows);
+        NAME(remember)(b, column + from, sum, some, rows);
+#pragma omp simd
+        for (int64_t k = 0; k < some; k++)
             columns[from + k] = ROOT(column[from + k]);
-        }
     }
     if (!b->reflect)
         return;
+    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, per_bias = (WIDE)(1 / b->bias[tensor]);
+    const int64_t samples = b->samples[tensor], stride = b->stride[tensor];
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, rate = (WIDE)b->sample_rate;
-    const WIDE per_bias = (WIDE)(1 / b->bias[tensor]);
-    for (int64_t k = 0, r = 0, i = 0; k < b->samples[tensor]; k++, i += b->stride[tensor]) {
-        for (; i >= width; i -= width)
-            r++;
-        const WIDE g = GET(grad[r * width + i]) * scale, m = sample[k];
-        const WIDE per_denom = 1 / (ROOT(row[r]) * per_bias * columns[i] + eps);
-        sums[0] += (double)(m * (g * per_denom));
-        sums[1] += (double)(g * (g * per_denom));
-        sums[2] += (double)(m * (m * per_denom));
-        sample[k] = m + rate * (g - m);
+    WIDE sampled[BLOCK], denom[BLOCK];
+    for (int64_t done = 0, at = 0; done < samples; done += BLOCK) {
+        const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
+        if (stride == 1)
+            NAME(fact_denoms)(row + done / width, columns, done % width, some, width, per_bias, eps, denom);
+        for (int64_t k = 0; k < some; k++, at += stride) {
+            sampled[k] = GET(grad[at]) * scale;
+            if (stride > 1)
+                denom[k] = ROOT(row[at / width]) * per_bias * columns[at % width] + eps;
+        }
+        NAME(fact_reflect)(sample + done, sampled, denom, some, (WIDE)b->sample_rate, sums);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];
+}
+
+/* Moves n elements that follow each other, whichever rows they are of. */
+static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, WIDE scale,
+                                   WIDE decay, WIDE step_size)
+{
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE step = GET(grad[k]) * scale / denom[k];
+        param[k] = PUT(GET(param[k]) * decay - step_size * step);
+    }
 }
 
 static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
@@ -232,23 +327,32 @@ static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int6
     STORED *param = (STORED *)b->tensors[tensor] + start * width;
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
     const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor] + start;
-    const WIDE *root = (const WIDE *)b->scratch + b->place[tensor];
+    const WIDE *roots = (const WIDE *)b->scratch + b->place[tensor];
     const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, step_size = (WIDE)b->step_size[tensor];
-    const WIDE decay = b->decay ? (WIDE)b->decay[tensor] : 1;
+    const WIDE decay = b->decay ? (WIDE)b->decay[tensor] : 1, per_bias = (WIDE)(1 / b->bias[tensor]);
+    WIDE denom[BLOCK];
     (void)sums;
-    for (int64_t r = 0; r < n; r++, param += width, grad += width) {
-        const WIDE factor = ROOT(row[r]) * (WIDE)(1 / b->bias[tensor]);
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            const WIDE step = GET(grad[i]) * scale / (factor * root[i] + eps);
-            param[i] = PUT(GET(param[i]) * decay - step_size * step);
-        }
+    for (int64_t at = 0; at < n * width; at += BLOCK) {
+        const int64_t some = n * width - at < BLOCK ? n * width - at : BLOCK;
+        NAME(fact_denoms)(row + at / width, roots, at % width, some, width, per_bias, eps, denom);
+        NAME(fact_step)(param + at, grad + at, denom, some, scale, decay, step_size);
     }
+}
+
+/* All three for a small matrix, which so stays in the caches nearest by. */
+static void NAME(fact_whole)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t rows = b->rows[tensor];
+    (void)start, (void)n;
+    for (int64_t r = 0; r < rows; r += BAND)
+        NAME(fact_gather)(b, tensor, r, rows - r < BAND ? rows - r : BAND, sums);
+    NAME(fact_meet)(b, tensor, 0, 1, sums);
+    NAME(fact_move)(b, tensor, 0, rows, sums);
 }
 
 int NAME(emofact)(const bucket *b)
 {
-    return sweep_matrices(b, sizeof(WIDE), NAME(fact_gather), NAME(fact_meet), NAME(fact_move));
+    return sweep_matrices(b, sizeof(WIDE), NAME(fact_whole), NAME(fact_gather), NAME(fact_meet), NAME(fact_move));
 }
 
 /* The guard: sums of squares ----------------------------------------------------------------------------------------*/
