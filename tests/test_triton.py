@@ -353,8 +353,9 @@ def test_a_step_compiles_for_a_gpu_that_is_not_there(tmp_path):
 # On a GPU only -------------------------------------------------------------------------------------------------------
 
 
-def on_device(shapes=FEW):
-    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=shapes)]
+def on_device():
+    """Parameters, two of which foreach stacks."""
+    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=(*FEW, (5,)))]
     for p in params:
         p.grad = torch.zeros_like(p)
     return params, torch.ones((), device=DEVICE)
