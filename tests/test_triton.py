@@ -283,6 +283,15 @@ def test_what_no_program_takes(bucket, why):
     assert why in cuda.kernel(emonavi, bucket)
 
 
+@kernels_of
+def test_no_program_runs_beyond_the_end_of_a_tensor(case):
+    whole = columns(case, torch.float32)
+    assert not isinstance(cuda.kernel(case.rule, whole), str)
+    for name in whole.keys() - {"param"}:
+        short = whole | {name: [*whole[name][:-1], whole[name][-1].flatten()[1:]]}
+        assert f"has no use for {name} of " in cuda.kernel(case.rule, short)
+
+
 def test_without_triton_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(cuda, "MISSING", "Triton cannot be imported (No module named 'triton')")
     assert "No module named 'triton'" in cuda.kernel(emonavi, lists())
@@ -353,8 +362,9 @@ def test_a_step_compiles_for_a_gpu_that_is_not_there(tmp_path):
 # On a GPU only -------------------------------------------------------------------------------------------------------
 
 
-def on_device(shapes=FEW):
-    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=shapes)]
+def on_device():
+    """Parameters, two of which foreach stacks."""
+    params = [torch.nn.Parameter(p.detach().to(DEVICE)) for p in weights(shapes=(*FEW, (5,)))]
     for p in params:
         p.grad = torch.zeros_like(p)
     return params, torch.ones((), device=DEVICE)

@@ -65,10 +65,12 @@ class Bucket(NamedTuple):
         parts = []
         for piece in self._pieces(self.lists, self.cut):
             own = {k: v[piece.owners[0]] for k, v in singles.items()}
-            if len(piece.owners) > 1:
+            device, many = piece.batch["param"].device, len(piece.owners) > 1
+            owners = integers(tuple(piece.owners), device) if many or seeds is not None else None  # no list: that waits
+            if many:
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
-                own = {k: scalars[k][piece.owners].view(shape) for k in singles}
-            own_seeds = None if seeds is None else seeds[piece.owners]
+                own = {k: scalars[k][owners].view(shape) for k in singles}
+            own_seeds = None if seeds is None else seeds[owners]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
                 parts.append(([self.places[i] for i in piece.owners], reflected))

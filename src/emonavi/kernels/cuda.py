@@ -114,6 +114,11 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         wanted = dtype if name in ("param", "grad") else torch.float32
         if not _plain(tensors, wanted, device):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on {device}"
+        # Where one is too short, nothing would stop a program at its end.
+        for param, tensor in zip(lists["param"], tensors, strict=True):
+            if tensor.numel() != _size(rule, name, param):
+                what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
+                return f"the kernel for {rule.__name__} has no use for {name} {what}"
 
     def run(
         lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Tensor | None
@@ -131,6 +136,16 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         return sums if scalars["reflect"] else None
 
     return run
+
+
+def _size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
+    """How many elements a parameter's tensor of this name must have."""
+    count = param.numel()
+    if rule is not emofact or name in ("param", "grad"):
+        return count
+    rows = len(param)
+    lines = {"exp_avg_row": rows, "exp_avg_col": count // max(1, rows)}
+    return lines[name] if name in lines else _parts(count, sample_stride(count))
 
 
 def _navi(columns: Columns, given: dict[str, Any], shared: dict[str, Any]) -> tuple[Tensor, ...]:
