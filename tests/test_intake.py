@@ -523,7 +523,11 @@ def test_two_hundred_steps_without_a_loss(sibling):
     assert math.isnan(emotion.loss)
 
 
-@pytest.mark.parametrize("make", [*SIBLINGS, lambda p: emonavi.Emotional(torch.optim.SGD(p, lr=0.1))], ids=str)
+def emotional_sgd(params):
+    return emonavi.Emotional(torch.optim.SGD(params, lr=0.1))
+
+
+@pytest.mark.parametrize("make", [*SIBLINGS, emotional_sgd], ids=lambda make: make.__name__)
 def test_steps_that_are_all_skipped_are_warned_of(make):
     """As with a NaN from sqrt(0): the loss looks well, and nothing moves."""
     params = list(net().parameters())
