@@ -278,6 +278,6 @@ def test_a_kernel_takes_the_gradients_of_each_call():
     one = torch.ones(1, dtype=torch.float64)
     scalars = {"step_size": one, "root": one, "last_root": one, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "decay": None}
     for sign in (1.0, -1.0):
-        kernel(lists | {"grad": [torch.full((3,), sign)]}, scalars | {"reflect": False}, 1.0, True)
+        kernel(lists | {"grad": [torch.full((3,), sign)]}, scalars | {"reflect": False}, 1.0, True, None)
     assert lists["param"][0].tolist() == [0.0] * 3
     assert isinstance(kernel, cpu.Sweep)

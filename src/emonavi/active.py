@@ -101,10 +101,12 @@ class Active(NamedTuple):
         lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
         return cls(*roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
-    def options(self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool) -> Options:
-        """What the emotion has to know of the options. Notes each group's peak lr on the way."""
+    def options(
+        self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
+    ) -> Options:
+        """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
-        kind = self.lr.new_zeros(()) if any(isinstance(n, Tensor) for n in numbers) else 0.0
+        kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
         lowest, highest, decayed = [], [], []
         for group, count in zip(groups, self.counts, strict=True):
             lr = group["lr"]

@@ -246,7 +246,7 @@ class EmoOptimizer(Bearer):
             buckets = self._buckets(active, predicated)
             self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
         state: Any = self._emotion.unpack(vector, plain=plain)
-        options = active.options(self.param_groups, self._hold, self._fall, self._fades)
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
         state, first_scale = self._emotion.look_back(state, norm, options)

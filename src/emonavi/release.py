@@ -97,8 +97,9 @@ class Release:
         for p in params:
             optimizer._make_state(p)
         active = self._active(everything)
-        options = active.options(optimizer.param_groups, optimizer._hold, optimizer._fall, optimizer._fades)
         predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
+        traits = optimizer._hold, optimizer._fall, optimizer._fades
+        options = active.options(optimizer.param_groups, *traits, plain=not predicated)
         emotion: Any = optimizer._emotion
         state = emotion.unpack(vector, plain=not predicated)
         if not optimizer._begun:

@@ -161,7 +161,7 @@ class Emotional(Bearer):
         if not moves:
             return returned
         active = _alike(found, self.param_groups, vector)
-        options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False)
+        options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
         state: Any = self._emotion.unpack(vector, plain=True)
         if heard is not None:
             state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
