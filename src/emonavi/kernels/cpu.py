@@ -19,7 +19,7 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 
-__all__ = ["Numbers", "Sweep", "in_one_order", "kernel", "plain", "squares"]
+__all__ = ["Numbers", "Sweep", "in_one_order", "kernel", "plain", "squares", "wanted_size"]
 
 # Of parameters and gradients, with that of their states.
 DTYPES = {
@@ -60,7 +60,9 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
     sweep, squares = _function(rule.__name__, dtype), _function("squares", dtype)
     if isinstance(sweep, str):
         return sweep
-    if not _fit(lists, matrices=rule is emofact):
+    params = lists["param"]
+    sizes = ((t.numel(), wanted_size(rule, n, p)) for n, c in lists.items() for p, t in zip(params, c, strict=True))
+    if any(size != wanted for size, wanted in sizes):
         return f"the kernel for {rule.__name__} wants parameters, gradients and memories of one size"
     return Sweep(sweep, squares, lists, matrices=rule is emofact)
 
@@ -176,14 +178,14 @@ def in_one_order(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, chain(params, grads))) and not any(map(Tensor.is_neg, grads))
 
 
-def _fit(lists: Mapping[str, list[Tensor]], matrices: bool) -> bool:
-    """Whether C, which knows one size for all of a row, stays within each of its tensors."""
-    size, *others = ([t.numel() for t in column] for column in lists.values())
-    if not matrices or len(others) < 3:
-        return all(other == size for other in others)
-    grad, row, column, *sample = others
-    samples = [-(-n // sample_stride(n)) for n in size]
-    return grad == size == [r * c for r, c in zip(row, column, strict=True)] and sample in ([], [samples])
+def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
+    """How many elements a parameter's tensor of this name must have: a kernel would not stop at the end of fewer."""
+    count = param.numel()
+    if rule is not emofact or name in ("param", "grad"):
+        return count
+    rows = len(param)
+    lines = {"exp_avg_row": rows, "exp_avg_col": count // max(1, rows)}
+    return lines[name] if name in lines else -(-count // sample_stride(count))
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emonavi.fact import SAMPLE_RATE, emofact, sample_stride
 from emonavi.kernels import Kernel
-from emonavi.kernels.cpu import OWN
+from emonavi.kernels.cpu import OWN, wanted_size
 from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
@@ -116,7 +116,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on {device}"
         # Where one is too short, nothing would stop a program at its end.
         for param, tensor in zip(lists["param"], tensors, strict=True):
-            if tensor.numel() != _size(rule, name, param):
+            if tensor.numel() != wanted_size(rule, name, param):
                 what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
                 return f"the kernel for {rule.__name__} has no use for {name} {what}"
 
@@ -136,16 +136,6 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         return sums if scalars["reflect"] else None
 
     return run
-
-
-def _size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
-    """How many elements a parameter's tensor of this name must have."""
-    count = param.numel()
-    if rule is not emofact or name in ("param", "grad"):
-        return count
-    rows = len(param)
-    lines = {"exp_avg_row": rows, "exp_avg_col": count // max(1, rows)}
-    return lines[name] if name in lines else _parts(count, sample_stride(count))
 
 
 def _navi(columns: Columns, given: dict[str, Any], shared: dict[str, Any]) -> tuple[Tensor, ...]:
