@@ -1,18 +1,31 @@
-"""Loading state as it was saved, and what another optimizer saved."""
+"""Loading state as it was saved, and what another optimizer saved.
+
+What does not fit is refused before anything changes, with an error that names the value and the remedy.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from emonavi import checks, lowbit
+from emonavi.distributed import is_sharded
+from emonavi.emotion import Emotion
 from emonavi.intake import callers_level
-from emonavi.machine import KEPT
+from emonavi.machine import KEPT, Machine
+from emonavi.presets import PRESETS
 
-__all__ = ["load_exactly", "taken_over"]
+if TYPE_CHECKING:
+    from emonavi.optimizer import EmoOptimizer
+
+__all__ = ["LATER", "fitting", "load_exactly", "same_emotion", "same_optimizer"]
+
+# Options that earlier versions did not have, as they behaved.
+LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
 
 
 def load_exactly(
@@ -47,45 +60,55 @@ def load_exactly(
                 optimizer.state[p][name] = value.detach().to(p.device, copy=True)
 
 
-def taken_over(
-    state_dict: dict[str, Any],
-    own: dict[str, Any],
-    shapes: Sequence[torch.Size],
-    layouts: Sequence[tuple[str, ...]],
-    stored: Callable[[int, dict[str, Tensor]], dict[str, Tensor]],
+def fitting(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, Any]:
+    """Make of a checkpoint what a sibling can load; refuse that of another emotion, or with other memories.
+
+    Raises:
+        ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes.
+    """
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    layouts = [optimizer._layout(p) for p in params]
+    if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
+        state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict
+    same_emotion(state_dict, optimizer._emotion)
+    _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
+    # Of the defaults only our own: torch, and whoever else, may add to them.
+    options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
+    same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
+    _same_shapes(state_dict, [optimizer._shapes(p) for p in params])
+    return state_dict
+
+
+def _taken_over(
+    state_dict: dict[str, Any], optimizer: EmoOptimizer, params: Sequence[Tensor], layouts: Sequence[tuple[str, ...]]
 ) -> dict[str, Any] | None:
     """The checkpoint of an optimizer without an emotion as one of this: its memories under the own options.
 
     The names are torch's, so that this holds for ``torch.optim.AdamW`` as for the published EmoNavi. That one counts no
-    steps: its memories pass for old ones, whose bias is gone.
-
-    Args:
-        state_dict: of the other optimizer. What it holds beside memories, under whatever keys, is left out.
-        own: state dict of this one as it was made, with a fresh emotion.
-        shapes: of the parameters in turn.
-        layouts: names of their memories in turn.
-        stored: makes of a parameter's place and its memories what is kept of them.
+    steps: its memories pass for old ones, whose bias is gone. What else it holds, under whatever keys, is left out.
 
     Returns:
-        A state dict to load, or None where the other holds no such memories.
+        A state dict to load, with a fresh emotion, or None where the other holds no such memories.
     """
+    own = [{**g, "lr_peak": 0.0} for g in optimizer.state_dict()["param_groups"]]
+    own[0]["emotion"] = optimizer._fresh()
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
-    if [len(ids) for ids in saved] != [len(g["params"]) for g in own["param_groups"]]:
+    if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:
         return None
-    groups = [{**g, "params": ids} for g, ids in zip(own["param_groups"], saved, strict=True)]
+    groups = [{**g, "params": ids} for g, ids in zip(own, saved, strict=True)]
+    places = [(i, 10 / (1 - max(g["betas"]))) for g in groups for i in g["params"]]  # with the steps of an old one
     state: dict[Any, dict[str, Tensor]] = {}
-    old = [10 / (1 - max(g["betas"])) for g in groups for _ in g["params"]]
-    for place, (i, shape, layout, unknown) in enumerate(
-        zip([i for ids in saved for i in ids], shapes, layouts, old, strict=True)
-    ):
+    for (i, old), param, layout in zip(places, params, layouts, strict=True):
         kept = state_dict["state"].get(i)
         if not kept:
             continue  # it never had a gradient
-        if any(getattr(kept.get(name), "shape", None) != shape for name in layout):
+        if any(getattr(kept.get(name), "shape", None) != param.shape for name in layout):
             return None
-        scalars = KEPT | {"step": float(kept.get("step", unknown))}
+        scalars = KEPT | {"step": float(kept.get("step", old))}
         state[i] = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
-        state[i] |= stored(place, {name: kept[name] for name in layout})
+        memories = {name: kept[name] for name in layout}
+        # Parts of a sharded tensor have no low-bit memories to fill.
+        state[i] |= memories if is_sharded(param) else lowbit.filled(optimizer._memories(param), param, memories)
     if not state:
         return None
     names = ", ".join(dict.fromkeys(name for layout in layouts for name in layout))
@@ -95,3 +118,64 @@ def taken_over(
         stacklevel=callers_level(),
     )
     return {"state": state, "param_groups": groups}
+
+
+def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
+    """A checkpoint that was made with this emotion."""
+    groups = state_dict.get("param_groups") or [{}]
+    vector = groups[0].get("emotion")
+    if not isinstance(vector, Tensor):
+        remedy = "load it into the optimizer that saved it, or start with a fresh one"
+        raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
+    machines: list[Machine] = [Emotion(), *PRESETS.values()]
+    vector = machine.upgrade(vector)
+    (code, version), own = vector[:2].tolist(), machine.initial()
+    if [code, version, len(vector)] != [*own[:2], len(own)]:
+        found = next((e.name for e in machines if e.code == code), f"unknown, code {code:g}")
+        saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
+        mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
+        raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
+
+
+def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
+    """A checkpoint whose memories are stored alike."""
+    saved = state_dict["param_groups"][0].get("state_dtype")
+    if saved != state_dtype:
+        raise ValueError(
+            f"the checkpoint was saved with state_dtype={saved!r}, this optimizer has {state_dtype!r}: construct it "
+            f"with state_dtype={saved!r}"
+        )
+
+
+def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
+    """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
+    groups = state_dict["param_groups"]
+    lacking, foreign = sorted(options - set(groups[0])), list[str]()
+    saved = [i for g in groups for i in g["params"]]
+    # Another number of parameters is torch's to refuse.
+    for i, layout in zip(saved, layouts, strict=False):
+        kept = state_dict["state"].get(i)
+        lacking += [name for name in layout if kept and name not in kept]
+        own = {*layout, *map(lowbit.scale_of, layout)}
+        foreign += [name for name in kept or () if layout and name.startswith("exp_avg") and name not in own]
+    if foreign and not lacking:
+        what = f"it holds {', '.join(dict.fromkeys(foreign))} besides"
+        raise ValueError(f"the checkpoint is of another optimizer: {what}; load it into the optimizer that saved it")
+    if lacking:
+        raise ValueError(
+            f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "
+            "into the optimizer that saved it, or start with a fresh one"
+        )
+
+
+def _same_shapes(state_dict: dict[str, Any], shapes: Sequence[Mapping[str, torch.Size]]) -> None:
+    """A checkpoint of a model of the same shapes. torch does not compare them."""
+    saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+    for place, (i, own) in enumerate(zip(saved, shapes, strict=False)):
+        for name, memory in state_dict["state"].get(i, {}).items():
+            if name in own and memory.shape != own[name]:
+                what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"
+                raise ValueError(
+                    f"the checkpoint is of a model of other shapes: {what}; load it with the model that it was saved "
+                    "with, or start with a fresh optimizer"
+                )

@@ -1,4 +1,4 @@
-"""What the constructor, a group, a gradient and a checkpoint must be. Each error names the value and the remedy."""
+"""What the constructor, a group and a gradient must be. Each error names the value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
-from emonavi.lowbit import scale_of
 from emonavi.machine import Machine
 from emonavi.presets import PRESETS, Preset
 
 __all__ = [
     "capture",
-    "checkpoint",
     "emotion",
     "fits",
     "gradients",
@@ -29,9 +27,6 @@ __all__ = [
     "parameters",
     "process_group",
     "rate",
-    "same_optimizer",
-    "same_shapes",
-    "same_storage",
     "shared",
     "spelled",
     "whole",
@@ -289,67 +284,6 @@ def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Siz
         if name in state and state[name].shape != shape:
             remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"
             raise RuntimeError(f"{what} has {name} of shape {tuple(state[name].shape)}: {remedy}")
-
-
-def checkpoint(state_dict: dict[str, Any], machine: Machine) -> None:
-    """A checkpoint that was made with this emotion."""
-    groups = state_dict.get("param_groups") or [{}]
-    vector = groups[0].get("emotion")
-    if not isinstance(vector, Tensor):
-        remedy = "load it into the optimizer that saved it, or start with a fresh one"
-        raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
-    machines: list[Machine] = [Emotion(), *PRESETS.values()]
-    vector = machine.upgrade(vector)
-    (code, version), own = vector[:2].tolist(), machine.initial()
-    if [code, version, len(vector)] != [*own[:2], len(own)]:
-        found = next((e.name for e in machines if e.code == code), f"unknown, code {code:g}")
-        saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
-        mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
-        raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
-
-
-def same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
-    """A checkpoint whose memories are stored alike."""
-    saved = state_dict["param_groups"][0].get("state_dtype")
-    if saved != state_dtype:
-        raise ValueError(
-            f"the checkpoint was saved with state_dtype={saved!r}, this optimizer has {state_dtype!r}: construct it "
-            f"with state_dtype={saved!r}"
-        )
-
-
-def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
-    """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
-    groups = state_dict["param_groups"]
-    lacking, foreign = sorted(options - set(groups[0])), list[str]()
-    saved = [i for g in groups for i in g["params"]]
-    # Another number of parameters is torch's to refuse.
-    for i, layout in zip(saved, layouts, strict=False):
-        kept = state_dict["state"].get(i)
-        lacking += [name for name in layout if kept and name not in kept]
-        own = {*layout, *map(scale_of, layout)}
-        foreign += [name for name in kept or () if layout and name.startswith("exp_avg") and name not in own]
-    if foreign and not lacking:
-        what = f"it holds {', '.join(dict.fromkeys(foreign))} besides"
-        raise ValueError(f"the checkpoint is of another optimizer: {what}; load it into the optimizer that saved it")
-    if lacking:
-        raise ValueError(
-            f"the checkpoint is of another optimizer: it does not hold {', '.join(dict.fromkeys(lacking))}; load it "
-            "into the optimizer that saved it, or start with a fresh one"
-        )
-
-
-def same_shapes(state_dict: dict[str, Any], shapes: Sequence[Mapping[str, torch.Size]]) -> None:
-    """A checkpoint of a model of the same shapes. torch does not compare them."""
-    saved = [i for g in state_dict["param_groups"] for i in g["params"]]
-    for place, (i, own) in enumerate(zip(saved, shapes, strict=False)):
-        for name, memory in state_dict["state"].get(i, {}).items():
-            if name in own and memory.shape != own[name]:
-                what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"
-                raise ValueError(
-                    f"the checkpoint is of a model of other shapes: {what}; load it with the model that it was saved "
-                    "with, or start with a fresh optimizer"
-                )
 
 
 def writer(given: Any) -> Any:

@@ -36,7 +36,9 @@ from torch.nn.functional import pad
 
 from emonavi.pieces import BLOCK
 
-__all__ = ["GOLDEN", "MEMORIES", "SMALLEST", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack"]
+__all__ = [
+    *("GOLDEN", "MEMORIES", "SMALLEST", "filled", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack")
+]
 
 # The memories that may be stored in fewer bits, all of the parameter's shape, and whether they have a sign.
 MEMORIES = {"exp_avg": True, "exp_avg_sq": False}
@@ -63,6 +65,16 @@ def stored(fresh: dict[str, Tensor], param: Tensor, state_dtype: str | None) -> 
             kept[name] = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
             kept[scale_of(name)] = zeros.new_zeros(-(-param.numel() // BLOCK), dtype=torch.float32)
     return kept
+
+
+def filled(made: dict[str, Tensor], param: Tensor, memories: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored memories of a parameter, with the given values, of its shape, written into them to the nearest."""
+    batch = {name: t.unsqueeze(0) for name, t in {"param": param.detach(), **made}.items()}
+    values = unpack(batch)
+    for name, memory in memories.items():
+        values[name].copy_(memory.unsqueeze(0))
+    pack({name: value for name, value in values.items() if name != "param"}, batch, None)
+    return made
 
 
 def narrow(lists: Mapping[str, list[Tensor]]) -> bool:

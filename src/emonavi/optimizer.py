@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 from emonavi import checks, kernels, lowbit
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import load_exactly, taken_over
+from emonavi.checkpoint import LATER, fitting, load_exactly
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from emonavi.kernels.plan import Plan
 
 ParamsT: TypeAlias = Iterable[Any]
-
-# Options that earlier versions did not have, as they behaved.
-LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
 
 
 class EmoOptimizer(Bearer):
@@ -224,8 +221,7 @@ class EmoOptimizer(Bearer):
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
         vector, ranks = self._vector(), self._peers()
-        # On the CPU nothing has to wait for a value: the emotion is computed in plain numbers, and may be branched on.
-        predicated = vector.device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+        predicated = _predicated(vector.device, self.param_groups[0])
         plain = not predicated
         fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
         plan = self._plan
@@ -288,15 +284,18 @@ class EmoOptimizer(Bearer):
         if not state:
             for name, value in KEPT.items():
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
-            state.update(lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"]))
+            state.update(self._memories(param))
         if "shadow" not in state and self.param_groups[0]["use_shadow"]:
             state["shadow"] = wide(param.detach()).clone()
+
+    def _memories(self, param: Tensor) -> dict[str, Tensor]:
+        """The memories of a parameter as they are stored, before a step."""
+        return lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"])
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Of the memories of a parameter as they are stored."""
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
-        made = lowbit.stored(self._init_state(like), like, self.param_groups[0]["state_dtype"])
-        return {name: memory.shape for name, memory in made.items()}
+        return {name: memory.shape for name, memory in self._memories(like).items()}
 
     def _check_fit(self, params: list[Tensor]) -> None:
         """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
@@ -305,19 +304,6 @@ class EmoOptimizer(Bearer):
             if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
-
-    def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Memories of another optimizer as this one keeps them."""
-        param = [p for g in self.param_groups for p in g["params"]][place].detach()
-        if is_sharded(param):
-            return memories  # parts have no low-bit memories to pack
-        made = lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"])
-        batch = {name: t.unsqueeze(0) for name, t in {"param": param, **made}.items()}
-        values = lowbit.unpack(batch)
-        for name, memory in memories.items():
-            values[name].copy_(memory.unsqueeze(0))
-        lowbit.pack({k: v for k, v in values.items() if k != "param"}, batch, None)
-        return made
 
     def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
         """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
@@ -331,22 +317,6 @@ class EmoOptimizer(Bearer):
                 bucket = bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))
             found.append((group, layout, rule, bucket))
         return found
-
-    def _check_shards(self, params: list[Tensor]) -> None:
-        """Raise where the rule would take the part of a sharded tensor that lies here for all of it."""
-        for p in params:
-            if (is_sharded(p) or is_piece(p)) and not self._needs_whole(p) and not self._rule(self._layout(p))[1]:
-                what = f"a parameter of shape {tuple(p.shape)} is a part of a sharded one"
-                raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
-
-    def _honour_fused(self, group: dict[str, Any]) -> None:
-        """Raise where there is no kernel for one of the group's tensors."""
-        for p in group["params"]:
-            if self._needs_whole(p):
-                remedy = "leave fused at None, and foreach is used for it"
-                raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
-            predicated = p.device.type != "cpu" or bool(group["capturable"])
-            choose(self._rule(self._layout(p))[0], {"param": [local(p)]}, group, predicated)
 
     def _sweep(
         self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options, first: int = 0
@@ -389,11 +359,7 @@ class EmoOptimizer(Bearer):
         self._ranks = Ranks()
         group = self.param_groups[-1]
         try:
-            checks.parameters(group["params"])
-            checks.whole(group["params"], group["state_dtype"])
-            self._check_shards(group["params"])
-            if group["fused"]:
-                self._honour_fused(group)
+            self._check_group(group)
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -401,6 +367,22 @@ class EmoOptimizer(Bearer):
         group.setdefault("lr_peak", 0.0)
         # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
         group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise where the rule, or a kernel that is asked for, cannot move a group's tensors."""
+        checks.parameters(group["params"])
+        checks.whole(group["params"], group["state_dtype"])
+        for p in group["params"]:
+            rule, elementwise = self._rule(self._layout(p))
+            whole = self._needs_whole(p)
+            if (is_sharded(p) or is_piece(p)) and not whole and not elementwise:
+                what = f"a parameter of shape {tuple(p.shape)} is a part of a sharded one"
+                raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
+            if group["fused"] and whole:
+                remedy = "leave fused at None, and foreach is used for it"
+                raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
+            if group["fused"]:
+                choose(rule, {"param": [local(p)]}, group, _predicated(p.device, group))
 
     def _refuse_midway(self, what: str) -> None:
         super()._refuse_midway(what)
@@ -423,28 +405,10 @@ class EmoOptimizer(Bearer):
                 changed then.
         """
         self._refuse_midway("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, self._fitting)
+        load_exactly(super().load_state_dict, self, state_dict, lambda final: fitting(final, self))
         self._is_loaded, self._plan = True, None
         self._note_begun()
         self._intake.clear()
-
-    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Make of a checkpoint what can be loaded; refuse that of another emotion, or with other memories."""
-        params = [p for g in self.param_groups for p in g["params"]]
-        layouts = [self._layout(p) for p in params]
-        if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
-            groups = [{**g, "lr_peak": 0.0} for g in super().state_dict()["param_groups"]]
-            groups[0]["emotion"] = self._fresh()
-            own = {"param_groups": groups}
-            state_dict = taken_over(state_dict, own, [p.shape for p in params], layouts, self._stored) or state_dict
-        checks.checkpoint(state_dict, self._emotion)
-        checks.same_storage(state_dict, self.param_groups[0]["state_dtype"])
-        # Of the defaults only our own: torch, and whoever else, may add to them.
-        options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(self.defaults) - {"min_lr", "max_lr", *LATER}
-        options |= {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}
-        checks.same_optimizer(state_dict, options, layouts)
-        checks.same_shapes(state_dict, [self._shapes(p) for p in params])
-        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")
@@ -459,3 +423,8 @@ class EmoOptimizer(Bearer):
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()
+
+
+def _predicated(device: torch.device, group: dict[str, Any]) -> bool:
+    """Whether no value may be branched on. On the CPU nothing waits for one: there the emotion is plain numbers."""
+    return device.type != "cpu" or bool(group["capturable"])

@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import load_exactly
+from emonavi.checkpoint import load_exactly, same_emotion, same_optimizer
 from emonavi.displacement import MEMORIES, reflect, sample, samples, sums_of_each
 from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
@@ -314,9 +314,9 @@ class Emotional(Bearer):
         # Flags, None among them, are what a later version may have added: torch fills them in.
         options = {k for k, v in self.defaults.items() if v is not None and not isinstance(v, bool)}
         if "emotion" in state_dict["param_groups"][0]:
-            checks.checkpoint(state_dict, self._emotion)
+            same_emotion(state_dict, self._emotion)
             options |= {*_OPTIONS, "lr_start", "lr_peak"}
-        checks.same_optimizer(state_dict, options, [])
+        same_optimizer(state_dict, options, [])
         return state_dict
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
