@@ -70,13 +70,8 @@ class Active(NamedTuple):
     Each vector has one entry for each tensor; of sharded ones they are equal on all ranks.
     """
 
-    whole: list[Tensor]
-    params: list[Tensor]
-    states: list[dict[str, Any]]
-    groups: list[int]
-    counts: list[int]
-    numbers: Numbers | None
-    grads: list[Tensor]
+    roster: Roster
+    grads: list[Tensor]  # what lies here of them
     lr: Tensor
     low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
     wall: Tensor  # nor rise above this
@@ -94,12 +89,12 @@ class Active(NamedTuple):
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
     ) -> Active:
-        """From a roster and what lies here of its gradients."""
+        """From a roster and its gradients; ``home`` is the emotion's vector."""
         step, drive, trust = roster.kept(home)
         of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
         of_groups.append([decay_rate(g) for g in groups])
         lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
-        return cls(*roster, grads, lr, low, wall, decay, step + 1, drive, trust)
+        return cls(roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
     def options(
         self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
@@ -108,7 +103,7 @@ class Active(NamedTuple):
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
         lowest, highest, decayed = [], [], []
-        for group, count in zip(groups, self.counts, strict=True):
+        for group, count in zip(groups, self.roster.counts, strict=True):
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
             decayed.append(like(kind, lr) < 0.5 * like(kind, group["lr_peak"]))
@@ -142,18 +137,20 @@ class Active(NamedTuple):
     ) -> dict[tuple[Any, ...], list[int]]:
         """Places of the tensors that share a group, a device, dtypes and a layout, unless one is to be alone."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
-        for place, (p, group) in enumerate(zip(self.params, self.groups, strict=True)):
+        whole, params, states, groups, *_ = self.roster
+        for place, (p, group) in enumerate(zip(params, groups, strict=True)):
             names = layout(p)
-            dtypes = (p.dtype, *[self.states[place][name].dtype for name in names])
-            own = place if alone(self.whole[place]) else None
+            dtypes = (p.dtype, *[states[place][name].dtype for name in names])
+            own = place if alone(whole[place]) else None
             buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
         """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
-        lists = {"param": [self.params[i] for i in places], "grad": [self.grads[i] for i in places]}
-        names = [k for name in layout for k in (name, scale_of(name)) if k in self.states[places[0]]]
-        lists |= {name: [self.states[i][name] for i in places] for name in names}
+        params, states = self.roster.params, self.roster.states
+        lists = {"param": [params[i] for i in places], "grad": [self.grads[i] for i in places]}
+        names = [k for name in layout for k in (name, scale_of(name)) if k in states[places[0]]]
+        lists |= {name: [states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
     def scale_memories(self, factor: Number) -> None:
@@ -162,7 +159,7 @@ class Active(NamedTuple):
         Memories of squares, named so, by its square; of those in eight bits the scales.
         """
         factors = torch.where(self.steps == 2, factor, 1.0)
-        for state, factor in zip(self.states, factors.unbind(), strict=True):
+        for state, factor in zip(self.roster.states, factors.unbind(), strict=True):
             for name, memory in state.items():
                 if name in KEPT or name == "shadow" or not memory.is_floating_point():
                     continue
@@ -172,11 +169,11 @@ class Active(NamedTuple):
         """Write the scalars that each tensor keeps, where the update was not skipped."""
         new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))
         values = [where(acts, after, before) for after, before in new]
-        if self.numbers is not None:
-            self.numbers.write(torch.cat(values))
+        if self.roster.numbers is not None:
+            self.roster.numbers.write(torch.cat(values))
             return
         for name, column in zip(KEPT, values, strict=True):
-            torch._foreach_copy_([s[name] for s in self.states], list(column.to(torch.float32).unbind()))
+            torch._foreach_copy_([s[name] for s in self.roster.states], list(column.to(torch.float32).unbind()))
 
 
 def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:

@@ -112,10 +112,10 @@ class EmoFact(EmoOptimizer):
 
     def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Whole]:
         wholes, sums = {}, []
-        for i, (param, part) in enumerate(zip(active.whole, active.grads, strict=True)):
+        for i, (param, part) in enumerate(zip(active.roster.whole, active.grads, strict=True)):
             if not self._needs_whole(param):
                 continue
-            sign = -1.0 if self.param_groups[active.groups[i]]["maximize"] else 1.0
+            sign = -1.0 if self.param_groups[active.roster.groups[i]]["maximize"] else 1.0
             grad = wide(part) * like(wide(part), sign * grad_scale)
             wholes[i] = whole = Whole.of_part(param, grad, sampled=self._emotion.reflects)
             dims = range(1, param.dim())

@@ -313,7 +313,7 @@ class EmoOptimizer(Bearer):
             rule, cut = self._rule(layout)
             how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
             bucket = active.bucket(places, layout, **how)
-            if not self._needs_whole(active.whole[places[0]]):
+            if not self._needs_whole(active.roster.whole[places[0]]):
                 bucket = bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))
             found.append((group, layout, rule, bucket))
         return found
@@ -329,7 +329,7 @@ class EmoOptimizer(Bearer):
         wholes = {} if skip else self._wholes(active, mood.grad_scale)
         for group, layout, rule, bucket in buckets:
             if options.use_shadow:
-                bucket.lean([active.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
+                bucket.lean([active.roster.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
             if not bucket.predicated and not bool(acts):
                 continue
             at = integers(tuple(bucket.places), active.lr.device)

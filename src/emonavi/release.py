@@ -25,7 +25,7 @@ from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
 from emonavi.machine import Mood, Options, Sums
 from emonavi.scalars import Number
-from emonavi.sweep import Bucket, all_norms
+from emonavi.sweep import all_norms
 
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
@@ -159,9 +159,8 @@ class Release:
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
             for places in active.buckets(optimizer._layout, optimizer._needs_whole).values():
-                params = [active.params[i] for i in places]
-                bucket = Bucket(places, {"param": params}, cut=True, foreach=True, predicated=begun.predicated)
-                bucket.lean([active.states[i]["shadow"] for i in places], mood.pull, 0.0)
+                bucket = active.bucket(places, (), cut=True, foreach=True, predicated=begun.predicated)
+                bucket.lean([active.roster.states[i]["shadow"] for i in places], mood.pull, 0.0)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)

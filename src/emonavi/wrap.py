@@ -193,14 +193,14 @@ class Emotional(Bearer):
     def _lean(self, active: Active, mood: Mood) -> None:
         """Move the parameters to their shadows and these to the parameters, as the mood says."""
         for places in active.buckets(lambda p: (), alone=lambda p: False).values():
-            kept = [i for i in places if "shadow" in self.state.get(active.params[i], {})]
+            kept = [i for i in places if "shadow" in self.state.get(active.roster.params[i], {})]
             if kept:
                 bucket = active.bucket(kept, (), cut=True, foreach=True, predicated=False)
-                bucket.lean([self.state[active.params[i]]["shadow"] for i in kept], mood.pull, mood.follow)
+                bucket.lean([self.state[active.roster.params[i]]["shadow"] for i in kept], mood.pull, mood.follow)
 
     def _move(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
         """Let the wrapped optimizer step, and compare the gradient with its step before."""
-        params, rates = active.params, active.rates(mood)[0]
+        params, rates = active.roster.params, active.rates(mood)[0]
         first = self._weights(rates, Ranks()) if not state.steps else None
         copies = [p.clone() for p in params] if first is not None and options.use_trust else []
         # Before it steps: some optimizers write to the gradients.
@@ -219,9 +219,9 @@ class Emotional(Bearer):
     @contextmanager
     def _acting(self, active: Active, rates: Tensor, grad_scale: Number) -> Iterator[None]:
         """Put the effective lr in the place of the user's, and an outlier's gradient, scaled down, in its place."""
-        acting = dict(zip(active.groups, rates.tolist(), strict=True))
+        acting = dict(zip(active.roster.groups, rates.tolist(), strict=True))
         lrs = {i: self.param_groups[i]["lr"] for i in acting}
-        scaled = list(zip(active.params, active.grads, strict=True)) if grad_scale != 1 else []
+        scaled = list(zip(active.roster.params, active.grads, strict=True)) if grad_scale != 1 else []
         try:
             for i, lr in lrs.items():
                 self.param_groups[i]["lr"] = torch.full_like(lr, acting[i]) if isinstance(lr, Tensor) else acting[i]
@@ -246,18 +246,18 @@ class Emotional(Bearer):
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples; remembers the step."""
-        kept = [self.state[p]["step_sample"] for p in active.params]
+        kept = [self.state[p]["step_sample"] for p in active.roster.params]
         sizes = [memories.shape[1] for memories in kept]
         counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
         inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
-        steps = before - samples(active.params, rates)
+        steps = before - samples(active.roster.params, rates)
         steps *= inverse.repeat_interleave(counts, output_size=len(steps))
         memories = torch.cat([m.to(rates.device) for m in kept], 1)
         terms = reflect(memories, grads, steps)
         torch._foreach_copy_(kept, list(memories.split(sizes, 1)))
-        whole = rates.new_tensor([p.numel() / size for p, size in zip(active.params, sizes, strict=True)])
+        whole = rates.new_tensor([p.numel() / size for p, size in zip(active.roster.params, sizes, strict=True)])
         sums = sums_of_each(terms, counts).to(rates.dtype) * whole
-        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in active.groups])
+        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in active.roster.groups])
         return Sums(sums[0] * signs, sums[1], sums[2], rates)
 
     # Groups and checkpoints -------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def _nothing(rates: Tensor) -> Sums:
 def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:
     """How far a first step went for each unit of lr: rms over the coordinates that have a gradient. Adam's is 1."""
     moved, count = 0.0, 0
-    for p, copy, grad, rate in zip(active.params, copies, active.grads, rates.tolist(), strict=False):
+    for p, copy, grad, rate in zip(active.roster.params, copies, active.grads, rates.tolist(), strict=False):
         if rate:
             moved += (float(torch.linalg.vector_norm(wide(p) - wide(copy))) / rate) ** 2
             count += int(grad.count_nonzero())
