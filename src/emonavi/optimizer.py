@@ -220,31 +220,9 @@ class EmoOptimizer(Bearer):
 
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
-        vector, ranks = self._vector(), self._peers()
-        predicated = _predicated(vector.device, self.param_groups[0])
-        plain = not predicated
-        fused = (plain or vector.is_cuda) and any(wanted(group, vector.device) for group in self.param_groups)
-        plan = self._plan
-        if plan is not None and plan.fits(found, self.state, self.param_groups):
-            params, grads, buckets = found.params, found.grads, plan.filled(found.grads)
-            norms = plan.norms(buckets)
-        else:
-            plan = self._plan = None
-            self._check_fit(found.params)
-            moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
-            params, grads = moved.params, [local_grad(p) for p in moved.params]
-            norms = all_norms(grads, vector, fused)
-        heard, norm = agreed(heard, norms, params, ranks)
-        self._missing.note(heard, type(self).__name__)
-        roster = self._roster(found.params, moved, fused and plain) if plan is None else plan.roster
-        active = Active.of(roster, grads, self.param_groups, self._decay_rate, vector)
-        if plan is None:
-            buckets = self._buckets(active, predicated)
-            self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
-        state: Any = self._emotion.unpack(vector, plain=plain)
-        options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
-        if not self._begun:
-            state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+        vector, ranks, predicated = self._vector(), self._peers(), self._is_predicated()
+        active, buckets, heard, norm = self._lined_up(found, heard)
+        state, options = self._opening(active, ranks)
         state, first_scale = self._emotion.look_back(state, norm, options)
         if self._is_second if predicated else first_scale != 1:
             active.scale_memories(first_scale)
@@ -255,11 +233,47 @@ class EmoOptimizer(Bearer):
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
-            grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), params).unbind()
+            grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), active.roster.whole).unbind()
             sums = Sums(grad_step, grad_grad, step_step, sums.weight)
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
+
+    def _lined_up(self, found: Found, heard: Loss | None) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
+        """Who moves, in which buckets, with the loss and the norm that all ranks agree on. Raises before a move."""
+        vector, ranks, predicated = self._vector(), self._peers(), self._is_predicated()
+        plan = self._plan
+        if plan is not None and plan.fits(found, self.state, self.param_groups):
+            moved, grads, buckets = found, found.grads, plan.filled(found.grads)
+            norms = plan.norms(buckets)
+        else:
+            plan = self._plan = None
+            self._check_fit(found.params)
+            moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
+            grads = [local_grad(p) for p in moved.params]
+            fused = any(wanted(group, vector.device) for group in self.param_groups)
+            norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated))
+        heard, norm = agreed(heard, norms, moved.params, ranks)
+        self._missing.note(heard, type(self).__name__)
+        roster = self._roster(found.params, moved, fused and not predicated) if plan is None else plan.roster
+        active = Active.of(roster, grads, self.param_groups, self._decay_rate, vector)
+        if plan is None:
+            buckets = self._buckets(active, predicated)
+            self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
+        return active, buckets, heard, norm
+
+    def _opening(self, active: Active, ranks: Ranks) -> tuple[Any, Options]:
+        """The emotion's state as a step begins with it, and what it has to know of the options."""
+        vector, plain = self._vector(), not self._is_predicated()
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
+        state: Any = self._emotion.unpack(vector, plain=plain)
+        if not self._begun:
+            state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+        return state, options
+
+    def _is_predicated(self) -> bool:
+        """Whether the emotion is tensors, and no value may be branched on; on the CPU nothing has to wait for one."""
+        return _predicated(self._vector().device, self.param_groups[0])
 
     def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
         """Who moves, with the state of all of ``params`` made where it is missing."""

@@ -97,15 +97,10 @@ class Release:
         for p in params:
             optimizer._make_state(p)
         active = self._active(everything)
-        predicated = vector.device.type != "cpu" or bool(optimizer.param_groups[0]["capturable"])
-        traits = optimizer._hold, optimizer._fall, optimizer._fades
-        options = active.options(optimizer.param_groups, *traits, plain=not predicated)
-        emotion: Any = optimizer._emotion
-        state = emotion.unpack(vector, plain=not predicated)
-        if not optimizer._begun:
-            state = emotion.begin(state, optimizer._weights(vector, Ranks()), active.lr.max(), options)
+        predicated = optimizer._is_predicated()
+        state, options = optimizer._opening(active, Ranks())
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
-        mood = emotion.mood(state, yes, one, options)
+        mood = optimizer._emotion.mood(state, yes, one, options)
         return _Begun(vector, state, options, mood, predicated)
 
     @torch.no_grad()
