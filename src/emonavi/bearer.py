@@ -18,7 +18,7 @@ from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, is_piece, local
-from emonavi.intake import Intake, Missing, callers_level
+from emonavi.intake import Intake, Loss, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.scalars import Number
@@ -182,7 +182,7 @@ class Bearer(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.flush()
 
-    # What a step begins with ------------------------------------------------------------------------------------
+    # What steps share -------------------------------------------------------------------------------------------
 
     def _found(self) -> Found:
         """Parameters that have a gradient."""
@@ -218,10 +218,21 @@ class Bearer(torch.optim.Optimizer):
                 stacklevel=callers_level(),
             )
 
-    def _signed(self, loss: Tensor | float, vector: Tensor) -> Tensor:
-        """The loss as the emotion takes it: a number to be made small."""
+    def _feel(self, state: Any, heard: Loss | None, vector: Tensor) -> Any:
+        """The state after a loss, which is taken as a number to be made small; the same where none was heard."""
+        if heard is None:
+            return state
+        loss = heard.value
         value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
-        return -value if self.param_groups[0]["maximize"] else value
+        return self._emotion.feel(state, -value if self.param_groups[0]["maximize"] else value, heard.window)
+
+    def _end(self, vector: Tensor, state: Any) -> None:
+        """Keep what a step has felt."""
+        vector.copy_(self._emotion.pack(state))
+        self._is_second, self._begun = not self._begun, True
+        self._intake.clear()
+        if self._recorder is not None:
+            self._recorder.record(vector, self._effective_lr(vector))
 
     # The state vector -------------------------------------------------------------------------------------------
 

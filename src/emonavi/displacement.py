@@ -22,7 +22,7 @@ from torch import Tensor
 
 from emonavi.sweep import wide
 
-__all__ = ["MEMORIES", "SAMPLE", "reflect", "sample", "samples", "sums_of_each"]
+__all__ = ["MEMORIES", "SAMPLE", "compared", "reflect", "sample", "samples", "sums_of_each"]
 
 SAMPLE = 2048  # coordinates of a tensor, at most
 BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
@@ -53,6 +53,31 @@ def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
     """The samples of all tensors, one after the other: a copy, on the emotion's device, in float32 or wider."""
     parts = [sample(t) for t in tensors]
     return wide(torch.cat(parts if all(p.device == home.device for p in parts) else [p.to(home.device) for p in parts]))
+
+
+def compared(kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, rates: Tensor) -> Tensor:
+    """Compare the gradients of a step with the step before, and remember where this one went.
+
+    Args:
+        kept: the memories of each tensor, of shape (3, sample); updated in place.
+        params: the tensors as the step has left them.
+        before: their samples, as :func:`samples` gives them, before the step.
+        grads: samples of the gradients that it was taken on.
+        rates: the effective lr of each tensor, 1-D; 0 where none was taken.
+
+    Returns:
+        The sums of reflection over each whole tensor, shape (3, tensors), in the dtype of ``rates``.
+    """
+    sizes = [memories.shape[1] for memories in kept]
+    counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
+    inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
+    steps = before - samples(params, rates)
+    steps *= inverse.repeat_interleave(counts, output_size=len(steps))
+    memories = torch.cat([m.to(rates.device) for m in kept], 1)
+    terms = reflect(memories, grads, steps)
+    torch._foreach_copy_(list(kept), list(memories.split(sizes, 1)))
+    whole = rates.new_tensor([p.numel() / size for p, size in zip(params, sizes, strict=True)])
+    return sums_of_each(terms, counts).to(rates.dtype) * whole
 
 
 def sums_of_each(terms: Tensor, sizes: Tensor) -> Tensor:

@@ -226,8 +226,7 @@ class EmoOptimizer(Bearer):
         state, first_scale = self._emotion.look_back(state, norm, options)
         if self._is_second if predicated else first_scale != 1:
             active.scale_memories(first_scale)
-        if heard is not None:
-            state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
+        state = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         self._note_skipped(acts)
         mood = self._emotion.mood(state, acts, grad_scale, options)
@@ -283,14 +282,6 @@ class EmoOptimizer(Bearer):
             hand_on(moved.params, [self.state[p] for p in moved.params], self._peers())
             self._is_loaded = False
         return Roster.of(moved, self.state, len(self.param_groups), fused)
-
-    def _end(self, vector: Tensor, state: Any) -> None:
-        """Keep what a step has felt."""
-        vector.copy_(self._emotion.pack(state))
-        self._is_second, self._begun = not self._begun, True
-        self._intake.clear()
-        if self._recorder is not None:
-            self._recorder.record(vector, self._effective_lr(vector))
 
     def _make_state(self, param: Tensor) -> None:
         """Make the state of a parameter where it is missing."""

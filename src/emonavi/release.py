@@ -146,9 +146,7 @@ class Release:
         vector = begun.vector
         emotion: Any = optimizer._emotion
         active = self._active(Found(list(moved), [m.group for m in moved.values()], [p.detach() for p in moved]))
-        state = begun.state
-        if heard is not None:
-            state = emotion.feel(state, optimizer._signed(heard.value, vector), heard.window)
+        state = optimizer._feel(begun.state, heard, vector)
         norm = torch.linalg.vector_norm(torch.stack([m.norm for m in moved.values()]))
         state, acts, _ = emotion.guard(state, norm, begun.options)
         if begun.options.use_shadow:

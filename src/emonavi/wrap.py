@@ -22,9 +22,10 @@ from emonavi import checks
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly, same_emotion, same_optimizer
-from emonavi.displacement import MEMORIES, reflect, sample, samples, sums_of_each
+from emonavi.displacement import MEMORIES, compared, sample, samples
 from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
+from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.scalars import Number, exp
 from emonavi.sweep import all_norms, wide
@@ -148,25 +149,25 @@ class Emotional(Bearer):
         """
         self._refuse_inside_calm("step()")
         heard, returned = self._intake.take(loss, closure)
-        found, vector = self._found(), self._vector()
-        moves = self._moves(found)
-        if moves:
-            checks.memory(found.params)
-            found = found.where([bool(p.numel()) for p in found.params])
-            params = found.params
-            heard, norm = agreed(heard, all_norms(found.grads, vector), params, self._peers())
-            self._missing.note(heard, type(self).__name__)
+        found = self._found()
+        if self._moves(found):
+            self._move(found, heard)
         elif found.params:
-            self._step_unfelt(found.params, vector)
-        if not moves:
-            return returned
+            self._step_unfelt(found.params)
+        return returned
+
+    def _move(self, found: Found, heard: Loss | None) -> None:
+        """The step of parameters that have a gradient."""
+        vector = self._vector()
+        checks.memory(found.params)
+        found = found.where([bool(p.numel()) for p in found.params])
+        heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
+        self._missing.note(heard, type(self).__name__)
         active = _alike(found, self.param_groups, vector)
         options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
-        state: Any = self._emotion.unpack(vector, plain=True)
-        if heard is not None:
-            state = self._emotion.feel(state, self._signed(heard.value, vector), heard.window)
-        before = state
-        state, acts, grad_scale = self._emotion.guard(state, norm, options)
+        before = self._feel(self._emotion.unpack(vector, plain=True), heard, vector)
+        state: Any
+        state, acts, grad_scale = self._emotion.guard(before, norm, options)
         self._note_skipped(acts)
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
@@ -175,17 +176,12 @@ class Emotional(Bearer):
             self._lean(active, mood)
         sums = _nothing(active.lr)
         if acts:
-            state, sums = self._move(active, mood, state, options)
-        vector.copy_(self._emotion.pack(self._emotion.reflect(state, sums, acts, options)))
-        self._begun = True
-        self._intake.clear()
-        if self._recorder is not None:
-            self._recorder.record(vector, self._effective_lr(vector))
-        return returned
+            state, sums = self._step_inner(active, mood, state, options)
+        self._end(vector, self._emotion.reflect(state, sums, acts, options))
 
-    def _step_unfelt(self, params: list[Tensor], vector: Tensor) -> None:
+    def _step_unfelt(self, params: list[Tensor]) -> None:
         """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
-        if bool(torch.isfinite(all_norms(_grads(params), vector)).all()):
+        if bool(torch.isfinite(all_norms(_grads(params), self._vector())).all()):
             self.inner.step()
             self._make_state(params)
         self._intake.clear()
@@ -198,7 +194,7 @@ class Emotional(Bearer):
                 bucket = active.bucket(kept, (), cut=True, foreach=True, predicated=False)
                 bucket.lean([self.state[active.roster.params[i]]["shadow"] for i in kept], mood.pull, mood.follow)
 
-    def _move(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
+    def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
         """Let the wrapped optimizer step, and compare the gradient with its step before."""
         params, rates = active.roster.params, active.rates(mood)[0]
         first = self._weights(rates, Ranks()) if not state.steps else None
@@ -246,19 +242,11 @@ class Emotional(Bearer):
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples; remembers the step."""
-        kept = [self.state[p]["step_sample"] for p in active.roster.params]
-        sizes = [memories.shape[1] for memories in kept]
-        counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
-        inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
-        steps = before - samples(active.roster.params, rates)
-        steps *= inverse.repeat_interleave(counts, output_size=len(steps))
-        memories = torch.cat([m.to(rates.device) for m in kept], 1)
-        terms = reflect(memories, grads, steps)
-        torch._foreach_copy_(kept, list(memories.split(sizes, 1)))
-        whole = rates.new_tensor([p.numel() / size for p, size in zip(active.roster.params, sizes, strict=True)])
-        sums = sums_of_each(terms, counts).to(rates.dtype) * whole
-        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in active.roster.groups])
-        return Sums(sums[0] * signs, sums[1], sums[2], rates)
+        params, groups = active.roster.params, active.roster.groups
+        kept = [self.state[p]["step_sample"] for p in params]
+        grad_step, grad_grad, step_step = compared(kept, params, before, grads, rates).unbind()
+        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in groups])
+        return Sums(grad_step * signs, grad_grad, step_step, rates)
 
     # Groups and checkpoints -------------------------------------------------------------------------------------
 
