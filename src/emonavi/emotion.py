@@ -1,9 +1,10 @@
 r"""The adaptive emotion: a pure state machine on single numbers.
 
-It has two senses. *Feeling* hears the loss, *reflection* compares today's gradient with the step taken last. Both move
-one multiplier on the user's learning rate, the *drive*. Nothing here knows a parameter, a group or a device: each
-function takes a :class:`State` and returns a new one. The numbers are 0-d tensors on a device, where no function
-branches on a value, so that a step never waits; on the CPU they are plain numbers (``scalars.py``).
+It has two senses. *Feeling*, which is here, hears the loss. *Reflection*, in ``reflection.py``, compares today's
+gradient with the step taken last. Both move one multiplier on the user's learning rate, the *drive*. Nothing here knows
+a parameter, a group or a device: each function takes a :class:`State` and returns a new one. The numbers are 0-d
+tensors on a device, where no function branches on a value, so that a step never waits; on the CPU they are plain
+numbers (``scalars.py``).
 
 Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
 
@@ -13,31 +14,12 @@ Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
     scalar   = tanh((tension - progress) / 2)         > 0: the loss rises beyond its noise, < 0: it improves
     log drive -= min(0.05, 2/n) clip((tension - 1) / 2, 0, 1)    the brake, while the loss rises: x > short + dev / 2
 
-Reflection, for the cosine :math:`c_t` between today's gradient and the optimizer's last step, in the rule's metric::
-
-    trust += max(0.1, 1/n) (c_t - trust)      fast += max(0.3, 1/n) (c_t - fast)
-    noise += max(0.1, 1/(n+1)) ((c_t - trust)^2 - noise)
-    T      = 2.38 (fast - up) / sqrt(noise)          fast's own t-statistic; up = max(target, 0), and T' from the target
-    slow   = min(0.05, 2/n) clip((trust - up) / scale, 0, 1)            within the noise: on a logarithmic clock,
-           - min(0.05, fall/n) clip((target - trust) / scale, 0, 1)     scale = min(0.1, sqrt(noise))
-    sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 4) / 4, 0, 1))  beyond doubt
-    free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
-    log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
-
-Under noise alone trust settles half a standard deviation below 0, so that doubt ends later downwards. Target and fall
-are the rule's. The target, in standard deviations of the cosine, is 0 for Adam, below for a rule without momentum
-(EmoFact), above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which
-its trust comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same
-sums; under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
-gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
-
 For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
 asymmetry. Nothing acts on them: two attempts at it were no better (``docs/watching.md``).
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
-Source: the emotional scalar is an idea of muooon/EmoNavi. Reflection is hypergradient descent (Baydin et al. 2018,
-https://arxiv.org/abs/1703.04782), normalised to a cosine so that no scale enters.
+Source: the emotional scalar is an idea of muooon/EmoNavi.
 """
 
 from __future__ import annotations
@@ -49,8 +31,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi.machine import Mood, Options, Sums, Weights, keep, regular
-from emonavi.scalars import Number, clamp, exp, isfinite, like, log, negate, number, rsqrt, sqrt, tanh, where
+from emonavi.machine import Mood, Options, Weights, keep, regular
+from emonavi.reflection import NEVER, Reflection, running_mean
+from emonavi.scalars import Number, clamp, exp, isfinite, like, log, negate, number, sqrt, tanh, where
 
 __all__ = ["Emotion", "State"]
 
@@ -58,10 +41,7 @@ LOG_TENTH = math.log(0.1)
 LOG_HALF = math.log(0.5)
 VERSION = 3.0
 ENTRIES_OF_VERSION_2 = 38  # the first ones of today's, with the same meaning
-NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
-DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 REST_STEPS = 3
-HEAL_RATE = (LOG_HALF - LOG_TENTH) / 7  # with the three steps of rest: back at half the earlier drive within ten
 MOMENTS_RATE = 0.02  # of the scalar's moments: the last fifty losses
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
@@ -118,11 +98,6 @@ class State(NamedTuple):
     scalar_size: Number  # mean of |scalar|
 
 
-def _mean(old: Number, new: Number, rate: float, count: Number) -> Number:
-    """Running mean of the given rate that is the plain mean of all values until there are 1/rate of them."""
-    return old + clamp(1 / clamp(count, 1.0), rate) * (new - old)
-
-
 def _moments(state: State, scalar: Number, count: Number) -> dict[str, Number]:
     """Running central moments of the scalar, the n-th of them.
 
@@ -144,7 +119,7 @@ def _moments(state: State, scalar: Number, count: Number) -> dict[str, Number]:
 
 
 @dataclass(frozen=True)
-class Emotion:
+class Emotion(Reflection):
     """Constants of the adaptive emotion. The defaults are the measured policy; each field says why it is there.
 
     Args:
@@ -262,10 +237,10 @@ class Emotion:
         # One absurd loss must not own the memories; a new level is still reached fast, since dev grows with it.
         x = where(known, clamp(x, state.short - self.spike * dev, state.short + self.spike * dev), x)
 
-        short = _mean(state.short, x, 0.3, n)
-        medium = _mean(state.medium, x, 0.05, n)
-        long = _mean(state.long, x, 0.01, n)
-        deviation = where(n > 1, _mean(state.dev, abs(x - state.short), 0.02, n - 1), state.dev)
+        short = running_mean(state.short, x, 0.3, n)
+        medium = running_mean(state.medium, x, 0.05, n)
+        long = running_mean(state.long, x, 0.01, n)
+        deviation = where(n > 1, running_mean(state.dev, abs(x - state.short), 0.02, n - 1), state.dev)
         near = state.near + (x - state.near) / (0.1 * (n - 1) + 1)
         far = state.far + (x - state.far) / (0.4 * (n - 1) + 1)
         calm = where((near < 0) & (far - near < -self.done * near), state.calm + 1, 0.0)
@@ -321,8 +296,8 @@ class Emotion:
         new = state._replace(
             norms=n,
             grad_norm=norm,
-            log_norm=_mean(state.log_norm, taken, 0.05, n),
-            log_norm_var=where(n > 1, _mean(state.log_norm_var, off * off, 0.05, n - 1), 0.0),
+            log_norm=running_mean(state.log_norm, taken, 0.05, n),
+            log_norm_var=where(n > 1, running_mean(state.log_norm_var, off * off, 0.05, n - 1), 0.0),
         )
         new = keep(finite & (norm > 0), new, state)
         return self._alarm(new, finite), finite, grad_scale
@@ -368,106 +343,6 @@ class Emotion:
         }
         return next((word for word, holds in words.items() if holds), "steady")
 
-    def reflect(self, state: State, sums: Sums, acted: Number, options: Options) -> State:
-        """Learn from the cosine between today's gradient and the last step; ``acted`` is False for a skipped update."""
-        last = where(acted, state.scalar, state.last_scalar)
-        state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted, last_scalar=last)
-        weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
-        grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
-        # Free of lr: a drive that was cut must not look like a run with nothing left to gain.
-        most = like(state.code, sums.weight.max()) if len(sums.weight) else like(state.code, 0.0)
-        # Two roots: the product of two sums of squares may leave the range of numbers.
-        gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0)) / clamp(most, 1e-300)
-        cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
-        seen = acted & (gain > 0) & isfinite(gain) & isfinite(cosine)
-        cosine, gain = where(seen, clamp(cosine, -1.0, 1.0), 0.0), where(seen, gain, 0.0)
-
-        n = state.reflections + 1
-        trust = _mean(state.trust, cosine, 0.1, n)
-        fast = _mean(state.fast, cosine, 0.3, n)
-        noise = _mean(state.noise, (cosine - trust) * (cosine - trust), 0.1, n + 1)
-        new = state._replace(
-            reflections=n, trust=trust, fast=fast, noise=noise,
-            gain=_mean(state.gain, gain, 0.1, n), gain_mean=_mean(state.gain_mean, gain, 0.0, n),
-        )  # fmt: skip
-        new = keep(seen, new, state)
-        # A brake is for the loss of its own step: it must not outlast a loss that is heard no more.
-        return self._drive(new, seen, acted, options)._replace(brake=like(state.code, 0.0))
-
-    def _drive(self, state: State, seen: Number, acted: Number, options: Options) -> State:
-        """Move the drive: rest, return after a panic, or follow trust."""
-        if options.use_trust:
-            change = self._lean(state, options)
-            change = where(seen & (state.reflections > 3), change, 0.0)
-        else:
-            change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
-        resting = state.rest > 0
-        healing = negate(resting) & (state.log_drive < state.goal - 1e-6)
-        heal = clamp(state.goal - state.log_drive, high=HEAL_RATE)
-        change = where(healing, heal * (state.brake == 0), change)
-        change = where(resting, 0.0, change)
-
-        log_drive = self._bounded(state.log_drive + where(acted, change, 0.0), options)
-        decayed = options.decayed & (state.log_drive_peak > NEVER)
-        log_drive = where(decayed, clamp(log_drive, high=state.log_drive_peak), log_drive)
-        peak = where(decayed, state.log_drive_peak, clamp(state.log_drive_peak, log_drive))
-        return state._replace(
-            log_drive=log_drive,
-            log_drive_peak=peak,
-            rest=where(acted, clamp(state.rest - 1, 0.0), state.rest),
-            goal=where(resting | healing, state.goal, NEVER),
-        )
-
-    def _lean(self, state: State, options: Options) -> Number:
-        """Where trust leans: the change of the log drive that it asks for."""
-        deviation = sqrt(clamp(state.noise, 1e-12))
-        target = -options.hold * deviation
-        # Growth wants a positive trust, even where the target is below 0: a step too long can ruin a network.
-        up = clamp(target, 0.0)
-        # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
-        t_above, t_below = 2.38 * (state.fast - up) / deviation, 2.38 * (target - state.fast) / deviation
-        # Noise alone keeps fast near -0.65 deviations, T' near -1.5: from 2 on, chance would lower the lr at any age.
-        sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 4) / 4, 0.0, 1.0))
-        # The more weights there are, the smaller are both the cosine and its noise.
-        scale = clamp(deviation, high=0.1)
-        above, below = clamp((state.trust - up) / scale, 0.0, 1.0), clamp((target - state.trust) / scale, 0.0, 1.0)
-        slow = self._pace(state, self.clock) * above - self._pace(state, options.fall) * below
-        change = where(abs(sure) > abs(slow), sure, slow)
-        free = self.sure * clamp((2.38 * state.fast / deviation + 1) / 2, 0.0, 1.0)
-        harmless = (state.log_drive < state.free) & (state.brake == 0) & (free > 0)
-        change = where(harmless, clamp(change, free), change)
-        return where(self._nothing_to_gain(state), clamp(change, high=0.0), change)
-
-    def _nothing_to_gain(self, state: State) -> Number:
-        """The training loss is at its floor: growth from here on is a climb into overfitting."""
-        return state.gain < self.nothing * state.gain_mean
-
-    def _pace(self, state: State, clock: float) -> Number:
-        """Largest change of the log drive within the noise."""
-        return clamp(clock / clamp(state.reflections, 1.0), high=self.pace)
-
-    def _bounded(self, log_drive: Number, options: Options) -> Number:
-        """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""
-        low, high = log(like(log_drive, options.lowest_drive)), log(like(log_drive, options.highest_drive))
-        return clamp(clamp(log_drive, low, high), *DRIVE_RANGE)
-
-    def reflect_each(
-        self, state: State, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
-    ) -> tuple[Tensor, Tensor]:
-        """The same reflection for each tensor's own drive and trust (1-D, one entry a tensor)."""
-        cosine = sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step)
-        seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0) & torch.isfinite(cosine)
-        cosine = torch.where(seen, torch.clamp(cosine, -1, 1), 0.0)
-        trust = torch.where(seen, _mean(trust, cosine, 0.1, count), trust)
-        change = self.tensor_pace * self._pace(state, self.clock) * torch.clamp((trust - state.trust) / 0.1, -1, 1)
-        log_drive = torch.clamp(torch.log(drive) + change, -self.tensor_range, self.tensor_range)
-        return torch.where(seen & (count > 7), torch.exp(log_drive), drive), trust
-
     def should_stop(self, state: State) -> Number:
         """True while the last stretch gave next to nothing of all progress, for long enough."""
         return state.calm > clamp(0.05 * state.losses, 64.0)
-
-
-def _rsqrt(x: Number) -> Number:
-    """One over the square root; finite for 0, whose product with 0 is then 0."""
-    return rsqrt(clamp(x, 1e-300))

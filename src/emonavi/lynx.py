@@ -6,8 +6,8 @@ With gradient :math:`g` and a ready ``step_size`` and ``decay`` for each tensor:
     param     = decay param - step_size direction                       step_size = lr drive fade
     exp_avg   = beta2 exp_avg + (1 - beta2) g
 
-The fade, at most 1, is the gain of late over its mean so far (``emotion.py``; 1 in the presets): a sign is as long
-beside a gradient of 0 as beside any other. It is no part of ``effective_lr``, and ``min_lr`` is no floor under it.
+The fade, at most 1, is the gain of late over its mean so far (``reflection.py``; 1 in the presets): a sign is as
+long beside a gradient of 0 as beside any other. It is no part of ``effective_lr``, and ``min_lr`` is no floor under it.
 
 Reflection compares g with the sign of the memory as it stood before this update, in Lion's own metric:
 <g, sign(exp_avg)> over sum |g|.
