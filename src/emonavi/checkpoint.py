@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emonavi import checks, lowbit
+from emonavi import lowbit
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
 from emonavi.intake import callers_level
 from emonavi.machine import KEPT, Machine
 from emonavi.presets import PRESETS
+from emonavi.spelling import FLAGS, NUMBERS
 
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
@@ -73,7 +74,7 @@ def fitting(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, An
     same_emotion(state_dict, optimizer._emotion)
     _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
     # Of the defaults only our own: torch, and whoever else, may add to them.
-    options = {*checks.NUMBERS, *checks.FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
+    options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
     same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
     _same_shapes(state_dict, [optimizer._shapes(p) for p in params])
     return state_dict

@@ -14,6 +14,7 @@ from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
 from emonavi.machine import Machine
 from emonavi.presets import PRESETS, Preset
+from emonavi.spelling import plain, truth, word
 
 __all__ = [
     "capture",
@@ -28,30 +29,15 @@ __all__ = [
     "process_group",
     "rate",
     "shared",
-    "spelled",
     "whole",
     "writer",
 ]
 
 # What an option is where the emotion does not have it.
 NEUTRAL: dict[str, Any] = {"use_shadow": False, "use_trust": False, "max_norm": 0.0, "min_lr": 0.0, "max_lr": None}
-NUMBERS = ("lr", "eps", "weight_decay", "max_norm", "min_lr", "max_lr")
-# Whether None is a choice, too: that of the emotion, or of the version.
-FLAGS = {
-    **{"use_shadow": True, "use_trust": True, "foreach": True, "fused": True},
-    **{"maximize": False, "capturable": False, "decoupled_weight_decay": False},
-    "stochastic_rounding": False,
-}
 # What is felt is one for all groups, and so is how: a group that asks for something else would not be heard.
 SHARED = ("use_shadow", "use_trust", "max_norm", "capturable", "state_dtype")
 CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_group")
-WORDS = {"true": True, "1": True, "false": False, "0": False}
-# How a command line, or torch, may call the ways to store state.
-STATE_DTYPES: dict[Any, str | None] = {
-    **dict.fromkeys((None, "none", "fp32", "float32", "torch.float32", torch.float32)),
-    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16), "bf16"),
-    **dict.fromkeys(("8bit", "int8", "uint8", "torch.int8", "torch.uint8", torch.int8, torch.uint8), "8bit"),
-}
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,98 +71,19 @@ def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
     return {k: own[k] if v is None else v for k, v in felt.items()}
 
 
-def spelled(given: dict[str, Any]) -> dict[str, Any]:
-    """Options in their own types where they are spelled as strings, or as 0 and 1, as command lines have them.
-
-    Numbers of numpy become Python's: ``weights_only=True`` would not load a checkpoint that holds them.
-
-    Numbers that are none stay as they are: :func:`group` names them together with what they should be.
-
-    Raises:
-        ValueError: a flag is neither true nor false.
-
-    Example:
-        >>> spelled({"lr": "1e-3", "betas": "0.9,0.99", "use_shadow": "True", "foreach": 0, "max_lr": "None"})
-        {'lr': 0.001, 'betas': (0.9, 0.99), 'use_shadow': True, 'foreach': False, 'max_lr': None}
-    """
-    meant = dict(given)
-    for name, value in given.items():
-        if name in FLAGS:
-            meant[name] = _flag(name, value)
-        elif name in NUMBERS:
-            meant[name] = _number(value, none=name in ("max_norm", "min_lr", "max_lr"))
-        elif name == "betas":
-            meant[name] = _pair(value)
-        elif name == "state_dtype":
-            meant[name] = _state_dtype(value)
-    return meant
-
-
-def _state_dtype(given: Any) -> str | None:
-    word = given.strip().lower() if isinstance(given, str) else given
-    if not isinstance(word, (str, torch.dtype, type(None))) or word not in STATE_DTYPES:
-        raise ValueError(f"state_dtype={given!r}: choose None (float32), 'bf16' or '8bit'")
-    return STATE_DTYPES[word]
-
-
-def _pair(given: Any) -> Any:
-    parts = given
-    if isinstance(given, str):
-        parts = given.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
-    elif hasattr(given, "tolist"):
-        parts = given.tolist()
-    if not isinstance(parts, (list, tuple)):
-        return given
-    numbers = tuple(_number(part) for part in parts)
-    return given if any(isinstance(n, str) for n in numbers) else numbers
-
-
-def _plain(given: Any) -> Any:
-    """A scalar of numpy as Python's; all else as it is."""
-    alone = getattr(given, "shape", None) == () and not isinstance(given, Tensor)
-    return given.item() if alone else given
-
-
-def _flag(name: str, given: Any) -> bool | None:
-    none, given = FLAGS[name], _plain(given)
-    word = given.strip().lower() if isinstance(given, str) else None
-    if none and (given is None or word == "none"):
-        return None
-    if word in WORDS:
-        return WORDS[word]
-    if isinstance(given, (bool, int)) and given in (0, 1):
-        return bool(given)
-    raise ValueError(f"{name}={given!r}: give True or False{', or None to leave the choice' if none else ''}")
-
-
-def _number(given: Any, none: bool = False) -> Any:
-    if not isinstance(given, str):
-        return _plain(given)
-    if none and given.strip().lower() == "none":
-        return None
-    try:
-        return float(given)
-    except ValueError:
-        return given
-
-
 def capture(given: str | bool) -> bool:
     """Whether to hear the loss at backward."""
-    word = given.strip().lower() if isinstance(given, str) else _plain(given)
-    if word == "auto":
-        return True
-    if isinstance(word, str) and word in WORDS:
-        return WORDS[word]
-    if isinstance(word, (bool, int)) and word in (0, 1):
-        return bool(word)
-    raise ValueError(f"capture={given!r}: choose 'auto' (hear the loss at backward) or False")
+    hears = True if word(given) == "auto" else truth(given)
+    if hears is None:
+        raise ValueError(f"capture={given!r}: choose 'auto' (hear the loss at backward) or False")
+    return hears
 
 
 def process_group(given: Any) -> Any:
     """Over which replicas the loss is averaged."""
-    word = given.strip().lower() if isinstance(given, str) else given
-    if word in ("auto", "none") or word is None:
-        return "auto" if word == "auto" else None
+    said = word(given)
+    if said in ("auto", "none") or said is None:
+        return "auto" if said == "auto" else None
     if torch.distributed.is_available() and isinstance(given, torch.distributed.ProcessGroup):
         return given
     raise ValueError(f"process_group={given!r}: choose 'auto' (the default group), None (never), or a process group")
@@ -263,7 +170,7 @@ def gradients(grads: Sequence[Tensor | None]) -> None:
 
 def rate(lr: Any) -> None:
     """An lr as a scheduler, or the user, has left it in a group."""
-    if not math.isfinite(_as_float(_plain(lr))):
+    if not math.isfinite(_as_float(plain(lr))):
         raise ValueError(f"lr={lr!r} in a group: a step needs a finite number; see who wrote it, or set it anew")
 
 
@@ -290,9 +197,9 @@ def writer(given: Any) -> Any:
     """An object with ``add_scalar``; a path becomes a TensorBoard writer on that directory."""
     if isinstance(given, (str, os.PathLike)):
         path = os.path.expanduser(given)  # no shell has done it where a trainer's command line passes the string
-        if path.strip().lower() == "none":
+        if word(path) == "none":
             return None
-        if not path.strip() or path.strip().lower() in WORDS:
+        if not path.strip() or truth(path) is not None:
             raise ValueError(f"writer={given!r}: name a log directory for TensorBoard, or leave it out")
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi import checks
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
+from emonavi.spelling import spelled
 from emonavi.sweep import Reflected, Rule, dot, wide
 
 __all__ = ["EmoLynx", "emolynx"]
@@ -87,7 +87,7 @@ class EmoLynx(EmoOptimizer):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = True,
     ) -> None:
-        own = checks.spelled({"decoupled_weight_decay": decoupled_weight_decay})
+        own = spelled({"decoupled_weight_decay": decoupled_weight_decay})
         super().__init__(
             params, lr, betas, eps, weight_decay, emotion=emotion, use_shadow=use_shadow, use_trust=use_trust,
             max_norm=max_norm, min_lr=min_lr, max_lr=max_lr, writer=writer, capture=capture,

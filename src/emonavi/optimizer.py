@@ -26,6 +26,7 @@ from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number, integers
+from emonavi.spelling import spelled
 from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
 
 __all__ = ["EmoOptimizer"]
@@ -104,10 +105,10 @@ class EmoOptimizer(Bearer):
         stochastic_rounding: bool = True,
     ) -> None:
         machine = checks.emotion(emotion, self._generations)
-        felt = checks.spelled({
+        felt = spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         })  # fmt: skip
-        defaults = checks.spelled({
+        defaults = spelled({
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
             "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
@@ -354,7 +355,7 @@ class EmoOptimizer(Bearer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
-        param_group.update(checks.spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
+        param_group.update(spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
         for name in checks.SHARED:
             if param_group.get(name, 0) is None:
                 del param_group[name]  # the choice is left to the emotion

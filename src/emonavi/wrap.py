@@ -28,6 +28,7 @@ from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.scalars import Number, exp
+from emonavi.spelling import spelled
 from emonavi.sweep import all_norms, wide
 
 __all__ = ["Emotional"]
@@ -95,7 +96,7 @@ class Emotional(Bearer):
         process_group: Any = "auto",
     ) -> None:
         machine = _adaptive(emotion)
-        felt = checks.options(machine, checks.spelled({
+        felt = checks.options(machine, spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         }))  # fmt: skip
         hears, missing, replicas = (
