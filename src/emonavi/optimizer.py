@@ -25,9 +25,9 @@ from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
-from emonavi.scalars import Number, integers
+from emonavi.scalars import Number
 from emonavi.spelling import spelled
-from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, wide
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, integers, wide
 
 __all__ = ["EmoOptimizer"]
 

@@ -8,7 +8,6 @@ takes either kind and gives back the same kind, so that the emotion is written o
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +17,6 @@ __all__ = [
     "Number",
     "clamp",
     "exp",
-    "integers",
     "isfinite",
     "like",
     "log",
@@ -98,28 +96,3 @@ def rsqrt(x: Number) -> Number:
 def tanh(x: Number) -> Number:
     """Hyperbolic tangent."""
     return torch.tanh(x) if isinstance(x, Tensor) else math.tanh(x)
-
-
-def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whole numbers as an int64 vector, on the device without a wait. Not to be written to.
-
-    Example:
-        >>> integers((3, 1), torch.device("cpu"))
-        tensor([3, 1])
-    """
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-    return _by_value(numbers, device) if torch.cuda.is_current_stream_capturing() else _copied(numbers, device)
-
-
-def _by_value(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """As arguments of launches: a graph would copy again at each replay, from wherever the numbers once lay."""
-    made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(made.unbind()), list(numbers))
-    return made
-
-
-@lru_cache(maxsize=256)  # from step to step tensors mostly stay where they are
-def _copied(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
-    return pinned.to(device, non_blocking=True)

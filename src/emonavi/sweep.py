@@ -7,6 +7,7 @@ cache-sized pieces; what is stored in fewer bits is computed in float32 and writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,9 +17,9 @@ from emonavi import lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
-from emonavi.scalars import Number, integers, like
+from emonavi.scalars import Number, like
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "to_home", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide"]
 
 T = TypeVar("T")
 
@@ -135,6 +136,31 @@ def _by_kind(items: Sequence[T], tensor: Callable[[T], Tensor]) -> dict[tuple[to
 def to_home(value: Tensor, home: Tensor) -> Tensor:
     """The value on the device and in the dtype of the emotion."""
     return value.to(home.device, home.dtype)
+
+
+def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as an int64 vector, on the device without a wait. Not to be written to.
+
+    Example:
+        >>> integers((3, 1), torch.device("cpu"))
+        tensor([3, 1])
+    """
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    return _by_value(numbers, device) if torch.cuda.is_current_stream_capturing() else _copied(numbers, device)
+
+
+def _by_value(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """As arguments of launches: a graph would copy again at each replay, from wherever the numbers once lay."""
+    made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(made.unbind()), list(numbers))
+    return made
+
+
+@lru_cache(maxsize=256)  # from step to step tensors mostly stay where they are
+def _copied(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+    return pinned.to(device, non_blocking=True)
 
 
 def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ from emonavi.kernels.cpu import OWN, wanted_size
 from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
-from emonavi.scalars import integers
+from emonavi.sweep import integers
 
 try:
     import triton.language as tl
