@@ -17,17 +17,15 @@ from emonavi.presets import PRESETS, Preset
 from emonavi.spelling import plain, truth, word
 
 __all__ = [
-    "capture",
     "emotion",
     "fits",
     "gradients",
     "group",
     "memory",
-    "on_missing_loss",
     "options",
     "parameters",
-    "process_group",
     "rate",
+    "settings",
     "shared",
     "whole",
     "writer",
@@ -69,6 +67,11 @@ def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
     if own["min_lr"] > _as_float(felt["max_lr"]) >= 0:
         own["min_lr"] = felt["max_lr"]  # a wall below the default floor takes the floor with it
     return {k: own[k] if v is None else v for k, v in felt.items()}
+
+
+def settings(hears: str | bool, missing: str, group: Any) -> tuple[bool, str, Any]:
+    """What is set once and is no part of a checkpoint: capture, on_missing_loss and process_group."""
+    return capture(hears), on_missing_loss(missing), process_group(group)
 
 
 def capture(given: str | bool) -> bool:

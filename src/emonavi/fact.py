@@ -83,15 +83,7 @@ class EmoFact(EmoOptimizer):
         return ("exp_avg_row", "exp_avg_col", "exp_avg_sample")[: 3 if self._emotion.reflects else 2]
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        if param.dim() < 2:
-            return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
-        here, dims = wide(local(param.detach())), range(1, param.dim())
-        made = {
-            "exp_avg_row": placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,)),
-            "exp_avg_col": placed(here.new_zeros((1, *here.shape[1:])), param, dims),
-            "exp_avg_sample": here.new_zeros(-(-param.numel() // sample_stride(param.numel()))),
-        }
-        return {name: made[name] for name in self._layout(param)}
+        return fresh_memories(param, self._layout(param))
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return (emonavi, True) if "exp_avg" in layout else (emofact, False)
@@ -131,10 +123,19 @@ def sample_stride(count: int) -> int:
 
 
 def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros under these names: of rows and of columns of a matrix where the name says so, else shaped as it is."""
-    like = torch.zeros_like(wide(param.detach()))
-    shapes = {"exp_avg_row": (*param.shape[:1], *(1 for _ in param.shape[1:])), "exp_avg_col": (1, *param.shape[1:])}
-    return {name: like.new_zeros(shapes[name]) if name in shapes else like.clone() for name in layout}
+    """Zeros under these names: of a matrix's rows, columns or sample where the name says so, else shaped as it is."""
+    here, dims = wide(local(param.detach())), range(1, param.dim())
+
+    def made(name: str) -> Tensor:
+        if name == "exp_avg_row":
+            return placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,))
+        if name == "exp_avg_col":
+            return placed(here.new_zeros((1, *here.shape[1:])), param, dims)
+        if name == "exp_avg_sample":
+            return here.new_zeros(-(-param.numel() // sample_stride(param.numel())))
+        return torch.zeros_like(wide(param))
+
+    return {name: made(name) for name in layout}
 
 
 def sample(batch: Tensor) -> Tensor:
@@ -234,18 +235,23 @@ def emofact(
     denom = torch.mul(exp_avg_row.sqrt().div_(bias), exp_avg_col.sqrt(), out=square).add_(eps)
     reflected = None
     if reflect and exp_avg_sample is not None:
-        if whole is None:
-            new = some = sample(grad)
-            memory, metric, numel = exp_avg_sample, sample(denom), grad[0].numel()
-        else:
-            new, some, numel = whole.sample, grad.flatten(1)[:, whole.at], whole.numel
-            memory, metric = exp_avg_sample[:, whole.places], denom.flatten(1)[:, whole.at]
-        scale = numel / exp_avg_sample.shape[1]
-        scaled = some / metric
-        sums = dot(memory, scaled), dot(some, scaled), dot(memory, memory / metric)
-        reflected = sums[0] * scale, sums[1] * scale, sums[2] * scale
-        exp_avg_sample.lerp_(new, SAMPLE_RATE)
+        reflected = _reflected(grad, denom, exp_avg_sample, whole)
     if decay is not None:
         param.mul_(decay)
     param.addcmul_(torch.div(grad, denom, out=denom), step_size, value=-1)
     return reflected
+
+
+def _reflected(grad: Tensor, denom: Tensor, exp_avg_sample: Tensor, whole: Whole | None) -> Reflected:
+    """The sums of reflection, by what is remembered of the sample; then it remembers the sample of this gradient."""
+    if whole is None:
+        new = some = sample(grad)
+        memory, metric, numel = exp_avg_sample, sample(denom), grad[0].numel()
+    else:
+        new, some, numel = whole.sample, grad.flatten(1)[:, whole.at], whole.numel
+        memory, metric = exp_avg_sample[:, whole.places], denom.flatten(1)[:, whole.at]
+    scale = numel / exp_avg_sample.shape[1]
+    scaled = some / metric
+    sums = dot(memory, scaled), dot(some, scaled), dot(memory, memory / metric)
+    exp_avg_sample.lerp_(new, SAMPLE_RATE)
+    return sums[0] * scale, sums[1] * scale, sums[2] * scale

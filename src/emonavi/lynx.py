@@ -26,7 +26,7 @@ from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
 from emonavi.spelling import spelled
-from emonavi.sweep import Reflected, Rule, dot, wide
+from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoLynx", "emolynx"]
 
@@ -107,9 +107,6 @@ class EmoLynx(EmoOptimizer):
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         return ("exp_avg",)
-
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(wide(param))}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return emolynx, True

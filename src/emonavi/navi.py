@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from emonavi.optimizer import EmoOptimizer
-from emonavi.sweep import Reflected, Rule, dot, wide
+from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoNavi", "emonavi"]
 
@@ -48,9 +48,6 @@ class EmoNavi(EmoOptimizer):
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
-
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return emonavi, True

@@ -34,7 +34,7 @@ from emonavi.machine import Mood
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
 from emonavi.scalars import Number, number
-from emonavi.sweep import Reflected, Rule, dot, wide
+from emonavi.sweep import Reflected, Rule, dot
 from emonavi.zeal import softsign
 
 __all__ = ["EmoNeco", "emoneco", "emoneco_v3"]
@@ -99,9 +99,6 @@ class EmoNeco(EmoOptimizer):
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         return ("exp_avg",)
-
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(wide(param))}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return (emoneco if self._emotion.reflects else emoneco_v3), False

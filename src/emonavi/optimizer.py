@@ -113,12 +113,10 @@ class EmoOptimizer(Bearer):
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
             "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
-        hears, missing, group = (
-            checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
-        )  # fmt: skip
+        settings = checks.settings(capture, on_missing_loss, process_group)
         self._emotion = machine  # a group that asks for kernels needs it
         super().__init__(params, defaults)
-        self._setup(machine, hears, missing, group)
+        self._setup(machine, *settings)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
@@ -142,8 +140,8 @@ class EmoOptimizer(Bearer):
         raise NotImplementedError
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The state tensors of a parameter, under the names of its layout."""
-        raise NotImplementedError
+        """The state tensors of a parameter, under the names of its layout: zeros, shaped as it is."""
+        return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         """The rule for a layout, and whether it is elementwise."""

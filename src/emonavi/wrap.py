@@ -99,15 +99,13 @@ class Emotional(Bearer):
         felt = checks.options(machine, spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         }))  # fmt: skip
-        hears, missing, replicas = (
-            checks.capture(capture), checks.on_missing_loss(on_missing_loss), checks.process_group(process_group),
-        )  # fmt: skip
+        settings = checks.settings(capture, on_missing_loss, process_group)
         _wrappable(optimizer)
         for group in optimizer.param_groups:
             _check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
         self.inner = optimizer
         super().__setstate__({})  # torch's way to the hooks: groups and state are not made, they are the optimizer's
-        self._setup(machine, hears, missing, replicas)
+        self._setup(machine, *settings)
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
             _dress(optimizer, group, felt)
