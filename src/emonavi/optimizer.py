@@ -220,8 +220,8 @@ class EmoOptimizer(Bearer):
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
         vector, ranks, predicated = self._vector(), self._peers(), self._is_predicated()
-        active, buckets, heard, norm = self._lined_up(found, heard)
-        state, options = self._opening(active, ranks)
+        active, buckets, heard, norm = self._lined_up(found, heard, predicated)
+        state, options = self._opening(active, ranks, predicated)
         state, first_scale = self._emotion.look_back(state, norm, options)
         if self._is_second if predicated else first_scale != 1:
             active.scale_memories(first_scale)
@@ -237,9 +237,11 @@ class EmoOptimizer(Bearer):
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
 
-    def _lined_up(self, found: Found, heard: Loss | None) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
+    def _lined_up(
+        self, found: Found, heard: Loss | None, predicated: bool
+    ) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
         """Who moves, in which buckets, with the loss and the norm that all ranks agree on. Raises before a move."""
-        vector, ranks, predicated = self._vector(), self._peers(), self._is_predicated()
+        vector, ranks = self._vector(), self._peers()
         plan = self._plan
         if plan is not None and plan.fits(found, self.state, self.param_groups):
             moved, grads, buckets = found, found.grads, plan.filled(found.grads)
@@ -260,9 +262,9 @@ class EmoOptimizer(Bearer):
             self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
         return active, buckets, heard, norm
 
-    def _opening(self, active: Active, ranks: Ranks) -> tuple[Any, Options]:
+    def _opening(self, active: Active, ranks: Ranks, predicated: bool) -> tuple[Any, Options]:
         """The emotion's state as a step begins with it, and what it has to know of the options."""
-        vector, plain = self._vector(), not self._is_predicated()
+        vector, plain = self._vector(), not predicated
         options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
