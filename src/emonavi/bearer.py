@@ -97,7 +97,14 @@ class Bearer(torch.optim.Optimizer):
     # What can be told -------------------------------------------------------------------------------------------
 
     def observe(self, loss: Tensor | float) -> None:
-        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``."""
+        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``.
+
+        Args:
+            loss: a number or a tensor of one element.
+
+        Raises:
+            ValueError: it is not one real number.
+        """
         self._intake.observe(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -106,7 +113,11 @@ class Bearer(torch.optim.Optimizer):
         self._intake.drop()
 
     def reset_emotion(self) -> None:
-        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh."""
+        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh.
+
+        Raises:
+            RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
+        """
         self._refuse_midway("reset_emotion()")
         self._vector().copy_(self._fresh())
         self._begun = False

@@ -219,7 +219,8 @@ class EmoOptimizer(Bearer):
 
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
-        vector, ranks, predicated = self._vector(), self._peers(), self._is_predicated()
+        vector, ranks = self._vector(), self._peers()
+        predicated = self._is_predicated(vector.device)
         active, buckets, heard, norm = self._lined_up(found, heard, predicated)
         state, options = self._opening(active, ranks, predicated)
         state, first_scale = self._emotion.look_back(state, norm, options)
@@ -271,9 +272,9 @@ class EmoOptimizer(Bearer):
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
         return state, options
 
-    def _is_predicated(self) -> bool:
-        """Whether the emotion is tensors, and no value may be branched on; on the CPU nothing has to wait for one."""
-        return _predicated(self._vector().device, self.param_groups[0])
+    def _is_predicated(self, device: torch.device) -> bool:
+        """Whether no value may be branched on. On the CPU none has to be waited for: there the emotion is numbers."""
+        return device.type != "cpu" or bool(self.param_groups[0]["capturable"])
 
     def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
         """Who moves, with the state of all of ``params`` made where it is missing."""
@@ -354,7 +355,15 @@ class EmoOptimizer(Bearer):
     # Groups and checkpoints -------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters. They start with their own step count and drive; the emotion continues."""
+        """Add a group of parameters. They start with their own step count and drive; the emotion continues.
+
+        Args:
+            param_group: ``"params"`` and the group's own options, as in ``torch.optim``.
+
+        Raises:
+            ValueError: an option is out of range, or is one for all groups; or the rule cannot move a parameter.
+            RuntimeError: ``fused=True``, and there is no kernel. Nothing has changed then.
+        """
         param_group.update(spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
         for name in checks.SHARED:
             if param_group.get(name, 0) is None:
@@ -388,7 +397,7 @@ class EmoOptimizer(Bearer):
                 remedy = "leave fused at None, and foreach is used for it"
                 raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
             if group["fused"]:
-                choose(rule, {"param": [local(p)]}, group, _predicated(p.device, group))
+                choose(rule, {"param": [local(p)]}, group, self._is_predicated(p.device))
 
     def _refuse_midway(self, what: str) -> None:
         super()._refuse_midway(what)
@@ -429,8 +438,3 @@ class EmoOptimizer(Bearer):
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()
-
-
-def _predicated(device: torch.device, group: dict[str, Any]) -> bool:
-    """Whether no value may be branched on. On the CPU nothing waits for one: there the emotion is plain numbers."""
-    return device.type != "cpu" or bool(group["capturable"])

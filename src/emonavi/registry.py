@@ -53,7 +53,13 @@ FAMILY = tuple(s.cls.__name__ for s in SIBLINGS.values())
 
 
 def available() -> list[str]:
-    """Names that :func:`create` knows."""
+    """Names that :func:`create` knows.
+
+    Example:
+        >>> import emonavi
+        >>> emonavi.available()[:3]
+        ['emonavi', 'emofact', 'emolynx']
+    """
     return list(SIBLINGS)
 
 

@@ -97,7 +97,7 @@ class Release:
         for p in params:
             optimizer._make_state(p)
         active = self._active(everything)
-        predicated = optimizer._is_predicated()
+        predicated = optimizer._is_predicated(vector.device)
         state, options = optimizer._opening(active, Ranks(), predicated)
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
         mood = optimizer._emotion.mood(state, yes, one, options)
