@@ -138,6 +138,25 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
+    norms, places = [], []
+    for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
+        some = [t for _, t in items]
+        sums = squares(some) if fused else None
+        if sums is None:
+            # Sums of squares of 16-bit numbers overflow in 16 bits.
+            at_least = torch.promote_types(dtype, torch.float32)
+            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+        else:
+            norms.append(to_home(sums.sqrt(), home))
+        places += [place for place, _ in items]
+    if len(norms) == 1:
+        return norms[0]
+    order = tuple(sorted(range(len(places)), key=places.__getitem__))
+    return torch.cat(norms)[integers(order, home.device)]
+
+
 def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Whole numbers as an int64 vector, on the device without a wait. Not to be written to.
 
@@ -161,22 +180,3 @@ def _by_value(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 def _copied(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)
-
-
-def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
-    norms, places = [], []
-    for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
-        some = [t for _, t in items]
-        sums = squares(some) if fused else None
-        if sums is None:
-            # Sums of squares of 16-bit numbers overflow in 16 bits.
-            at_least = torch.promote_types(dtype, torch.float32)
-            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
-        else:
-            norms.append(to_home(sums.sqrt(), home))
-        places += [place for place, _ in items]
-    if len(norms) == 1:
-        return norms[0]
-    order = tuple(sorted(range(len(places)), key=places.__getitem__))
-    return torch.cat(norms)[integers(order, home.device)]
