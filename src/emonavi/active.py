@@ -110,7 +110,8 @@ class Active(NamedTuple):
             if count:
                 # From the highest lr, not today's: a warm-up or a dip must not move the drive.
                 top = like(kind, _highest(group["lr_peak"], group["lr_start"]))
-                low, wall = like(kind, group["lr_floor"]), like(kind, _or_none(group["lr_ceiling"]))
+                low, wall = group["lr_floor"], group["lr_ceiling"]
+                low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
                 some = where(top > 0, top, 1.0)
                 lowest.append(where(top > 0, clamp(low, high=top) / some, 1.0))
                 highest.append(where(top > 0, wall / some, 0.0))
@@ -181,11 +182,6 @@ def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
         return max(a, b)
     device = a.device if isinstance(a, Tensor) else torch.as_tensor(b).device
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
-
-
-def _or_none(bound: float | None) -> float:
-    """An upper bound; None is no bound."""
-    return math.inf if bound is None else bound
 
 
 def _fold(numbers: Sequence[Number], tensors: Callable[[Tensor], Tensor], plain: Callable[[Any], Any]) -> Number:

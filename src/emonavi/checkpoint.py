@@ -23,7 +23,7 @@ from emonavi.spelling import FLAGS, NUMBERS
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["LATER", "fitting", "load_exactly", "same_emotion", "same_optimizer"]
+__all__ = ["LATER", "load_exactly", "loadable", "same_emotion", "same_optimizer"]
 
 # Options that earlier versions did not have, as they behaved.
 LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
@@ -61,7 +61,7 @@ def load_exactly(
                 optimizer.state[p][name] = value.detach().to(p.device, copy=True)
 
 
-def fitting(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, Any]:
+def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, Any]:
     """Make of a checkpoint what a sibling can load; refuse that of another emotion, or with other memories.
 
     Raises:

@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 from emonavi import checks, kernels, lowbit
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import LATER, fitting, load_exactly
+from emonavi.checkpoint import LATER, load_exactly, loadable
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
@@ -420,7 +420,7 @@ class EmoOptimizer(Bearer):
                 changed then.
         """
         self._refuse_midway("load_state_dict()")
-        load_exactly(super().load_state_dict, self, state_dict, lambda final: fitting(final, self))
+        load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
         self._is_loaded, self._plan = True, None
         self._note_begun()
         self._intake.clear()

@@ -152,7 +152,7 @@ class Emotional(Bearer):
         if self._moves(found):
             self._move(found, heard)
         elif found.params:
-            self._step_unfelt(found.params)
+            self._step_unfelt(found)
         return returned
 
     def _move(self, found: Found, heard: Loss | None) -> None:
@@ -178,11 +178,11 @@ class Emotional(Bearer):
             state, sums = self._step_inner(active, mood, state, options)
         self._end(vector, self._emotion.reflect(state, sums, acts, options))
 
-    def _step_unfelt(self, params: list[Tensor]) -> None:
+    def _step_unfelt(self, found: Found) -> None:
         """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
-        if bool(torch.isfinite(all_norms(_grads(params), self._vector())).all()):
+        if bool(torch.isfinite(all_norms(found.grads, self._vector())).all()):
             self.inner.step()
-            self._make_state(params)
+            self._make_state(found.params)
         self._intake.clear()
 
     def _lean(self, active: Active, mood: Mood) -> None:
@@ -376,11 +376,6 @@ def _alike(found: Found, groups: list[dict[str, Any]], vector: Tensor) -> Active
     own = {name: torch.tensor(value) for name, value in KEPT.items()}
     roster = Roster.of(found, dict.fromkeys(found.params, own), len(groups), fused=False)
     return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
-
-
-def _grads(params: list[Tensor]) -> list[Tensor]:
-    """Gradients of parameters that have one."""
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _nothing(rates: Tensor) -> Sums:
