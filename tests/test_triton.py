@@ -14,7 +14,7 @@ import torch
 from cases import CASES, contents, train, weights
 from test_kernels import GROUP, lists, placed
 
-from emonavi import kernels, lowbit, scalars
+from emonavi import kernels, lowbit, sweep
 from emonavi.clan import emoclan
 from emonavi.emotion import State
 from emonavi.fact import emofact
@@ -312,7 +312,7 @@ def test_it_is_known_what_may_be_fetched_16_bytes_at_a_time():
 def test_numbers_go_to_a_device_by_value():
     """As a captured graph needs it."""
     numbers = (0, 3, 0x7F12_3456_7890_ABC0, -1)
-    assert scalars._by_value(numbers, torch.device(DEVICE)).tolist() == list(numbers)
+    assert sweep._by_value(numbers, torch.device(DEVICE)).tolist() == list(numbers)
 
 
 # Compiled ------------------------------------------------------------------------------------------------------------
