@@ -886,6 +886,48 @@ def test_group_added_later(case, config, foreach):
 
 
 @siblings
+@ways
+@pytest.mark.parametrize("edit", ["taken out", "moved back", "all replaced"])
+def test_the_first_group_may_be_edited(case, foreach, edit):
+    """As where layers are frozen for good. The emotion, which is kept there, goes on in the one that is first then."""
+    params = weights()
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], foreach=foreach)
+    train(optimizer, params, 12)
+    before = vector(optimizer).clone()
+    first = optimizer.param_groups.pop(0)
+    if edit == "taken out":
+        for p in first["params"]:
+            del optimizer.state[p]  # as for any of torch's optimizers
+    elif edit == "moved back":
+        optimizer.param_groups.append(first)
+    else:
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": params, "foreach": foreach})
+    assert optimizer.emotion.steps == 12
+    assert torch.equal(before, vector(optimizer))
+    train(optimizer, params, 3, start=12)
+    assert optimizer.emotion.steps == 15
+    fresh = case.make([{"params": g["params"]} for g in optimizer.param_groups], foreach=foreach)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert torch.equal(vector(fresh), vector(optimizer))
+
+
+@siblings
+@ways
+def test_a_replaced_parameter_is_not_kept_alive(case, foreach):
+    """As where an embedding is resized."""
+    params = weights()
+    optimizer = case.make(params, foreach=foreach)
+    train(optimizer, params, 3)
+    old = weakref.ref(params[0])
+    del optimizer.state[params[0]]
+    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(9, 4))
+    train(optimizer, params, 2, start=3)
+    assert old() is None
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+@siblings
 def test_effective_lr_is_lr_times_drive_for_each_group(case):
     params = weights()
     optimizer = case.make([{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "lr": 3e-3}])

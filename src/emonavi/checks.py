@@ -281,10 +281,15 @@ def memory(params: Sequence[Tensor]) -> None:
 
 
 def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """State and gradient of the shapes that a parameter's own asks for: its data may have been replaced."""
+    """State and gradient of the shapes that a parameter's own asks for, and each element in a place of its own.
+
+    The data may have been replaced since the parameter was taken in.
+    """
     what = f"a parameter of shape {tuple(param.shape)}"
     if param.grad is not None and param.grad.shape != param.shape:
         raise RuntimeError(f"{what} has a gradient of shape {tuple(param.grad.shape)}: call zero_grad() first")
+    if any(size > 1 and not stride for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise RuntimeError(f"{what} is expanded, so that its elements share memory: make it of a clone()")
     for name, shape in {**shapes, "shadow": param.shape}.items():
         if name in state and state[name].shape != shape:
             remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"

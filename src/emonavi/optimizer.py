@@ -305,6 +305,8 @@ class EmoOptimizer(Bearer):
             if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
+        if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
+            self._known = {p: p.shape for p in params}  # some were replaced: they must not be kept alive
 
     def _stored(self, place: int, memories: dict[str, Tensor]) -> dict[str, Tensor]:
         """Memories of another optimizer as this one keeps them."""
