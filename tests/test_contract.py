@@ -825,6 +825,30 @@ def test_frozen_parameters_and_all_none(case, foreach):
 
 
 @siblings
+@ways
+def test_frozen_parameters_of_any_kind(case, foreach):
+    """As in a LoRA on a quantized model, all of whose parameters are passed."""
+    kinds = (torch.int8, torch.float8_e4m3fn, torch.complex64)
+    frozen = [torch.nn.Parameter(torch.ones(3, 2).to(kind), requires_grad=False) for kind in kinds]
+    frozen.append(torch.nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False))
+    runs = []
+    for beside in ([], frozen):
+        params = weights()
+        optimizer = case.make([*beside, *params], foreach=foreach, use_shadow=True)
+        train(optimizer, params, 12)
+        fresh = case.make([*beside, *params], foreach=foreach, use_shadow=True)
+        fresh.load_state_dict(optimizer.state_dict())
+        train(fresh, params, 3, start=12)
+        runs.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    params[0].grad, frozen[0].grad = torch.ones_like(params[0]), torch.ones_like(frozen[0])
+    before = contents(fresh)
+    with pytest.raises(ValueError, match=r"int8: only real floating-point ones .* without a gradient"):
+        fresh.step(loss=1.0)
+    assert differences(before, contents(fresh), ignore=(" 0.1", " 0.3")) == []  # not to be compared by nan_to_num
+
+
+@siblings
 def test_leaf_tensors_that_do_not_require_grad(case):
     """torch's optimizers move any leaf that has a .grad."""
     tensors = [torch.ones(3), torch.ones(2, 2)]

@@ -633,6 +633,23 @@ def test_groups(wrapped):
 
 
 @each
+def test_frozen_parameters_of_any_kind(wrapped):
+    frozen = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)]
+    runs = []
+    for beside in ([], frozen):
+        params = matrices()
+        optimizer = wrapped.make([*beside, *params])
+        train(optimizer, params, 6)
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+    frozen[0].grad = torch.ones_like(frozen[0])
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match="int8: only real floating-point ones"):
+        optimizer.step()
+    assert differences(before, contents(optimizer)) == []
+
+
+@each
 def test_calm_and_reset(wrapped):
     optimizer, params, _ = run(wrapped, 20, use_shadow=True)
     before = contents(optimizer)

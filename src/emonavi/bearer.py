@@ -270,7 +270,7 @@ class Bearer(torch.optim.Optimizer):
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
         weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
-        weights = [p for p in weights if p.numel() or is_piece(p)]
+        weights = [p for p in weights if p.dtype in checks.DENSE_FLOATS and (p.numel() or is_piece(p))]
         trained = [p for p in weights if p.requires_grad] or weights
         here = [local(p) for p in trained]
         norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
@@ -21,6 +22,7 @@ __all__ = [
     "checkpoint",
     "emotion",
     "fits",
+    "frozen",
     "gradients",
     "group",
     "memory",
@@ -239,12 +241,17 @@ def _as_float(value: Any) -> float:
     return float(value) if is_number else math.nan
 
 
+def frozen(param: Tensor) -> bool:
+    """Whether it is a part of a model that does not train, and so may be of any kind: quantized, say."""
+    return isinstance(param, Parameter) and not param.requires_grad
+
+
 def parameters(params: Sequence[Tensor]) -> None:
     """Parameters that the rules can move."""
     for p in params:
         what = f"a parameter of shape {tuple(p.shape)}"
         if p.dtype not in DENSE_FLOATS:
-            remedy = "view a complex one as real with torch.view_as_real, freeze an integer one"
+            remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
             raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
         if p.layout != torch.strided:
             raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")

@@ -201,8 +201,8 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
-                none. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
+                none, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
             RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
                 inside :meth:`calm`. Nothing has changed then.
         """
@@ -303,6 +303,7 @@ class EmoOptimizer(Bearer):
         checks.memory(params)
         for p in params:
             if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+                checks.parameters([p])
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
         if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
@@ -344,6 +345,8 @@ class EmoOptimizer(Bearer):
     def _honour_fused(self, group: dict[str, Any]) -> None:
         """Raise where there is no kernel for one of the group's tensors."""
         for p in group["params"]:
+            if checks.frozen(p):
+                continue
             if self._needs_whole(p):
                 remedy = "leave fused at None, and foreach is used for it"
                 raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
@@ -391,7 +394,7 @@ class EmoOptimizer(Bearer):
         self._ranks = Ranks()
         group = self.param_groups[-1]
         try:
-            checks.parameters(group["params"])
+            checks.parameters([p for p in group["params"] if not checks.frozen(p)])
             checks.whole(group["params"], group["state_dtype"])
             self._check_shards(group["params"])
             if group["fused"]:
