@@ -247,14 +247,19 @@ def frozen(param: Tensor) -> bool:
 
 
 def parameters(params: Sequence[Tensor]) -> None:
-    """Parameters that the rules can move."""
+    """Parameters that the rules can move, beside frozen ones."""
     for p in params:
-        what = f"a parameter of shape {tuple(p.shape)}"
-        if p.dtype not in DENSE_FLOATS:
-            remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
-            raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
-        if p.layout != torch.strided:
-            raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
+        if not frozen(p):
+            _movable(p)
+
+
+def _movable(param: Tensor) -> None:
+    what = f"a parameter of shape {tuple(param.shape)}"
+    if param.dtype not in DENSE_FLOATS:
+        remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
+        raise ValueError(f"{what} is {param.dtype}: only real floating-point ones can be optimized; {remedy}")
+    if param.layout != torch.strided:
+        raise ValueError(f"{what} is {param.layout}: only dense ones can be optimized; use to_dense()")
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
@@ -280,8 +285,9 @@ def rate(lr: Any) -> None:
 
 
 def memory(params: Sequence[Tensor]) -> None:
-    """Parameters that lie somewhere."""
+    """Parameters with a gradient that lie somewhere, and that the rules can move."""
     for p in params:
+        _movable(p)
         if p.is_meta:
             what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
             raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")

@@ -303,7 +303,6 @@ class EmoOptimizer(Bearer):
         checks.memory(params)
         for p in params:
             if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
-                checks.parameters([p])
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
         if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
@@ -394,7 +393,7 @@ class EmoOptimizer(Bearer):
         self._ranks = Ranks()
         group = self.param_groups[-1]
         try:
-            checks.parameters([p for p in group["params"] if not checks.frozen(p)])
+            checks.parameters(group["params"])
             checks.whole(group["params"], group["state_dtype"])
             self._check_shards(group["params"])
             if group["fused"]:

@@ -152,7 +152,6 @@ class Emotional(Bearer):
         moves = self._moves(found)
         if moves:
             checks.memory(found.params)
-            checks.parameters(found.params)
             found = found.where([bool(p.numel()) for p in found.params])
             params = found.params
             heard, norm = agreed(heard, all_norms(found.grads, vector), params, self._peers())
@@ -373,7 +372,7 @@ def _wrappable(optimizer: Any) -> None:
 def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> None:
     """A group's lr with our options, and its parameters."""
     checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
-    checks.parameters([p for p in group["params"] if not checks.frozen(p)])
+    checks.parameters(group["params"])
     if any(is_sharded(p) or is_piece(p) for p in group["params"]):
         raise ValueError("a parameter is sharded: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
 
