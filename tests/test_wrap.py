@@ -632,6 +632,16 @@ def test_groups(wrapped):
     assert len(optimizer.param_groups) == 3
 
 
+def test_lazy_modules_may_be_built_later():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2))
+    optimizer = SGD.make(model.parameters())
+    for used in (model[0], model):
+        optimizer.zero_grad()
+        used(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.emotion.steps == 2
+
+
 @each
 def test_frozen_parameters_of_any_kind(wrapped):
     frozen = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)]

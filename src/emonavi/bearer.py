@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
@@ -269,7 +270,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not (p.is_meta or is_lazy(p))]
         weights = [p for p in weights if p.dtype in checks.DENSE_FLOATS and (p.numel() or is_piece(p))]
         trained = [p for p in weights if p.requires_grad] or weights
         here = [local(p) for p in trained]

@@ -254,12 +254,13 @@ def parameters(params: Sequence[Tensor]) -> None:
 
 
 def _movable(param: Tensor) -> None:
+    if param.dtype in DENSE_FLOATS and param.layout == torch.strided:
+        return  # before its shape is asked for, which a lazy module's has not yet
     what = f"a parameter of shape {tuple(param.shape)}"
     if param.dtype not in DENSE_FLOATS:
         remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
         raise ValueError(f"{what} is {param.dtype}: only real floating-point ones can be optimized; {remedy}")
-    if param.layout != torch.strided:
-        raise ValueError(f"{what} is {param.layout}: only dense ones can be optimized; use to_dense()")
+    raise ValueError(f"{what} is {param.layout}: only dense ones can be optimized; use to_dense()")
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
