@@ -270,13 +270,13 @@ def noisy(machine, state, options, cosine, steps=300):
 
 
 def test_weights_that_are_zero_still_let_the_lr_grow_without_proof():
-    """A LoRA begins in noise that proves nothing: half of it is 0, and its lr of 2e-5 would have no way up."""
+    """A LoRA begins in noise that proves nothing: half of it is 0, and its lr of 6e-5 would have no way up."""
     ends = {}
     for blank in (0.0, 0.5):
         machine, state, options = began(blank)
-        assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(2e-5, rel=1e-3)
+        assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(6e-5, rel=1e-3)
         ends[blank] = 1e-2 * math.exp(float(noisy(machine, state, options, 0.0).log_drive))
-    assert ends[0.0] < 1e-4  # what is learnt already is not risked
+    assert ends[0.0] < 3e-4  # what is learnt already is not risked
     assert 5e-4 < ends[0.5] < 2e-3  # 3e-2 of the rms is 6e-4
 
 
@@ -288,7 +288,7 @@ def test_growth_without_proof_stops_where_trust_objects():
 
 def test_weights_that_are_all_zero_have_a_scale_to_begin_with():
     _, state, _ = began(1.0, rms=0.0)
-    assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(1e-5, rel=2e-3)
+    assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(3e-5, rel=2e-3)
 
 
 @pytest.mark.parametrize("hold", [-0.5, 0.0, 1.0])

@@ -107,6 +107,17 @@ def test_optional_tasks_are_run_by_name_only():
         assert pickle.loads(pickle.dumps(task)).name == name, "workers are sent tasks"
 
 
+@pytest.mark.parametrize("name", ["digits", "lora", "word2vec"])
+def test_two_samples_a_batch_are_the_first_of_the_same_batch(name):
+    small, whole = OPTIONAL[f"{name}-b2"].build(3), TASKS[name].build(3)
+    assert OPTIONAL[f"{name}-b2"].split == "dev"
+    for step in (0, 7):
+        for ours, all_of_them in zip(flat(small.batch(step)), flat(whole.batch(step)), strict=True):
+            assert len(ours) == 2 < len(all_of_them)
+            assert torch.equal(ours, all_of_them[:2])
+    assert small.val() == whole.val()
+
+
 def test_docstrings_of_the_standard_library_by_their_package():
     found = pretrained.texts()
     assert len({text for text, _ in found}) == len(found)

@@ -149,8 +149,9 @@ class Emotion:
     """Constants of the adaptive emotion. The defaults are the measured policy; each field says why it is there.
 
     Args:
-        start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower), because
-            one Adam step then moves weights by a tenth of a percent.
+        start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower): one Adam
+            step then moves weights by a third of a percent. With a third of that, runs on batches of two end while the
+            lr still grows; with three times that, they overshoot.
         blank: where a tenth or more of what trains is still zero (LoRA's B, zero-initialised branches), the lr grows to
             this share of the rms unless trust objects, elsewhere to ``start``. What is zero carries nothing that could
             be lost, and as long as it is small its gradients are too noisy to prove anything.
@@ -180,7 +181,7 @@ class Emotion:
         0
     """
 
-    start: float = 1e-3
+    start: float = 3e-3
     blank: float = 3e-2
     pace: float = 0.05
     clock: float = 2.0

@@ -45,7 +45,7 @@ class Emotional(Bearer):
 
     Args:
         optimizer: what moves the parameters. Its lr is the first guess; the first step is scaled so that it moves the
-            weights by a tenth of a percent at most.
+            weights by a third of a percent at most.
         emotion: ``"adaptive"`` or an :class:`~emonavi.Emotion`. The published generations are rules as well, and stay
             with the siblings.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and

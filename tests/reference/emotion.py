@@ -12,10 +12,10 @@ def running_mean(values, rate):
 
 
 def first_drive(weights, lr):
-    """min(1, (1e-3 rms + 1e-8) / lr) over all weights."""
+    """min(1, (3e-3 rms + 1e-8) / lr) over all weights."""
     numbers = [x for w in weights for x in w.reshape(-1).tolist()]
     rms = math.sqrt(sum(x * x for x in numbers) / len(numbers))
-    return min(1.0, (1e-3 * rms + 1e-8) / lr)
+    return min(1.0, (3e-3 * rms + 1e-8) / lr)
 
 
 class PresetFeeling:

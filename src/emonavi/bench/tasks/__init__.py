@@ -42,17 +42,22 @@ Out of the standard grid, and run only where it is asked for by name:
 |---|---|---|
 | ``minilm`` | rank-4 adapters on MiniLM, a pretrained sentence encoder | docstrings of the standard library |
 
+So are the short dev tasks with two samples a batch, ``digits-b2`` and so on: there gradients are mostly noise, as they
+are for those who fine-tune on one small card.
+
 Those whose names end in ``-3x`` are the same at three times the steps. A third of the samples is held out, so that the
 score is a stable figure, and fresh noise on the training inputs holds overfitting back where it is not the point.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from emonavi.bench.tasks import adapt, classify, embed, fields, generate, pretrained, regress, text
 from emonavi.bench.tasks.adapt import LoRA
-from emonavi.bench.tasks.problem import Problem, Task
+from emonavi.bench.tasks.problem import Batch, Problem, Task
 
 __all__ = ["DEMO", "OPTIONAL", "TASKS", "LoRA", "Problem", "Task"]
 
@@ -72,5 +77,27 @@ TASKS: dict[str, Task] = DEMO | {
 }
 TASKS |= {longer.name: longer for longer in (_longer(TASKS[name]) for name in _LONG)}
 
-# By name only: too slow for a grid, or of packages that few have.
+
+def _first_two(problem: Problem, step: int) -> Batch:
+    inputs, targets = problem.batch(step)
+    cut = [tuple(t[:2] for t in part) if isinstance(part, tuple) else part[:2] for part in (inputs, targets)]
+    return cut[0], cut[1]
+
+
+def _build_of_two(build: Callable[[int], Problem], seed: int) -> Problem:
+    problem = build(seed)
+    return replace(problem, batch=partial(_first_two, problem))
+
+
+def _of_two(task: Task) -> Task:
+    """Return the same task with the first two samples of each batch."""
+    title = f"{task.title}, two samples a batch"
+    return replace(task, name=f"{task.name}-b2", title=title, build=partial(_build_of_two, task.build))
+
+
+# By name only: more of the same kind, too slow for a grid, or of packages that few have.
 OPTIONAL: dict[str, Task] = {task.name: task for task in pretrained.TASKS}
+OPTIONAL |= {
+    small.name: small
+    for small in (_of_two(t) for t in TASKS.values() if t.split == "dev" and not t.name.endswith("-3x"))
+}
