@@ -141,6 +141,9 @@ def test_frozen_weights_stay_at_home():
     optimizer = emonavi.EmoNavi([p for p in worker.model.parameters() if p.requires_grad], process_group=None)
     frozen = sum(p.numel() for p in worker.model[0].parameters())
     assert Merger(worker.model, optimizer).offer().numel() == full - frozen
+    quantized = torch.nn.Parameter(torch.ones(5, dtype=torch.int8), requires_grad=False)
+    optimizer.add_param_group({"params": [quantized]})
+    assert Merger(worker.model, optimizer).offer().numel() == full - frozen
 
 
 def test_the_shadow_becomes_the_mean_too():

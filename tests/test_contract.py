@@ -825,6 +825,30 @@ def test_frozen_parameters_and_all_none(case, foreach):
 
 
 @siblings
+@ways
+def test_frozen_parameters_of_any_kind(case, foreach):
+    """As in a LoRA on a quantized model, all of whose parameters are passed."""
+    kinds = (torch.int8, torch.float8_e4m3fn, torch.complex64)
+    frozen = [torch.nn.Parameter(torch.ones(3, 2).to(kind), requires_grad=False) for kind in kinds]
+    frozen.append(torch.nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False))
+    runs = []
+    for beside in ([], frozen):
+        params = weights()
+        optimizer = case.make([*beside, *params], foreach=foreach, use_shadow=True)
+        train(optimizer, params, 12)
+        fresh = case.make([*beside, *params], foreach=foreach, use_shadow=True)
+        fresh.load_state_dict(optimizer.state_dict())
+        train(fresh, params, 3, start=12)
+        runs.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    params[0].grad, frozen[0].grad = torch.ones_like(params[0]), torch.ones_like(frozen[0])
+    before = contents(fresh)
+    with pytest.raises(ValueError, match=r"int8: only real floating-point ones .* without a gradient"):
+        fresh.step(loss=1.0)
+    assert differences(before, contents(fresh), ignore=(" 0.1", " 0.3")) == []  # not to be compared by nan_to_num
+
+
+@siblings
 def test_leaf_tensors_that_do_not_require_grad(case):
     """torch's optimizers move any leaf that has a .grad."""
     tensors = [torch.ones(3), torch.ones(2, 2)]
@@ -883,6 +907,48 @@ def test_group_added_later(case, config, foreach):
         assert moved <= 3.5 * optimizer.param_groups[0]["lr"] * max(1.0, was)
     train(optimizer, everything, 5, start=13)
     assert float(state["step"]) == 6
+
+
+@siblings
+@ways
+@pytest.mark.parametrize("edit", ["taken out", "moved back", "all replaced"])
+def test_the_first_group_may_be_edited(case, foreach, edit):
+    """As where layers are frozen for good. The emotion, which is kept there, goes on in the one that is first then."""
+    params = weights()
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:]}], foreach=foreach)
+    train(optimizer, params, 12)
+    before = vector(optimizer).clone()
+    first = optimizer.param_groups.pop(0)
+    if edit == "taken out":
+        for p in first["params"]:
+            del optimizer.state[p]  # as for any of torch's optimizers
+    elif edit == "moved back":
+        optimizer.param_groups.append(first)
+    else:
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": params, "foreach": foreach})
+    assert optimizer.emotion.steps == 12
+    assert torch.equal(before, vector(optimizer))
+    train(optimizer, params, 3, start=12)
+    assert optimizer.emotion.steps == 15
+    fresh = case.make([{"params": g["params"]} for g in optimizer.param_groups], foreach=foreach)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert torch.equal(vector(fresh), vector(optimizer))
+
+
+@siblings
+@ways
+def test_a_replaced_parameter_is_not_kept_alive(case, foreach):
+    """As where an embedding is resized."""
+    params = weights()
+    optimizer = case.make(params, foreach=foreach)
+    train(optimizer, params, 3)
+    old = weakref.ref(params[0])
+    del optimizer.state[params[0]]
+    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(9, 4))
+    train(optimizer, params, 2, start=3)
+    assert old() is None
+    assert optimizer.state[params[0]]["step"] == 2
 
 
 @siblings

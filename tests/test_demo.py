@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -240,6 +241,22 @@ def test_table(tmp_path):
     assert "EmoFact failed: ValueError: a < b" in table
     assert "untrained 9.000" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_table_in_forty_columns(tmp_path):
+    """No name and no figure is cut off."""
+    found = write_folder(tmp_path, LOSSES, failed=(("alpha", "EmoFact", 1e-3),))
+    table = text_of(report.table(found, 40), 40)
+    rows = [line.split() for line in table.splitlines()]
+    assert ["EmoNavi", "1.000*", "1.100", "1.500"] in rows
+    assert ["EmoFact", "2.000*", "failed", "2.000*"] in rows
+    assert "…" not in table
+
+
+def test_the_command_that_is_shown_can_be_pasted(tmp_path):
+    found = write_folder(tmp_path / "my runs", LOSSES)
+    shown = text_of(report.contents(found), 400).splitlines()[-1]
+    assert shlex.split(shown) == ["tensorboard", "--logdir", str(tmp_path / "my runs" / "tb")]
 
 
 def test_sentences_hold_the_measured_figures(tmp_path):

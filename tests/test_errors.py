@@ -208,6 +208,18 @@ def test_data_of_another_shape(case, foreach, shape):
 
 
 @siblings
+@ways
+def test_an_expanded_parameter(case, foreach):
+    """torch would notice it only when the parameters before it have moved."""
+    params = [*weights(), torch.nn.Parameter(torch.ones(1, 3).expand(4, 3))]
+    optimizer = case.make(params, foreach=foreach)
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"shape \(4, 3\) is expanded, .*clone"):
+        train(optimizer, params, 1)
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
 @pytest.mark.parametrize("state_dtype", [None, "bf16", "8bit"])
 @pytest.mark.parametrize("shape", [(600, 40), (20, 400), (400, 20)], ids=str)
 def test_checkpoint_of_another_shape(case, state_dtype, shape):

@@ -112,6 +112,13 @@ def test_a_compiler_that_fails_is_named(cache, monkeypatch):
     assert not list(cache.glob("*"))
 
 
+@compiled
+@pytest.mark.parametrize("launcher", ["env", "nice -n 1"])
+def test_a_launcher_before_the_compiler(launcher, cache, monkeypatch):
+    monkeypatch.setenv("CC", f"{launcher} cc -O0")
+    assert not isinstance(build.library(), str)
+
+
 def make_in_processes(count):
     """Have the library made by as many processes at once; returns their exit codes."""
     code = f"import runpy; assert not isinstance(runpy.run_path({build.__file__!r})['library'](), str)"

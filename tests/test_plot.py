@@ -233,6 +233,21 @@ def test_picture_and_page(tmp_path):
     assert "<b>" not in text[: text.index("plotly.js v")], "the name of a folder is no markup"
 
 
+def test_names_of_any_kind_are_shown_as_they_are(tmp_path, monkeypatch):
+    """matplotlib takes two dollars for a formula, and warns of letters that it has no font for."""
+    figures = pytest.importorskip("matplotlib.figure")
+    names = ["$\\frac$", "\N{CUNEIFORM SIGN A}"]
+    for name in names:
+        write(tmp_path / "$HOME$" / name, drive=[1.0, 2.0])
+    keys = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda figure, path: (keys.append(figure.legends[0]), save(figure, path))
+    )
+    plot.draw(tmp_path / "$HOME$", tmp_path / "out")
+    assert [text.get_text().replace(r"\$", "$") for text in keys[0].get_texts()] == sorted(names)
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 

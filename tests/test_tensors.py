@@ -43,6 +43,18 @@ def test_a_layer_without_memory(case, first):
     optimizer.step()
 
 
+@siblings
+def test_lazy_modules_may_be_built_later(case):
+    """As in torch.optim: a parameter may have no shape yet, and be of a part that is used later still."""
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2))
+    optimizer = case.make(model.parameters())
+    for used in (model[0], model[0], model):
+        optimizer.zero_grad()
+        used(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step(loss=1.0)
+    assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [3, 3, 1, 1]
+
+
 def strided():
     """Pairs of a parameter that does not lie in memory row by row, and the same one that does."""
     base = torch.arange(48.0).sin()

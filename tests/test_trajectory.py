@@ -80,6 +80,15 @@ def test_a_loop_that_fails_leaves_its_way(tmp_path):
     assert len(read(tmp_path)[0]) == 3
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_loop(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    (tmp_path / "file").touch()
+    reached = False
+    with pytest.raises(OSError, match="file"), trajectory(torch.optim.SGD([weight], lr=0.1), tmp_path / "file"):
+        reached = True
+    assert not reached
+
+
 def test_bfloat16_is_kept_as_float32(tmp_path):
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     Trajectory(torch.optim.SGD([weight], lr=0.1)).save(tmp_path)

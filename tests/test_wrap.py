@@ -633,6 +633,33 @@ def test_groups(wrapped):
     assert len(optimizer.param_groups) == 3
 
 
+def test_lazy_modules_may_be_built_later():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2))
+    optimizer = SGD.make(model.parameters())
+    for used in (model[0], model):
+        optimizer.zero_grad()
+        used(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.emotion.steps == 2
+
+
+@each
+def test_frozen_parameters_of_any_kind(wrapped):
+    frozen = [torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)]
+    runs = []
+    for beside in ([], frozen):
+        params = matrices()
+        optimizer = wrapped.make([*beside, *params])
+        train(optimizer, params, 6)
+        runs.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+    frozen[0].grad = torch.ones_like(frozen[0])
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match="int8: only real floating-point ones"):
+        optimizer.step()
+    assert differences(before, contents(optimizer)) == []
+
+
 @each
 def test_calm_and_reset(wrapped):
     optimizer, params, _ = run(wrapped, 20, use_shadow=True)

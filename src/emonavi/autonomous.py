@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from emonavi.bearer import Bearer
+from emonavi.checks import DENSE_FLOATS
 from emonavi.emotion import Emotion
 from emonavi.sweep import wide
 
@@ -201,7 +202,8 @@ class Merger:
             vector[place] = vector[place].clamp(min=1)
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p for p in weights if p.dtype in DENSE_FLOATS]  # frozen ones may be integers, which have no mean
 
     def _followers(self) -> list[Tensor]:
         """What becomes the mean, whatever the outer step: buffers and the shadow, even one that is still to be made."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
@@ -44,6 +45,7 @@ class Bearer(torch.optim.Optimizer):
         self._is_second = False  # one step was made, the next is the second
         self._is_loaded = False
         self._skipped = 0  # steps in a row
+        self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -269,10 +271,17 @@ class Bearer(torch.optim.Optimizer):
         return torch.device("cpu") if device.type == "meta" else device
 
     def _vector(self) -> Tensor:
-        """The emotion's state, where the first parameter is: a model may move after construction."""
-        vector: Tensor = self.param_groups[0]["emotion"]
+        """The emotion's state, where the first parameter is: a model may move after construction.
+
+        A first group that somebody took out, or moved back, leaves it to the one that is the first now.
+        """
+        group = self.param_groups[0]
+        vector: Tensor | None = group.get("emotion", self._felt)
+        if vector is None:
+            vector = self._fresh()
         if vector.device != self._home():
-            vector = self.param_groups[0]["emotion"] = vector.to(self._home(), _widest(self._home()))
+            vector = vector.to(self._home(), _widest(self._home()))
+        self._felt = group["emotion"] = vector
         return vector
 
     def _peers(self) -> Ranks:
@@ -283,8 +292,8 @@ class Bearer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not p.is_meta]
-        weights = [p for p in weights if p.numel() or is_piece(p)]
+        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not (p.is_meta or is_lazy(p))]
+        weights = [p for p in weights if p.dtype in checks.DENSE_FLOATS and (p.numel() or is_piece(p))]
         trained = [p for p in weights if p.requires_grad] or weights
         here = [local(p) for p in trained]
         norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
@@ -19,6 +20,7 @@ from emonavi.spelling import plain, truth, word
 __all__ = [
     "emotion",
     "fits",
+    "frozen",
     "gradients",
     "group",
     "memory",
@@ -144,15 +146,26 @@ def _as_float(value: Any) -> float:
     return float(value) if is_number else math.nan
 
 
+def frozen(param: Tensor) -> bool:
+    """Whether it is a part of a model that does not train, and so may be of any kind: quantized, say."""
+    return isinstance(param, Parameter) and not param.requires_grad
+
+
 def parameters(params: Sequence[Tensor]) -> None:
-    """Parameters that the rules can move."""
+    """Parameters that the rules can move, beside frozen ones."""
     for p in params:
-        what = f"a parameter of shape {tuple(p.shape)}"
-        if p.dtype not in DENSE_FLOATS:
-            remedy = "view a complex one as real with torch.view_as_real, freeze an integer one"
-            raise ValueError(f"{what} is {p.dtype}: only real floating-point ones can be optimized; {remedy}")
-        if p.layout != torch.strided:
-            raise ValueError(f"{what} is {p.layout}: only dense ones can be optimized; use to_dense()")
+        if not frozen(p):
+            _movable(p)
+
+
+def _movable(param: Tensor) -> None:
+    if param.dtype in DENSE_FLOATS and param.layout == torch.strided:
+        return  # before its shape is asked for, which a lazy module's has not yet
+    what = f"a parameter of shape {tuple(param.shape)}"
+    if param.dtype not in DENSE_FLOATS:
+        remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
+        raise ValueError(f"{what} is {param.dtype}: only real floating-point ones can be optimized; {remedy}")
+    raise ValueError(f"{what} is {param.layout}: only dense ones can be optimized; use to_dense()")
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
@@ -178,18 +191,24 @@ def rate(lr: Any) -> None:
 
 
 def memory(params: Sequence[Tensor]) -> None:
-    """Parameters that lie somewhere."""
+    """Parameters with a gradient that lie somewhere, and that the rules can move."""
     for p in params:
+        _movable(p)
         if p.is_meta:
             what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
             raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")
 
 
 def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """State and gradient of the shapes that a parameter's own asks for: its data may have been replaced."""
+    """State and gradient of the shapes that a parameter's own asks for, and each element in a place of its own.
+
+    The data may have been replaced since the parameter was taken in.
+    """
     what = f"a parameter of shape {tuple(param.shape)}"
     if param.grad is not None and param.grad.shape != param.shape:
         raise RuntimeError(f"{what} has a gradient of shape {tuple(param.grad.shape)}: call zero_grad() first")
+    if any(size > 1 and not stride for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise RuntimeError(f"{what} is expanded, so that its elements share memory: make it of a clone()")
     for name, shape in {**shapes, "shadow": param.shape}.items():
         if name in state and state[name].shape != shape:
             remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"

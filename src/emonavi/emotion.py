@@ -44,6 +44,7 @@ ENTRIES_OF_VERSION_2 = 38  # the first ones of today's, with the same meaning
 REST_STEPS = 3
 MOMENTS_RATE = 0.02  # of the scalar's moments: the last fifty losses
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
+LARGEST = 1e150  # of a loss: larger ones, stand-ins for infinity, may differ by more than a number holds
 UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
 PATIENCE = 10  # losses or norms heard before one can be called an outlier by their own spread
 UNKNOWN_SPREAD = 0.25  # sd of the log norm until then: with six of them, 4.5 times the usual norm is an outlier
@@ -224,6 +225,7 @@ class Emotion(Reflection):
         loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
         felt = finite & usual
+        loss = clamp(loss, -LARGEST, LARGEST)
         n = state.losses + felt
         first = where(felt & (n == 1), loss, state.first)
         x = where(felt, loss, first) - first

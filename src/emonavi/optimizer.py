@@ -197,8 +197,8 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
-                none. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
+                none, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
             RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
                 inside :meth:`calm`. Nothing has changed then.
         """
@@ -311,6 +311,8 @@ class EmoOptimizer(Bearer):
             if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
+        if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
+            self._known = {p: p.shape for p in params}  # some were replaced: they must not be kept alive
 
     def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
         """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
@@ -387,7 +389,7 @@ class EmoOptimizer(Bearer):
         """Raise where the rule, or a kernel that is asked for, cannot move a group's tensors."""
         checks.parameters(group["params"])
         checks.whole(group["params"], group["state_dtype"])
-        for p in group["params"]:
+        for p in (p for p in group["params"] if not checks.frozen(p)):
             rule, elementwise = self._rule(self._layout(p))
             whole = self._needs_whole(p)
             if (is_sharded(p) or is_piece(p)) and not whole and not elementwise:

@@ -100,6 +100,7 @@ def _said(way: Way, points: Tensor) -> str:
     return f"{way.label}: {one:.0%} and {two:.0%} of the variance, {way.steps[-1]} steps, end {far:.3g} from the start"
 
 
+@page.any_script()
 def _write_png(path: Path, ways: list[Way], planes: list[Tensor]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,7 +125,7 @@ def _draw(axis: Axes, way: Way, points: Tensor) -> None:
     axis.scatter(x, y, c=way.steps, cmap="viridis", s=5, zorder=2)
     axis.plot(0, 0, "o", color=page.GREY, ms=7, zorder=3)
     axis.plot(x[-1], y[-1], "o", color=page.PALETTE[2], ms=7, zorder=3)
-    axis.set_title(way.label, fontsize=10)
+    axis.set_title(page.as_it_is(way.label), fontsize=10)
     axis.set(xlabel=f"first component, {one:.0%}", ylabel=f"second, {two:.0%}")
     axis.set_aspect("equal", "datalim")  # a distance is the same in both directions
     axis.grid(alpha=0.25)

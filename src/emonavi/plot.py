@@ -166,6 +166,7 @@ def draw(folder: Path, out: Path) -> tuple[Path, Path, int]:
 # --- The picture
 
 
+@page.any_script()
 def _write_png(path: Path, scene: Scene) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -197,13 +198,13 @@ def _write_png(path: Path, scene: Scene) -> None:
         axis.remove()
     for axis in axes[max(0, len(scene.panels) - 2) : len(scene.panels)]:
         axis.set_xlabel("step")
-    key = [(sample(line), name) for name, line in scene.key().items()]
+    key = [(sample(line), page.as_it_is(name)) for name, line in scene.key().items()]
     if scene.marks:
         key.append((Line2D([], [], color=page.GREY, ls=(0, (1, 2))), "should_stop"))
     if key:
         samples, labels = zip(*key, strict=True)
         figure.legend(samples, labels, loc="outside lower center", ncols=min(4, len(key)), frameon=False, fontsize=9)
-    figure.suptitle(str(scene.folder), fontsize=12)
+    figure.suptitle(page.as_it_is(str(scene.folder)), fontsize=12)
     figure.savefig(path)
 
 

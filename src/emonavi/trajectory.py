@@ -92,6 +92,9 @@ def trajectory(
     torch's kind will do. ``emonavi plot --pca FOLDER`` draws all runs at or below a folder. For the arguments see
     :class:`Trajectory`.
 
+    Raises:
+        OSError: ``folder`` cannot be written. That is found out at once, and not when the training is over.
+
     Example:
         >>> import tempfile, torch, emonavi
         >>> weight = torch.nn.Parameter(torch.ones(3))
@@ -106,6 +109,7 @@ def trajectory(
         torch.Size([6, 3])
     """
     recorded = Trajectory(optimizer, coordinates)
+    recorded.save(folder)
     hook = optimizer.register_step_post_hook(recorded.record)
     try:
         yield recorded

@@ -80,7 +80,7 @@ def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
     if found.results:
         with console.status("writing the report") if console.is_terminal else contextlib.nullcontext():
             report.write(found)
-        console.print(report.table(found))
+        console.print(report.table(found, console.width))
         for sentence in sentences(found):
             console.print(sentence, style="bold" if not stopped else None)
             console.print()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    *("DASHES", "GREY", "MEANINGS", "PALETTE", "Chip", "Dash", "definitions", "document", "legend", "panels"),
-    *("plot", "prepare", "said", "sample", "scale", "ticks"),
+    *("DASHES", "GREY", "MEANINGS", "PALETTE", "Chip", "Dash", "any_script", "as_it_is", "definitions", "document"),
+    *("legend", "panels", "plot", "prepare", "said", "sample", "scale", "ticks"),
 ]
 
 # Okabe and Ito's palette: distinct for every kind of colour vision, without yellow and black, which vanish on one of
@@ -58,6 +60,31 @@ class Chip(NamedTuple):
     name: str
     colour: str
     dash: str = "solid"
+
+
+# --- Names of runs and folders, which are the user's
+
+
+# Fonts for what matplotlib's own has no letters for.
+_FAR_FONTS = ("Noto Sans CJK JP", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "MS Gothic", "PingFang SC", "SimHei")
+
+
+@contextmanager
+def any_script() -> Iterator[None]:
+    """What matplotlib makes and writes meanwhile may have names in any script, as far as there are fonts for it."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    families = [*matplotlib.rcParams["font.family"], *(name for name in _FAR_FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box says so
+        yield
+
+
+def as_it_is(name: str) -> str:
+    """A name for matplotlib, which would take two dollars for a formula."""
+    return name.replace("$", r"\$")
 
 
 # --- Axes and panels

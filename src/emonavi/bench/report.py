@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from string import Template
 from typing import Any
 
@@ -47,20 +48,23 @@ def short(result: Result | None, best: float) -> Text:
     return Text(words, style=_cell(result, best).style)
 
 
-def table(found: Findings) -> RenderableType:
-    """Return the result table: one block per task."""
+def table(found: Findings, width: int = 80) -> RenderableType:
+    """Return the result table: one block per task. Of less than 75 columns it takes 40, and leaves the last one out."""
+    wide = width >= 75
     blocks: list[RenderableType] = []
     for task in found.begun():
-        block = Table(box=None, padding=(0, 2), header_style="dim")
+        block = Table(box=None, padding=(0, 2) if wide else (0, 1, 0, 0), header_style="dim")
         block.add_column(task["name"], width=8)
         for lr in found.plan["lrs"]:
-            block.add_column(f"lr {lr_label(lr)}", justify="right", width=11)
-        block.add_column("worst / best", justify="right")
+            block.add_column(f"lr {lr_label(lr)}", justify="right", width=11 if wide else 9)
+        if wide:
+            block.add_column("worst / best", justify="right")
         best = min(found.losses(task["name"]), default=1.0)
         for optimizer in found.plan["optimizers"]:
             row = found.row(task["name"], optimizer)
             cells = [_cell(result, best).append("*" if found.is_best(result) else " ") for result in row]
-            block.add_row(optimizer, *cells, _spread(found.spread(task["name"], optimizer)))
+            spread = [_spread(found.spread(task["name"], optimizer))] if wide else []
+            block.add_row(optimizer, *cells, *spread)
         blocks += [Text(_title(found, task), style="bold"), block, ""]
     blocks += [Text(reason, style="red") for reason in _reasons(found)]
     legend = (
@@ -114,7 +118,7 @@ def contents(found: Findings) -> RenderableType:
         ("tb/", "what the optimizers felt, for TensorBoard:"),
     ):
         listing.add_row(name, what)
-    command = Text(f"tensorboard --logdir {found.folder / 'tb'}", style="cyan")
+    command = Text(shlex.join(["tensorboard", "--logdir", str(found.folder / "tb")]), style="cyan")
     return Group(Text(f"Run folder: {found.folder}", style="bold"), listing, command)
 
 

@@ -34,11 +34,13 @@ def library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
     if os.name != "posix":
         return f"the C kernels are not made for {platform.system()}"
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    found = shutil.which(compiler[0])
+    words = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    found = shutil.which(words[0])
     if found is None:
-        return f"there is no C compiler {compiler[0]!r}: install one (as gcc or clang), or name it in CC"
-    command = [found, *FLAGS, *compiler[1:]]
+        return f"there is no C compiler {words[0]!r}: install one (as gcc or clang), or name it in CC"
+    # A launcher comes before the compiler (ccache gcc). Options that are named with it have the last word.
+    end = max(i for i, word in enumerate(words) if i == 0 or not word.startswith("-")) + 1
+    command = [found, *words[1:end], *FLAGS, *words[end:]]
     try:
         return _cached(command)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
