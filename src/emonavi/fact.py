@@ -75,6 +75,7 @@ class EmoFact(EmoOptimizer):
     _hold = (1.0, 1.5)
     # Its target below 0 holds the lr up already: a slower fall was 2 to 11 % worse on five dev tasks.
     _fall = 2.0
+    _by_rows = True
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         if param.dim() < 2:

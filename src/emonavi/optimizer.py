@@ -180,6 +180,8 @@ class EmoOptimizer(Bearer):
     _fall = 1.5
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
+    # Whether its kernel gathers the rows of matrices when the guard reads them, whose norms then have that order.
+    _by_rows = False
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """Weight decay for each unit of effective lr."""
@@ -237,7 +239,7 @@ class EmoOptimizer(Bearer):
             self._check_fit(found.params)
             moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
             params, grads = moved.params, [local_grad(p) for p in moved.params]
-            norms = all_norms(grads, vector, fused)
+            norms = all_norms(grads, vector, fused, self._by_rows)
         heard, norm = agreed(heard, norms, params, ranks)
         self._missing.note(heard, type(self).__name__)
         roster = self._roster(found.params, moved, fused and plain) if plan is None else plan.roster

@@ -95,12 +95,15 @@ def _kernel(
 # Around the sweep a kernel spares one call of torch, or several, for each tensor.
 
 
-def squares(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
+def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
+    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it.
+
+    ``by_rows`` adds up matrices as the kernel does that gathers their rows and columns.
+    """
     if tensors[0].is_cpu:
         from emonavi.kernels import cpu
 
-        return cpu.squares(tensors)
+        return cpu.squares(tensors, by_rows)
     if tensors[0].is_cuda:
         from emonavi.kernels import cuda
 

@@ -13,10 +13,13 @@
 
 static inline double NAME(total)(const WIDE lanes[LANES])
 {
-    double sum = 0;
+    double sums[LANES];
     for (int k = 0; k < LANES; k++)
-        sum += (double)lanes[k];
-    return sum;
+        sums[k] = (double)lanes[k];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++)
+            sums[k] += sums[k + half];
+    return sums[0];
 }
 
 /* The Adam rule (navi.py) -------------------------------------------------------------------------------------------*/
@@ -141,64 +144,84 @@ int NAME(emolynx)(const bucket *b)
     return sweep_elements(b, NAME(lynx_piece));
 }
 
-/* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------*/
+/* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------
 
-/* Memories of n rows or columns after today's sums of squares, each of `count` elements. */
-static inline void NAME(remember)(const bucket *b, WIDE *memories, const double *sums, int64_t n, int64_t count)
+   First the gradients are gathered, which the guard has to read in any case: means of squares of rows and sums of those
+   of columns, as they come. How far the guard scales the gradients is known when all are; a mean changes by its square.
+   In the scratch a matrix has its rows, then the columns of each band; in the end the factors of the denominator. */
+
+static inline WIDE *NAME(fact_rows)(const bucket *b, int64_t tensor)
 {
-    const double per_count = 1 / (double)count;
-    const WIDE floor = (WIDE)b->floor, trust = (WIDE)b->grad_trust, rest1 = (WIDE)(1 - b->beta1);
-#pragma omp simd
-    for (int64_t k = 0; k < n; k++) {
-        const WIDE today = ROOT((WIDE)(sums[k] * per_count) + floor) * trust;
-        memories[k] += rest1 * (today - memories[k]);
-    }
+    return (WIDE *)b->scratch + b->place[tensor];
 }
 
-/* The squares of LANES elements of a row: into the sum of the row and those of the columns. */
-static inline void NAME(fact_some)(const STORED *grad, WIDE scale, WIDE lanes[LANES], WIDE *columns)
+/* Squares of some rows, ROWS or 1 of them, so many elements apart: into the sum of each and those of the columns, which
+   are fetched once for all. */
+static inline void NAME(fact_some)(const STORED *grad, const int some, int64_t apart, int64_t width, double sums[ROWS],
+                                   WIDE *columns)
 {
+    int64_t i = 0;
+    for (int r = 0; r < some; r++)
+        sums[r] = 0;
+    while (i + LANES <= width) {
+        const int64_t to = width - i < BLOCK ? width : i + BLOCK;
+        WIDE lanes[ROWS][LANES] = {{0}};
+        for (; i + LANES <= to; i += LANES) {
 #pragma omp simd
-    for (int k = 0; k < LANES; k++) {
-        const WIDE g = GET(grad[k]) * scale;
-        lanes[k] += g * g;
-        columns[k] += g * g;
-    }
-}
-
-/* Sums of squares of n wide rows, and of their columns. */
-static void NAME(fact_wide)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
-{
-    memset(columns, 0, (size_t)width * sizeof *columns);
-    for (int64_t r = 0; r < n; r++, grad += width) {
-        double sum = 0;
-        int64_t i = 0;
-        while (i + LANES <= width) {
-            const int64_t to = width - i < BLOCK ? width : i + BLOCK;
-            WIDE lanes[LANES] = {0};
-            for (; i + LANES <= to; i += LANES)
-                NAME(fact_some)(grad + i, scale, lanes, columns + i);
-            sum += NAME(total)(lanes);
+            for (int k = 0; k < LANES; k++) {
+                WIDE column = columns[i + k];
+                for (int r = 0; r < some; r++) {
+                    const WIDE g = GET(grad[r * apart + i + k]), square = g * g;
+                    lanes[r][k] += square;
+                    column += square;
+                }
+                columns[i + k] = column;
+            }
         }
-        for (; i < width; i++) {
-            const WIDE g = GET(grad[i]) * scale;
-            sum += (double)(g * g);
+        for (int r = 0; r < some; r++)
+            sums[r] += NAME(total)(lanes[r]);
+    }
+    for (; i < width; i++)
+        for (int r = 0; r < some; r++) {
+            const WIDE g = GET(grad[r * apart + i]);
+            sums[r] += (double)(g * g);
             columns[i] += g * g;
         }
-        rows[r] = sum;
+}
+
+/* Means of squares of n wide rows, and sums of those of their columns; returns the sum of all. */
+static double NAME(fact_wide)(const STORED *grad, int64_t n, int64_t width, WIDE *rows, WIDE *columns)
+{
+    const int64_t apart = n / ROWS;
+    double sum = 0, sums[ROWS];
+    memset(columns, 0, (size_t)width * sizeof *columns);
+    for (int64_t r = 0; r < apart; r++) {
+        NAME(fact_some)(grad + r * width, ROWS, apart * width, width, sums, columns);
+        for (int k = 0; k < ROWS; k++) {
+            rows[r + k * apart] = (WIDE)(sums[k] / (double)width);
+            sum += sums[k];
+        }
     }
+    for (int64_t r = ROWS * apart; r < n; r++) {
+        NAME(fact_some)(grad + r * width, 1, 0, width, sums, columns);
+        rows[r] = (WIDE)(sums[0] / (double)width);
+        sum += sums[0];
+    }
+    return sum;
 }
 
 /* The same of narrow rows, some at a time, which stand in for one that is wide. */
-static void NAME(fact_narrow)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
+static double NAME(fact_narrow)(const STORED *grad, int64_t n, int64_t width, WIDE *rows, WIDE *columns)
 {
     const int64_t some = NARROW / width;
+    const WIDE per_width = 1 / (WIDE)width;
     WIDE squares[NARROW], totals[NARROW] = {0};
+    double total = 0;
     for (int64_t r = 0; r < n; r += some) {
         const int64_t here = n - r < some ? n - r : some;
 #pragma omp simd
         for (int64_t k = 0; k < here * width; k++) {
-            const WIDE g = GET(grad[r * width + k]) * scale;
+            const WIDE g = GET(grad[r * width + k]);
             squares[k] = g * g;
             totals[k] += g * g;
         }
@@ -206,153 +229,204 @@ static void NAME(fact_narrow)(const STORED *grad, WIDE scale, int64_t n, int64_t
             WIDE sum = 0;
             for (int64_t i = 0; i < width; i++)
                 sum += squares[k * width + i];
-            rows[r + k] = (double)sum;
+            rows[r + k] = sum * per_width;
         }
     }
     for (int64_t i = 0; i < width; i++) {
         columns[i] = 0;
         for (int64_t k = 0; k < some; k++)
             columns[i] += totals[k * width + i];
+        total += (double)columns[i];
     }
+    return total;
 }
 
 static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
 {
     const int64_t width = b->size[tensor] / b->rows[tensor];
-    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
-    WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
-    WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
-    double rows[BAND];
-    (void)sums;
-    (width < 2 * LANES ? NAME(fact_narrow) : NAME(fact_wide))(grad, (WIDE)b->grad_scale, n, width, rows, columns);
-    NAME(remember)(b, row, rows, n, width);
+    const STORED *grad = (const STORED *)b->tensors[tensor];
+    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + b->rows[tensor];
+    for (int64_t r = start; r < start + n; r += BAND)
+        sums[0] += (width < 2 * LANES ? NAME(fact_narrow) : NAME(fact_wide))(
+            grad + r * width, start + n - r < BAND ? start + n - r : BAND, width, rows + r, columns + r / BAND * width);
 }
 
-/* The denominators of n elements that follow each other, from column i of a row on; its root and those of the columns
-   are multiplied. */
-static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *roots, int64_t i, int64_t n, int64_t width,
-                                     WIDE per_bias, WIDE eps, WIDE *denom)
+int NAME(gather)(const bucket *b)
+{
+    return sweep((job){.b = b, .body = NAME(fact_gather), .extent = b->rows, .step = BAND});
+}
+
+/* Memories of n rows or columns after today's means of squares, in whose place are left the factors of the
+   denominator. */
+static inline void NAME(remember)(const bucket *b, WIDE *memories, WIDE *means, int64_t n, WIDE per_bias)
+{
+    const double square_scale = b->grad_scale * b->grad_scale;
+    const WIDE floor = (WIDE)b->floor, trust = (WIDE)b->grad_trust, rest1 = (WIDE)(1 - b->beta1);
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE today = ROOT((WIDE)((double)means[k] * square_scale) + floor) * trust;
+        memories[k] += rest1 * (today - memories[k]);
+        means[k] = ROOT(memories[k]) * per_bias;
+    }
+}
+
+/* The denominators of n elements that follow each other, from column i of a row on. Each row is written in whole LANES,
+   the excess over by the next one: there is room for it behind them. */
+static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64_t i, int64_t n, int64_t width, WIDE eps,
+                                     WIDE *denom)
 {
     for (int64_t k = 0; k < n; row++, i = 0) {
-        const WIDE factor = ROOT(*row) * per_bias;
+        const WIDE factor = *row;
         const int64_t some = n - k < width - i ? n - k : width - i;
-        if (some < LANES) {
-#pragma omp simd simdlen(4)
-            for (int64_t c = 0; c < some; c++)
-                denom[k + c] = factor * roots[i + c] + eps;
-        } else {
+        for (int64_t c = 0; c < some; c += LANES) {
 #pragma omp simd
-            for (int64_t c = 0; c < some; c++)
-                denom[k + c] = factor * roots[i + c] + eps;
+            for (int64_t l = c; l < c + LANES; l++)
+                denom[k + l] = factor * columns[i + l] + eps;
         }
         k += some;
     }
 }
 
-/* The sums of reflection of n coordinates of a sample, BLOCK at most, and what is remembered of them. */
+/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them. */
 static inline void NAME(fact_reflect)(WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n, WIDE rate,
-                                      double *sums)
-{
-    WIDE lanes[SUMS][LANES] = {{0}};
-    for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t some = n - i < LANES ? n - i : LANES;
-#pragma omp simd
-        for (int64_t k = 0; k < some; k++) {
-            const WIDE g = grad[i + k], m = sample[i + k], per_denom = 1 / denom[i + k];
-            lanes[0][k] += m * (g * per_denom);
-            lanes[1][k] += g * (g * per_denom);
-            lanes[2][k] += m * (m * per_denom);
-            sample[i + k] = m + rate * (g - m);
-        }
-    }
-    for (int s = 0; s < SUMS; s++)
-        sums[s] += NAME(total)(lanes[s]);
-}
-
-/* Bands meet: the memory of columns, whose roots are left in the scratch, and then the sample that reflection takes. */
-static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
-{
-    const int64_t rows = b->rows[tensor], width = b->size[tensor] / rows;
-    const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
-    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor];
-    WIDE *column = (WIDE *)b->tensors[3 * b->count + tensor];
-    WIDE *columns = (WIDE *)b->scratch + b->place[tensor];
-    (void)start, (void)n;
-    for (int64_t from = 0; from < width; from += BLOCK) {
-        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
-        double sum[BLOCK] = {0};
-        for (int64_t band = 0; band * BAND < rows; band++)
-            for (int64_t k = 0; k < some; k++)
-                sum[k] += (double)columns[band * width + from + k];
-        NAME(remember)(b, column + from, sum, some, rows);
-#pragma omp simd
-        for (int64_t k = 0; k < some; k++)
-            columns[from + k] = ROOT(column[from + k]);
-    }
-    if (!b->reflect)
-        return;
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, per_bias = (WIDE)(1 / b->bias[tensor]);
-    const int64_t samples = b->samples[tensor], stride = b->stride[tensor];
-    WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    WIDE sampled[BLOCK], denom[BLOCK];
-    for (int64_t done = 0, at = 0; done < samples; done += BLOCK) {
-        const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
-        if (stride == 1)
-            NAME(fact_denoms)(row + done / width, columns, done % width, some, width, per_bias, eps, denom);
-        for (int64_t k = 0; k < some; k++, at += stride) {
-            sampled[k] = GET(grad[at]) * scale;
-            if (stride > 1)
-                denom[k] = ROOT(row[at / width]) * per_bias * columns[at % width] + eps;
-        }
-        NAME(fact_reflect)(sample + done, sampled, denom, some, (WIDE)b->sample_rate, sums);
-    }
-    for (int s = 0; s < SUMS; s++)
-        sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];
-}
-
-/* Moves n elements that follow each other, whichever rows they are of. */
-static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, WIDE scale,
-                                   WIDE decay, WIDE step_size)
+                                      WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
-        const WIDE step = GET(grad[k]) * scale / denom[k];
-        param[k] = PUT(GET(param[k]) * decay - step_size * step);
+        const WIDE g = grad[k], m = sample[k], per_denom = 1 / denom[k];
+        lanes[0][k] += m * (g * per_denom);
+        lanes[1][k] += g * (g * per_denom);
+        lanes[2][k] += m * (m * per_denom);
+        sample[k] = m + rate * (g - m);
     }
+}
+
+/* The sums of reflection of a matrix, from its sample. */
+static void NAME(fact_sample)(const bucket *b, int64_t tensor, const WIDE *rows, const WIDE *columns, double *sums)
+{
+    const int64_t width = b->size[tensor] / b->rows[tensor], samples = b->samples[tensor], stride = b->stride[tensor];
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
+    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, rate = (WIDE)b->sample_rate;
+    WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
+    WIDE sampled[BLOCK], denom[BLOCK + LANES];
+    for (int64_t done = 0, r = 0, i = 0; done < samples; done += BLOCK) {
+        const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
+        if (stride == 1) {
+            NAME(fact_denoms)(rows + done / width, columns, done % width, some, width, eps, denom);
+#pragma omp simd
+            for (int64_t k = 0; k < some; k++)
+                sampled[k] = GET(grad[done + k]) * scale;
+        } else
+            for (int64_t k = 0; k < some; k++) {
+                sampled[k] = GET(grad[r * width + i]) * scale;
+                denom[k] = rows[r] * columns[i] + eps;
+                r += stride / width, i += stride % width;
+                if (i >= width)
+                    r++, i -= width;
+            }
+        WIDE lanes[SUMS][LANES] = {{0}};
+        int64_t k = 0;
+        for (; k + LANES <= some; k += LANES)
+            NAME(fact_reflect)(sample + done + k, sampled + k, denom + k, LANES, rate, lanes);
+        NAME(fact_reflect)(sample + done + k, sampled + k, denom + k, some - k, rate, lanes);
+        for (int s = 0; s < SUMS; s++)
+            sums[s] += NAME(total)(lanes[s]);
+    }
+    for (int s = 0; s < SUMS; s++)
+        sums[s] *= (double)b->size[tensor] / (double)samples;
+}
+
+/* Bands meet: both memories, and then the sample that reflection takes. */
+static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t height = b->rows[tensor], width = b->size[tensor] / height;
+    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + height;
+    (void)start, (void)n;
+    for (int64_t from = 0; from < width; from += BLOCK) {
+        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
+        double sum[BLOCK];
+        for (int64_t k = 0; k < some; k++)
+            sum[k] = (double)columns[from + k];
+        for (int64_t band = 1; band * BAND < height; band++)
+            for (int64_t k = 0; k < some; k++)
+                sum[k] += (double)columns[band * width + from + k];
+        for (int64_t k = 0; k < some; k++)
+            columns[from + k] = (WIDE)(sum[k] / (double)height);
+    }
+    NAME(remember)(b, (WIDE *)b->tensors[2 * b->count + tensor], rows, height, (WIDE)(1 / b->bias[tensor]));
+    NAME(remember)(b, (WIDE *)b->tensors[3 * b->count + tensor], columns, width, 1);
+    if (b->reflect)
+        NAME(fact_sample)(b, tensor, rows, columns, sums);
+}
+
+typedef struct {
+    WIDE scale, eps, decay, step_size;
+} NAME(fact);
+
+/* Moves n elements. */
+static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, NAME(fact) c)
+{
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE step = GET(grad[k]) * c.scale / denom[k];
+        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * step);
+    }
+}
+
+/* Moves a stretch of each of some rows. */
+static inline void NAME(fact_stretch)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
+                                      const int some, int64_t apart, int64_t width, int64_t n, NAME(fact) c)
+{
+    for (int r = 0; r < some; r++) {
+        STORED *p = param + r * apart * width;
+        const STORED *g = grad + r * apart * width;
+        const WIDE factor = rows[r * apart];
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++) {
+            const WIDE step = GET(g[k]) * c.scale / (factor * columns[k] + c.eps);
+            p[k] = PUT(GET(p[k]) * c.decay - c.step_size * step);
+        }
+    }
+}
+
+/* Moves some wide rows, ROWS or 1 of them, so many apart. */
+static inline void NAME(fact_move_wide)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
+                                        const int some, int64_t apart, int64_t width, NAME(fact) c)
+{
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, LANES, c);
+    NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, width - i, c);
 }
 
 static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
 {
-    const int64_t width = b->size[tensor] / b->rows[tensor];
+    const int64_t width = b->size[tensor] / b->rows[tensor], apart = n / ROWS;
     STORED *param = (STORED *)b->tensors[tensor] + start * width;
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
-    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor] + start;
-    const WIDE *roots = (const WIDE *)b->scratch + b->place[tensor];
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, step_size = (WIDE)b->step_size[tensor];
-    const WIDE decay = b->decay ? (WIDE)b->decay[tensor] : 1, per_bias = (WIDE)(1 / b->bias[tensor]);
-    WIDE denom[BLOCK];
+    const WIDE *rows = NAME(fact_rows)(b, tensor) + start, *columns = rows - start + b->rows[tensor];
+    const NAME(fact) c = {.scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .step_size = (WIDE)b->step_size[tensor],
+                          .decay = b->decay ? (WIDE)b->decay[tensor] : 1};
     (void)sums;
+    if (width >= 2 * LANES) {
+        for (int64_t r = 0; r < apart; r++)
+            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, c);
+        for (int64_t r = ROWS * apart; r < n; r++)
+            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, 1, 0, width, c);
+        return;
+    }
+    WIDE denom[BLOCK + LANES];
     for (int64_t at = 0; at < n * width; at += BLOCK) {
         const int64_t some = n * width - at < BLOCK ? n * width - at : BLOCK;
-        NAME(fact_denoms)(row + at / width, roots, at % width, some, width, per_bias, eps, denom);
-        NAME(fact_step)(param + at, grad + at, denom, some, scale, decay, step_size);
+        NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
+        NAME(fact_step)(param + at, grad + at, denom, some, c);
     }
-}
-
-/* All three for a small matrix, which so stays in the caches nearest by. */
-static void NAME(fact_whole)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
-{
-    const int64_t rows = b->rows[tensor];
-    (void)start, (void)n;
-    for (int64_t r = 0; r < rows; r += BAND)
-        NAME(fact_gather)(b, tensor, r, rows - r < BAND ? rows - r : BAND, sums);
-    NAME(fact_meet)(b, tensor, 0, 1, sums);
-    NAME(fact_move)(b, tensor, 0, rows, sums);
 }
 
 int NAME(emofact)(const bucket *b)
 {
-    return sweep_matrices(b, sizeof(WIDE), NAME(fact_whole), NAME(fact_gather), NAME(fact_meet), NAME(fact_move));
+    return sweep((job){.b = b, .body = NAME(fact_meet), .step = 1}) ||
+           sweep((job){.b = b, .body = NAME(fact_move), .extent = b->rows, .step = BAND});
 }
 
 /* The guard: sums of squares ----------------------------------------------------------------------------------------*/
