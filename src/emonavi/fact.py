@@ -113,8 +113,8 @@ class EmoFact(EmoOptimizer):
 
     def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Whole]:
         wholes, sums = {}, []
-        for i, (param, part) in enumerate(zip(active.whole, active.grads, strict=True)):
-            if not self._needs_whole(param):
+        for i, (param, here, part) in enumerate(zip(active.whole, active.params, active.grads, strict=True)):
+            if param is here or not self._needs_whole(param):
                 continue
             sign = -1.0 if self.param_groups[active.groups[i]]["maximize"] else 1.0
             grad = wide(part) * like(wide(part), sign * grad_scale)

@@ -13,13 +13,14 @@
 
 static inline double NAME(total)(const WIDE lanes[LANES])
 {
-    double sums[LANES];
-    for (int k = 0; k < LANES; k++)
-        sums[k] = (double)lanes[k];
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int k = 0; k < half; k++)
-            sums[k] += sums[k + half];
-    return sums[0];
+    double halves[LANES / 2], quarters[LANES / 4], sum = 0;
+    for (int k = 0; k < LANES / 2; k++)
+        halves[k] = (double)lanes[k] + (double)lanes[k + LANES / 2];
+    for (int k = 0; k < LANES / 4; k++)
+        quarters[k] = halves[k] + halves[k + LANES / 4];
+    for (int k = 0; k < LANES / 4; k++)
+        sum += quarters[k];
+    return sum;
 }
 
 /* The Adam rule (navi.py) -------------------------------------------------------------------------------------------*/
@@ -225,18 +226,30 @@ static double NAME(fact_narrow)(const STORED *grad, int64_t n, int64_t width, WI
             squares[k] = g * g;
             totals[k] += g * g;
         }
-        for (int64_t k = 0; k < here; k++) {
+        int64_t left = width; /* of each row: halved as long as that goes, which many can do side by side */
+        for (; left % 2 == 0; left /= 2)
+#pragma omp simd
+            for (int64_t k = 0; k < here * left / 2; k++)
+                squares[k] = squares[2 * k] + squares[2 * k + 1];
+        for (int64_t k = 0; k < here && left > 1; k++) {
             WIDE sum = 0;
-            for (int64_t i = 0; i < width; i++)
-                sum += squares[k * width + i];
-            rows[r + k] = sum * per_width;
+            for (int64_t i = 0; i < left; i++)
+                sum += squares[k * left + i];
+            squares[k] = sum;
         }
+#pragma omp simd
+        for (int64_t k = 0; k < here; k++)
+            rows[r + k] = squares[k] * per_width;
+    }
+    for (int64_t left = some, half; left > 1; left = half) {
+        half = (left + 1) / 2;
+#pragma omp simd
+        for (int64_t k = 0; k < (left - half) * width; k++)
+            totals[k] += totals[half * width + k];
     }
     for (int64_t i = 0; i < width; i++) {
-        columns[i] = 0;
-        for (int64_t k = 0; k < some; k++)
-            columns[i] += totals[k * width + i];
-        total += (double)columns[i];
+        columns[i] = totals[i];
+        total += (double)totals[i];
     }
     return total;
 }
@@ -287,9 +300,20 @@ static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64
     }
 }
 
-/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them. */
-static inline void NAME(fact_reflect)(WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n, WIDE rate,
-                                      WIDE lanes[SUMS][LANES])
+typedef struct {
+    WIDE scale, eps, decay, step_size, rate;
+} NAME(fact);
+
+static inline NAME(fact) NAME(fact_scalars)(const bucket *b, int64_t tensor)
+{
+    return (NAME(fact)){.scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .step_size = (WIDE)b->step_size[tensor],
+                        .decay = b->decay ? (WIDE)b->decay[tensor] : 1, .rate = (WIDE)b->sample_rate};
+}
+
+/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are all
+   that there are, their parameters are moved, too. */
+static inline void NAME(fact_reflect)(STORED *param, WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n,
+                                      NAME(fact) c, WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
@@ -297,8 +321,23 @@ static inline void NAME(fact_reflect)(WIDE *sample, const WIDE *grad, const WIDE
         lanes[0][k] += m * (g * per_denom);
         lanes[1][k] += g * (g * per_denom);
         lanes[2][k] += m * (m * per_denom);
-        sample[k] = m + rate * (g - m);
+        sample[k] = m + c.rate * (g - m);
+        if (param)
+            param[k] = PUT(GET(param[k]) * c.decay - c.step_size * (g * per_denom));
     }
+}
+
+/* BLOCK of them at most. */
+static inline void NAME(fact_block)(STORED *param, WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n,
+                                    NAME(fact) c, double *sums)
+{
+    WIDE lanes[SUMS][LANES] = {{0}};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        NAME(fact_reflect)(param ? param + i : NULL, sample + i, grad + i, denom + i, LANES, c, lanes);
+    NAME(fact_reflect)(param ? param + i : NULL, sample + i, grad + i, denom + i, n - i, c, lanes);
+    for (int s = 0; s < SUMS; s++)
+        sums[s] += NAME(total)(lanes[s]);
 }
 
 /* The sums of reflection of a matrix, from its sample. */
@@ -306,62 +345,42 @@ static void NAME(fact_sample)(const bucket *b, int64_t tensor, const WIDE *rows,
 {
     const int64_t width = b->size[tensor] / b->rows[tensor], samples = b->samples[tensor], stride = b->stride[tensor];
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, rate = (WIDE)b->sample_rate;
+    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    WIDE sampled[BLOCK], denom[BLOCK + LANES];
+    WIDE sampled[BLOCK], denom[BLOCK];
     for (int64_t done = 0, r = 0, i = 0; done < samples; done += BLOCK) {
         const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
-        if (stride == 1) {
-            NAME(fact_denoms)(rows + done / width, columns, done % width, some, width, eps, denom);
-#pragma omp simd
-            for (int64_t k = 0; k < some; k++)
-                sampled[k] = GET(grad[done + k]) * scale;
-        } else
-            for (int64_t k = 0; k < some; k++) {
-                sampled[k] = GET(grad[r * width + i]) * scale;
-                denom[k] = rows[r] * columns[i] + eps;
-                r += stride / width, i += stride % width;
-                if (i >= width)
-                    r++, i -= width;
-            }
-        WIDE lanes[SUMS][LANES] = {{0}};
-        int64_t k = 0;
-        for (; k + LANES <= some; k += LANES)
-            NAME(fact_reflect)(sample + done + k, sampled + k, denom + k, LANES, rate, lanes);
-        NAME(fact_reflect)(sample + done + k, sampled + k, denom + k, some - k, rate, lanes);
-        for (int s = 0; s < SUMS; s++)
-            sums[s] += NAME(total)(lanes[s]);
+        for (int64_t k = 0; k < some; k++) {
+            sampled[k] = GET(grad[r * width + i]) * c.scale;
+            denom[k] = rows[r] * columns[i] + c.eps;
+            r += stride / width, i += stride % width;
+            if (i >= width)
+                r++, i -= width;
+        }
+        NAME(fact_block)(NULL, sample + done, sampled, denom, some, c, sums);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)samples;
 }
 
-/* Bands meet: both memories, and then the sample that reflection takes. */
-static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+/* All of a matrix that is no larger than its sample: the sums of reflection, and the move. */
+static void NAME(fact_all)(const bucket *b, int64_t tensor, const WIDE *rows, const WIDE *columns, double *sums)
 {
-    const int64_t height = b->rows[tensor], width = b->size[tensor] / height;
-    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + height;
-    (void)start, (void)n;
-    for (int64_t from = 0; from < width; from += BLOCK) {
-        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
-        double sum[BLOCK];
+    const int64_t size = b->size[tensor], width = size / b->rows[tensor];
+    STORED *param = (STORED *)b->tensors[tensor];
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
+    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
+    WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
+    WIDE scaled[BLOCK], denom[BLOCK + LANES];
+    for (int64_t at = 0; at < size; at += BLOCK) {
+        const int64_t some = size - at < BLOCK ? size - at : BLOCK;
+        NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
+#pragma omp simd
         for (int64_t k = 0; k < some; k++)
-            sum[k] = (double)columns[from + k];
-        for (int64_t band = 1; band * BAND < height; band++)
-            for (int64_t k = 0; k < some; k++)
-                sum[k] += (double)columns[band * width + from + k];
-        for (int64_t k = 0; k < some; k++)
-            columns[from + k] = (WIDE)(sum[k] / (double)height);
+            scaled[k] = GET(grad[at + k]) * c.scale;
+        NAME(fact_block)(param + at, sample + at, scaled, denom, some, c, sums);
     }
-    NAME(remember)(b, (WIDE *)b->tensors[2 * b->count + tensor], rows, height, (WIDE)(1 / b->bias[tensor]));
-    NAME(remember)(b, (WIDE *)b->tensors[3 * b->count + tensor], columns, width, 1);
-    if (b->reflect)
-        NAME(fact_sample)(b, tensor, rows, columns, sums);
 }
-
-typedef struct {
-    WIDE scale, eps, decay, step_size;
-} NAME(fact);
 
 /* Moves n elements. */
 static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, NAME(fact) c)
@@ -399,15 +418,13 @@ static inline void NAME(fact_move_wide)(STORED *param, const STORED *grad, const
     NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, width - i, c);
 }
 
-static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+static void NAME(fact_bands)(const bucket *b, int64_t tensor, int64_t start, int64_t n)
 {
     const int64_t width = b->size[tensor] / b->rows[tensor], apart = n / ROWS;
     STORED *param = (STORED *)b->tensors[tensor] + start * width;
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
     const WIDE *rows = NAME(fact_rows)(b, tensor) + start, *columns = rows - start + b->rows[tensor];
-    const NAME(fact) c = {.scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .step_size = (WIDE)b->step_size[tensor],
-                          .decay = b->decay ? (WIDE)b->decay[tensor] : 1};
-    (void)sums;
+    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
     if (width >= 2 * LANES) {
         for (int64_t r = 0; r < apart; r++)
             NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, c);
@@ -421,6 +438,42 @@ static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int6
         NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
         NAME(fact_step)(param + at, grad + at, denom, some, c);
     }
+}
+
+/* Bands meet: both memories, and then the sample that reflection takes. */
+static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t height = b->rows[tensor], width = b->size[tensor] / height;
+    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + height;
+    (void)start, (void)n;
+    for (int64_t from = 0; from < width; from += BLOCK) {
+        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
+        double sum[BLOCK];
+        for (int64_t k = 0; k < some; k++)
+            sum[k] = (double)columns[from + k];
+        for (int64_t band = 1; band * BAND < height; band++)
+            for (int64_t k = 0; k < some; k++)
+                sum[k] += (double)columns[band * width + from + k];
+        for (int64_t k = 0; k < some; k++)
+            columns[from + k] = (WIDE)(sum[k] / (double)height);
+    }
+    NAME(remember)(b, (WIDE *)b->tensors[2 * b->count + tensor], rows, height, (WIDE)(1 / b->bias[tensor]));
+    NAME(remember)(b, (WIDE *)b->tensors[3 * b->count + tensor], columns, width, 1);
+    if (b->reflect && b->stride[tensor] == 1) {
+        NAME(fact_all)(b, tensor, rows, columns, sums);
+        return;
+    }
+    if (b->reflect)
+        NAME(fact_sample)(b, tensor, rows, columns, sums);
+    if (b->size[tensor] <= PIECE) /* while its gradient is in the caches nearest by */
+        NAME(fact_bands)(b, tensor, 0, height);
+}
+
+static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    (void)sums;
+    if (b->size[tensor] > PIECE)
+        NAME(fact_bands)(b, tensor, start, n);
 }
 
 int NAME(emofact)(const bucket *b)
