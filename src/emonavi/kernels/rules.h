@@ -312,12 +312,12 @@ static inline NAME(fact) NAME(fact_scalars)(const bucket *b, int64_t tensor)
 
 /* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are all
    that there are, their parameters are moved, too. */
-static inline void NAME(fact_reflect)(STORED *param, WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n,
+static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t n,
                                       NAME(fact) c, WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
-        const WIDE g = grad[k], m = sample[k], per_denom = 1 / denom[k];
+        const WIDE g = GET(grad[k]) * c.scale, m = sample[k], per_denom = 1 / denom[k];
         lanes[0][k] += m * (g * per_denom);
         lanes[1][k] += g * (g * per_denom);
         lanes[2][k] += m * (m * per_denom);
@@ -328,14 +328,14 @@ static inline void NAME(fact_reflect)(STORED *param, WIDE *sample, const WIDE *g
 }
 
 /* BLOCK of them at most. */
-static inline void NAME(fact_block)(STORED *param, WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n,
+static inline void NAME(fact_block)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t n,
                                     NAME(fact) c, double *sums)
 {
     WIDE lanes[SUMS][LANES] = {{0}};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        NAME(fact_reflect)(param ? param + i : NULL, sample + i, grad + i, denom + i, LANES, c, lanes);
-    NAME(fact_reflect)(param ? param + i : NULL, sample + i, grad + i, denom + i, n - i, c, lanes);
+        NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, LANES, c, lanes);
+    NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, n - i, c, lanes);
     for (int s = 0; s < SUMS; s++)
         sums[s] += NAME(total)(lanes[s]);
 }
@@ -347,17 +347,18 @@ static void NAME(fact_sample)(const bucket *b, int64_t tensor, const WIDE *rows,
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
     const NAME(fact) c = NAME(fact_scalars)(b, tensor);
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    WIDE sampled[BLOCK], denom[BLOCK];
+    STORED sampled[BLOCK];
+    WIDE denom[BLOCK];
     for (int64_t done = 0, r = 0, i = 0; done < samples; done += BLOCK) {
         const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
         for (int64_t k = 0; k < some; k++) {
-            sampled[k] = GET(grad[r * width + i]) * c.scale;
+            sampled[k] = grad[r * width + i];
             denom[k] = rows[r] * columns[i] + c.eps;
             r += stride / width, i += stride % width;
             if (i >= width)
                 r++, i -= width;
         }
-        NAME(fact_block)(NULL, sample + done, sampled, denom, some, c, sums);
+        NAME(fact_block)(NULL, sampled, sample + done, denom, some, c, sums);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)samples;
@@ -371,14 +372,11 @@ static void NAME(fact_all)(const bucket *b, int64_t tensor, const WIDE *rows, co
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
     const NAME(fact) c = NAME(fact_scalars)(b, tensor);
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    WIDE scaled[BLOCK], denom[BLOCK + LANES];
+    WIDE denom[BLOCK + LANES];
     for (int64_t at = 0; at < size; at += BLOCK) {
         const int64_t some = size - at < BLOCK ? size - at : BLOCK;
         NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
-#pragma omp simd
-        for (int64_t k = 0; k < some; k++)
-            scaled[k] = GET(grad[at + k]) * c.scale;
-        NAME(fact_block)(param + at, sample + at, scaled, denom, some, c, sums);
+        NAME(fact_block)(param + at, grad + at, sample + at, denom, some, c, sums);
     }
 }
 
