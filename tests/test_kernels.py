@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from emonavi import EmoNavi, kernels
 from emonavi.emotion import State
+from emonavi.fact import emofact, sample
 from emonavi.kernels import build, cpu
 from emonavi.navi import emonavi
 
@@ -240,7 +241,7 @@ def test_the_kernel_is_the_rule(case, shapes, how, grads_how, dtype, kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_large_tensors_in_many_pieces(case, dtype):
     """More than a piece, a band and a block, and none of them whole."""
-    shapes = [(3 * (1 << 16) + 1017,), (700, 257), (129, 1031), (5, 70_001)]
+    shapes = [(3 * (1 << 16) + 1017,), (700, 257), (129, 1031), (5, 70_001), (30_001, 7), (300, 8), (301, 40)]
     same_by_both(case, shapes, "plain", "plain", dtype, {"weight_decay": 0.1}, steps=3)
 
 
@@ -263,6 +264,53 @@ def test_threads_change_no_bit(case, dtype):
         torch.set_num_threads(1)
     assert runs[0]["group 0: emotion"][State._fields.index("gain")] > 0
     assert differences(runs[0], runs[1]) == differences(runs[0], runs[2]) == []
+
+
+def matrices(shapes, dtype=torch.float64):
+    """What the rule of matrices takes, as one bucket."""
+    torch.manual_seed(3)
+    columns = {name: [torch.randn(s, dtype=dtype) for s in shapes] for name in ("param", "grad")}
+    columns["exp_avg_row"] = [torch.rand(len(p), *(1 for _ in p.shape[1:]), dtype=dtype) for p in columns["param"]]
+    columns["exp_avg_col"] = [torch.rand(1, *p.shape[1:], dtype=dtype) for p in columns["param"]]
+    return columns | {"exp_avg_sample": [torch.randn_like(sample(p[None])[0]) for p in columns["param"]]}
+
+
+@compiled
+def test_what_is_gathered_of_matrices_serves_one_move():
+    """As it came: the guard's scale is known later. The gradients of the next move are gathered anew, asked or not."""
+    bucket = matrices([(5, 3), (6, 4, 2), (200, 40)])
+    kernel = cpu.kernel(emofact, bucket, False)
+    expected = {name: [t.clone() for t in column] for name, column in bucket.items()}
+    numbers = {"beta1": 0.9, "eps": 1e-8, "floor": 1e-16, "trust": None, "decay": None, "reflect": True}
+    vectors = {name: torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64) for name in ("step_size", "bias")}
+    for scale, first in ((0.5, True), (-3.0, False), (1.0, True)):
+        if first:
+            norms = torch.stack(torch._foreach_norm(bucket["grad"]))
+            torch.testing.assert_close(kernel.squares(bucket), norms.square())
+        found = kernel(bucket, numbers | vectors, scale, True, None)
+        for i in range(3):
+            row = [column[i].clone() if name == "grad" else column[i] for name, column in expected.items()]
+            row[1] *= scale
+            wanted = emofact(*(t[None] for t in row), **numbers, **{k: v[i] for k, v in vectors.items()})
+            torch.testing.assert_close([sums[i] for sums in found], [sums[0] for sums in wanted])
+        torch.testing.assert_close(bucket, expected, rtol=1e-12, atol=1e-12)
+        for column in (bucket["grad"], expected["grad"]):
+            for grad in column:
+                grad.cos_()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", list(ROUNDINGS), ids=str)
+def test_sums_of_squares_by_rows(dtype):
+    """The order is that of the kernel of matrices, bit by bit, or a resumed run would not go on as one that went on."""
+    bucket = matrices([(1, 1), (3, 31), (130, 2), (200, 1031), (7, 32)], torch.float32)
+    bucket = {k: [t.to(dtype if k in ("param", "grad") else cpu.DTYPES[dtype]) for t in c] for k, c in bucket.items()}
+    found = cpu.squares([*bucket["grad"], torch.ones(3, dtype=dtype), torch.ones(0, 2, dtype=dtype)], by_rows=True)
+    assert found.tolist() == [*cpu.kernel(emofact, bucket, False).squares(bucket).tolist(), 3.0, 0.0]
+    for square, grad in zip(found[:5].tolist(), bucket["grad"], strict=True):
+        assert square == pytest.approx(float((grad.double() ** 2).sum()), rel=1e-12 if dtype == torch.float64 else 2e-6)
+    bucket["grad"][3][5, 7] = math.nan
+    assert not math.isfinite(cpu.squares(bucket["grad"], by_rows=True)[3])
 
 
 @compiled

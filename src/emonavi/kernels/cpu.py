@@ -78,10 +78,7 @@ class Sweep:
 
     def squares(self, lists: Mapping[str, list[Tensor]]) -> Tensor:
         """Sum of the squares of each gradient of a bucket that is in order, which is then to be moved by them."""
-        return self._read(self._where(lists))
-
-    def _read(self, arrays: _Arrays) -> Tensor:
-        return _squares(self._squares, arrays, first=1)
+        return _squares(self._squares, self._where(lists), first=1)
 
     def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
         if self._arrays is None:
@@ -100,7 +97,7 @@ class Sweep:
             columns, home = in_order(list(lists.values()), row_major=self._matrices)
             arrays = _Arrays(columns, self._matrices)
         if self._matrices and arrays.gathered is None:
-            self._read(arrays)
+            _squares(self._squares, arrays, first=1)
         scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
         vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
         fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}

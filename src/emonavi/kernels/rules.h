@@ -6,7 +6,7 @@
 
    A piece is n elements of one tensor from `start` on. It goes block by block: first the sums of reflection, then the
    move. The operations are those of the functional form, in its order; but a division by a constant is a multiplication
-   by its reciprocal, and nothing is contracted, so that results differ by a few roundings.
+   by its reciprocal, and of a product and a sum only what says so is one rounding, so that results differ by a few.
 
    Sums run in LANES of WIDE over a block, where each has the error of BLOCK / LANES additions, and from there on in
    double. The order is written down here, so that neither compiler nor processor changes a bit. */
@@ -26,7 +26,7 @@ static inline double NAME(total)(const WIDE lanes[LANES])
 /* The Adam rule (navi.py) -------------------------------------------------------------------------------------------*/
 
 typedef struct {
-    WIDE scale, eps, per_last_root, per_root, decay, step_size, rest1, beta2, rest2, grad_trust, square_trust;
+    WIDE scale, eps, per_last_root, per_root, decay, step_size, rest1, beta2, rest2, grad_trust;
     int reflect;
 } NAME(navi);
 
@@ -38,17 +38,18 @@ static inline void NAME(navi_some)(STORED *param, const STORED *grad, WIDE *exp_
     for (int64_t k = 0; k < n; k++) {
         const WIDE g = GET(grad[k]) * c.scale, m = exp_avg[k], v = exp_avg_sq[k];
         if (c.reflect) {
-            const WIDE per_denom = RECIPROCAL(ROOT(v) * c.per_last_root + c.eps);
-            lanes[0][k] += g * (m * per_denom);
-            lanes[1][k] += g * (g * per_denom);
-            lanes[2][k] += m * (m * per_denom);
+            const WIDE per_denom = RECIPROCAL(MULTIPLY_ADD(ROOT(v), c.per_last_root, c.eps));
+            const WIDE last = m * per_denom;
+            lanes[0][k] = MULTIPLY_ADD(g, last, lanes[0][k]);
+            lanes[1][k] = MULTIPLY_ADD(g, g * per_denom, lanes[1][k]);
+            lanes[2][k] = MULTIPLY_ADD(m, last, lanes[2][k]);
         }
         const WIDE new_m = MULTIPLY_ADD(c.rest1, g * c.grad_trust - m, m);
-        const WIDE new_v = v * c.beta2 + c.rest2 * (g * c.square_trust) * g;
-        const WIDE step = new_m / (ROOT(new_v) * c.per_root + c.eps);
+        const WIDE new_v = MULTIPLY_ADD(c.rest2 * g, g, v * c.beta2);
+        const WIDE step = new_m / MULTIPLY_ADD(ROOT(new_v), c.per_root, c.eps);
         exp_avg[k] = new_m;
         exp_avg_sq[k] = new_v;
-        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * step);
+        param[k] = PUT(MULTIPLY_ADD(-c.step_size, step, GET(param[k]) * c.decay));
     }
 }
 
@@ -62,7 +63,7 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
         .scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .per_last_root = (WIDE)(1 / b->last_root[tensor]),
         .per_root = (WIDE)(1 / b->root[tensor]), .decay = b->decay ? (WIDE)b->decay[tensor] : 1,
         .step_size = (WIDE)b->step_size[tensor], .rest1 = (WIDE)(1 - b->beta1), .beta2 = (WIDE)b->beta2,
-        .rest2 = (WIDE)(1 - b->beta2), .grad_trust = (WIDE)b->grad_trust, .square_trust = (WIDE)b->square_trust};
+        .rest2 = (WIDE)((1 - b->beta2) * b->square_trust), .grad_trust = (WIDE)b->grad_trust};
     if (!b->reflect) {
         NAME(navi_some)(param, grad, exp_avg, exp_avg_sq, n, c, NULL);
         return;
@@ -130,8 +131,10 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
     for (int64_t i = 0; i < n;) {
         const int64_t to = n - i < BLOCK ? n : i + BLOCK;
         WIDE lanes[2][LANES] = {{0}};
-        for (; i + LANES <= to; i += LANES)
+        for (; i + LANES <= to; i += LANES) {
+            PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i);
             NAME(lynx_some)(param + i, grad + i, exp_avg + i, LANES, c, lanes);
+        }
         NAME(lynx_some)(param + i, grad + i, exp_avg + i, to - i, c, lanes);
         i = to;
         sums[0] += NAME(total)(lanes[0]);
