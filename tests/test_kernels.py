@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from cases import CASES, contents, differences, train, weights
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from emonavi import EmoNavi, kernels
@@ -209,7 +209,8 @@ def same_by_both(case, shapes, how, grads_how, dtype, kwargs, steps=5):
     single, fused = runs
     for name, value in single.items():
         if isinstance(value, torch.Tensor):
-            rtol = ROUNDINGS[dtype] if name.startswith("parameter") else min(1e-5, 10 * ROUNDINGS[dtype])
+            rounded = name.startswith("parameter") or name.endswith("shadow")  # which follows the parameter
+            rtol = ROUNDINGS[dtype] if rounded else min(1e-5, 10 * ROUNDINGS[dtype])
             if name.startswith("group"):
                 rtol *= 10  # torch's own norm of a large tensor of 16 bits is off in the fifth digit
             torch.testing.assert_close(
@@ -227,7 +228,6 @@ ways_to_feel = [
 
 @compiled
 @kernels_of
-@settings(max_examples=60)
 @given(
     shapes=st.lists(dims, min_size=1, max_size=4), how=layouts, grads_how=layouts,
     dtype=st.sampled_from(list(ROUNDINGS)), kwargs=st.sampled_from(ways_to_feel),
