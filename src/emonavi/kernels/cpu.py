@@ -29,7 +29,7 @@ DTYPES = {
     torch.float16: torch.float32,
 }
 OWN = {Tensor, Parameter}
-VECTORS = ("step_size", "decay", "root", "last_root", "bias")  # all else is one number, betas and eps too
+VECTORS = ("step_size", "decay", "root", "last_root", "bias", "seeds")  # all else is one number, betas and eps too
 
 
 class _Bucket(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Bucket(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("grad_scale", "beta1", "beta2", "eps", "floor")),
         *((name, ctypes.c_double) for name in ("grad_trust", "square_trust", "sample_rate")),
         ("reflect", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("sums", "scratch", "place")),
+        *((name, ctypes.c_void_p) for name in ("seeds", "sums", "scratch", "place")),
     )
 
 
@@ -94,10 +94,12 @@ class Sweep:
         if self.in_order:
             arrays = self._where(lists)
         else:
-            columns, home = in_order(list(lists.values()), row_major=self._matrices)
+            columns, home = in_order(list(lists.values()), row_major=self._matrices or seeds is not None)
             arrays = _Arrays(columns, self._matrices)
         if self._matrices and arrays.gathered is None:
             _squares(self._squares, arrays, first=1)
+        if seeds is not None:
+            scalars = scalars | {"seeds": seeds}
         scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
         vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
         fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}

@@ -1,6 +1,7 @@
 /* The rules for one dtype. sweep.c includes this once for each, with
 
      STORED, GET, PUT   how parameters and gradients are stored, and the way from and to WIDE
+     DROPPED            bits of WIDE that are lost on the way to it
      WIDE, ROOT, ABS, RECIPROCAL   how states are stored and what is computed in, and functions of it
      NAME(rule)         the rule's name for this dtype
 
@@ -23,6 +24,11 @@ static inline double NAME(total)(const WIDE lanes[LANES])
     return sum;
 }
 
+static inline STORED NAME(put)(WIDE value, rounding r, int64_t element)
+{
+    return PUT(DROPPED && r.random ? (WIDE)cut((float)value, bits_of(r, element), DROPPED) : value);
+}
+
 /* The Adam rule (navi.py) -------------------------------------------------------------------------------------------*/
 
 typedef struct {
@@ -32,7 +38,7 @@ typedef struct {
 
 /* Moves n elements, at most LANES of them where it reflects. */
 static inline void NAME(navi_some)(STORED *param, const STORED *grad, WIDE *exp_avg, WIDE *exp_avg_sq, int64_t n,
-                                   const NAME(navi) c, WIDE lanes[SUMS][LANES])
+                                   const NAME(navi) c, rounding r, WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
@@ -49,7 +55,7 @@ static inline void NAME(navi_some)(STORED *param, const STORED *grad, WIDE *exp_
         const WIDE step = new_m / MULTIPLY_ADD(ROOT(new_v), c.per_root, c.eps);
         exp_avg[k] = new_m;
         exp_avg_sq[k] = new_v;
-        param[k] = PUT(MULTIPLY_ADD(-c.step_size, step, GET(param[k]) * c.decay));
+        param[k] = NAME(put)(MULTIPLY_ADD(-c.step_size, step, GET(param[k]) * c.decay), r, k);
     }
 }
 
@@ -64,8 +70,9 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
         .per_root = (WIDE)(1 / b->root[tensor]), .decay = b->decay ? (WIDE)b->decay[tensor] : 1,
         .step_size = (WIDE)b->step_size[tensor], .rest1 = (WIDE)(1 - b->beta1), .beta2 = (WIDE)b->beta2,
         .rest2 = (WIDE)((1 - b->beta2) * b->square_trust), .grad_trust = (WIDE)b->grad_trust};
+    const rounding r = after(rounding_of(b, tensor), start);
     if (!b->reflect) {
-        NAME(navi_some)(param, grad, exp_avg, exp_avg_sq, n, c, NULL);
+        NAME(navi_some)(param, grad, exp_avg, exp_avg_sq, n, c, r, NULL);
         return;
     }
     c.reflect = 1;
@@ -74,9 +81,9 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
         WIDE lanes[SUMS][LANES] = {{0}};
         for (; i + LANES <= to; i += LANES) {
             PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i), PREFETCH(exp_avg_sq + i);
-            NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, lanes);
+            NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, after(r, i), lanes);
         }
-        NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, lanes);
+        NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, after(r, i), lanes);
         i = to;
         for (int s = 0; s < SUMS; s++)
             sums[s] += NAME(total)(lanes[s]);
@@ -96,7 +103,7 @@ typedef struct {
 } NAME(lynx);
 
 static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_avg, int64_t n, const NAME(lynx) c,
-                                   WIDE lanes[2][LANES])
+                                   rounding r, WIDE lanes[2][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
@@ -108,7 +115,7 @@ static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_
         const WIDE memory = m * c.trust;
         const WIDE blended = MULTIPLY_ADD(c.blend, memory - g, c.from_grad ? g : memory);
         const WIDE direction = SIGN(blended);
-        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * direction);
+        param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * direction, r, k);
         exp_avg[k] = MULTIPLY_ADD(c.rest2, g - m, m);
     }
 }
@@ -123,8 +130,9 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
         .step_size = (WIDE)b->step_size[tensor], .rest2 = (WIDE)(1 - b->beta2), .trust = (WIDE)b->grad_trust,
         .from_grad = b->beta1 < 0.5};
     c.blend = c.from_grad ? (WIDE)b->beta1 : (WIDE)b->beta1 - 1; /* a sign may hang on it: as lerp has it */
+    const rounding r = after(rounding_of(b, tensor), start);
     if (!b->reflect) {
-        NAME(lynx_some)(param, grad, exp_avg, n, c, NULL);
+        NAME(lynx_some)(param, grad, exp_avg, n, c, r, NULL);
         return;
     }
     c.reflect = 1;
@@ -133,9 +141,9 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
         WIDE lanes[2][LANES] = {{0}};
         for (; i + LANES <= to; i += LANES) {
             PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i);
-            NAME(lynx_some)(param + i, grad + i, exp_avg + i, LANES, c, lanes);
+            NAME(lynx_some)(param + i, grad + i, exp_avg + i, LANES, c, after(r, i), lanes);
         }
-        NAME(lynx_some)(param + i, grad + i, exp_avg + i, to - i, c, lanes);
+        NAME(lynx_some)(param + i, grad + i, exp_avg + i, to - i, c, after(r, i), lanes);
         i = to;
         sums[0] += NAME(total)(lanes[0]);
         sums[1] += NAME(total)(lanes[1]);
@@ -305,18 +313,20 @@ static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64
 
 typedef struct {
     WIDE scale, eps, decay, step_size, rate;
+    rounding r; /* of the first element that is moved */
 } NAME(fact);
 
 static inline NAME(fact) NAME(fact_scalars)(const bucket *b, int64_t tensor)
 {
     return (NAME(fact)){.scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .step_size = (WIDE)b->step_size[tensor],
-                        .decay = b->decay ? (WIDE)b->decay[tensor] : 1, .rate = (WIDE)b->sample_rate};
+                        .decay = b->decay ? (WIDE)b->decay[tensor] : 1, .rate = (WIDE)b->sample_rate,
+                        .r = rounding_of(b, tensor)};
 }
 
 /* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are all
    that there are, their parameters are moved, too. */
-static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t n,
-                                      NAME(fact) c, WIDE lanes[SUMS][LANES])
+static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t at,
+                                      int64_t n, NAME(fact) c, WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
@@ -326,19 +336,19 @@ static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *s
         lanes[2][k] += m * (m * per_denom);
         sample[k] = m + c.rate * (g - m);
         if (param)
-            param[k] = PUT(GET(param[k]) * c.decay - c.step_size * (g * per_denom));
+            param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * (g * per_denom), c.r, at + k);
     }
 }
 
-/* BLOCK of them at most. */
-static inline void NAME(fact_block)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t n,
-                                    NAME(fact) c, double *sums)
+/* BLOCK of them at most, the first of which is element `at` of the tensor. */
+static inline void NAME(fact_block)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t at,
+                                    int64_t n, NAME(fact) c, double *sums)
 {
     WIDE lanes[SUMS][LANES] = {{0}};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, LANES, c, lanes);
-    NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, n - i, c, lanes);
+        NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, at + i, LANES, c, lanes);
+    NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, at + i, n - i, c, lanes);
     for (int s = 0; s < SUMS; s++)
         sums[s] += NAME(total)(lanes[s]);
 }
@@ -361,7 +371,7 @@ static void NAME(fact_sample)(const bucket *b, int64_t tensor, const WIDE *rows,
             if (i >= width)
                 r++, i -= width;
         }
-        NAME(fact_block)(NULL, sampled, sample + done, denom, some, c, sums);
+        NAME(fact_block)(NULL, sampled, sample + done, denom, 0, some, c, sums);
     }
     for (int s = 0; s < SUMS; s++)
         sums[s] *= (double)b->size[tensor] / (double)samples;
@@ -379,44 +389,47 @@ static void NAME(fact_all)(const bucket *b, int64_t tensor, const WIDE *rows, co
     for (int64_t at = 0; at < size; at += BLOCK) {
         const int64_t some = size - at < BLOCK ? size - at : BLOCK;
         NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
-        NAME(fact_block)(param + at, grad + at, sample + at, denom, some, c, sums);
+        NAME(fact_block)(param + at, grad + at, sample + at, denom, at, some, c, sums);
     }
 }
 
-/* Moves n elements. */
-static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, NAME(fact) c)
+/* Moves n elements, from one that is element `at` of the tensor on. */
+static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t at, int64_t n,
+                                   NAME(fact) c)
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
         const WIDE step = GET(grad[k]) * c.scale / denom[k];
-        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * step);
+        param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * step, c.r, at + k);
     }
 }
 
 /* Moves a stretch of each of some rows. */
 static inline void NAME(fact_stretch)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
-                                      const int some, int64_t apart, int64_t width, int64_t n, NAME(fact) c)
+                                      const int some, int64_t apart, int64_t width, int64_t at, int64_t n,
+                                      NAME(fact) c)
 {
     for (int r = 0; r < some; r++) {
         STORED *p = param + r * apart * width;
         const STORED *g = grad + r * apart * width;
         const WIDE factor = rows[r * apart];
+        const rounding here = after(c.r, at + r * apart * width);
 #pragma omp simd
         for (int64_t k = 0; k < n; k++) {
             const WIDE step = GET(g[k]) * c.scale / (factor * columns[k] + c.eps);
-            p[k] = PUT(GET(p[k]) * c.decay - c.step_size * step);
+            p[k] = NAME(put)(GET(p[k]) * c.decay - c.step_size * step, here, k);
         }
     }
 }
 
 /* Moves some wide rows, ROWS or 1 of them, so many apart. */
 static inline void NAME(fact_move_wide)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
-                                        const int some, int64_t apart, int64_t width, NAME(fact) c)
+                                        const int some, int64_t apart, int64_t width, int64_t at, NAME(fact) c)
 {
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES)
-        NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, LANES, c);
-    NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, width - i, c);
+        NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, at + i, LANES, c);
+    NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, at + i, width - i, c);
 }
 
 static void NAME(fact_bands)(const bucket *b, int64_t tensor, int64_t start, int64_t n)
@@ -425,19 +438,21 @@ static void NAME(fact_bands)(const bucket *b, int64_t tensor, int64_t start, int
     STORED *param = (STORED *)b->tensors[tensor] + start * width;
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
     const WIDE *rows = NAME(fact_rows)(b, tensor) + start, *columns = rows - start + b->rows[tensor];
-    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
+    NAME(fact) c = NAME(fact_scalars)(b, tensor);
+    c.r = after(c.r, start * width);
     if (width >= 2 * LANES) {
         for (int64_t r = 0; r < apart; r++)
-            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, c);
+            NAME(fact_move_wide)
+            (param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, r * width, c);
         for (int64_t r = ROWS * apart; r < n; r++)
-            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, 1, 0, width, c);
+            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, 1, 0, width, r * width, c);
         return;
     }
     WIDE denom[BLOCK + LANES];
     for (int64_t at = 0; at < n * width; at += BLOCK) {
         const int64_t some = n * width - at < BLOCK ? n * width - at : BLOCK;
         NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
-        NAME(fact_step)(param + at, grad + at, denom, some, c);
+        NAME(fact_step)(param + at, grad + at, denom, at, some, c);
     }
 }
 
@@ -516,6 +531,7 @@ int NAME(squares)(const bucket *b)
 #undef WIDE
 #undef GET
 #undef PUT
+#undef DROPPED
 #undef ROOT
 #undef ABS
 #undef RECIPROCAL

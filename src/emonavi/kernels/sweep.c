@@ -20,6 +20,7 @@ enum {
     SUMS = 3,
     MOST_THREADS = 256
 };
+#define GOLDEN 0x9e3779b1u /* of lowbit.py */
 
 /* What a sweep is told, as cpu.py has it; a rule leaves alone what it does not know. */
 typedef struct {
@@ -31,6 +32,7 @@ typedef struct {
     const double *step_size, *decay, *root, *last_root, *bias; /* of each; decay: NULL for none */
     double grad_scale, beta1, beta2, eps, floor, grad_trust, square_trust, sample_rate;
     int64_t reflect;
+    const uint32_t *seeds; /* of each tensor, where parameters of 16 bits are rounded at random; else NULL */
     double *sums;         /* SUMS for each tensor */
     void *scratch;        /* what was gathered of matrices, */
     const int64_t *place; /* and where that of each begins */
@@ -153,6 +155,39 @@ static inline uint16_t to_bfloat16(float value)
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+/* Random bits for what is stored from an element on, the same as those of lowbit.py; to the nearest without. */
+typedef struct {
+    uint32_t first;
+    int random;
+} rounding;
+
+static inline rounding rounding_of(const bucket *b, int64_t tensor)
+{
+    return (rounding){.first = b->seeds ? b->seeds[tensor] : 0, .random = b->seeds != NULL};
+}
+
+static inline rounding after(rounding r, int64_t elements)
+{
+    r.first += (uint32_t)elements * GOLDEN;
+    return r;
+}
+
+static inline uint32_t bits_of(rounding r, int64_t element)
+{
+    const uint32_t x = r.first + (uint32_t)element * GOLDEN;
+    return (x ^ (x >> 15)) * (GOLDEN * GOLDEN);
+}
+
+/* Adds as many random bits as are cut off. */
+static inline float cut(float value, uint32_t random, int dropped)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = (bits + (random >> (32 - dropped))) & (0xffffffffu << dropped);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* One rounding where the processor has it, and two elsewhere; so is torch's lerp. */
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
@@ -184,6 +219,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET SAME
 #define PUT SAME
+#define DROPPED 0
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
@@ -194,6 +230,7 @@ static inline float reciprocal(float x)
 #define WIDE double
 #define GET SAME
 #define PUT SAME
+#define DROPPED 0
 #define ROOT sqrt
 #define ABS fabs
 #define RECIPROCAL(x) (1 / (x))
@@ -204,6 +241,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET from_bfloat16
 #define PUT to_bfloat16
+#define DROPPED 16
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
@@ -215,6 +253,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET (float)
 #define PUT (_Float16)
+#define DROPPED 13
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
