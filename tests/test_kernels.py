@@ -257,7 +257,7 @@ def test_random_rounding_takes_the_same_bits(case, dtype, how):
         optimizer = case.make(params, lr=1e-3, fused=fused, foreach=True if fused is None else None)
         optimizer.param_groups[0]["stochastic_rounding"] = rounds
         for p in params:
-            p.grad = torch.cos(torch.arange(p.numel())).view(p.shape).to(dtype)
+            p.grad = placed(torch.cos(torch.arange(p.numel())).view(p.shape).to(dtype), how)
         optimizer.step(loss=1.0)
         runs.append([p.detach() for p in params])
     for random, by_kernel, nearest in zip(*runs, strict=True):
