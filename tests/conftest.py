@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 # No deadline: the first call of a torch operator can take a second.
 settings.register_profile("emonavi", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=1000)  # --hypothesis-profile=thorough
 settings.load_profile("emonavi")
 
 

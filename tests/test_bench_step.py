@@ -52,6 +52,18 @@ def test_report_writes_figures_and_a_picture(tmp_path, monkeypatch):
         step.report(["many"])
 
 
+def test_threads_are_lent_and_given_back(monkeypatch):
+    had, clocks = [], []
+    monkeypatch.setattr(step, "CONTENDERS", step.CONTENDERS[:1])
+    monkeypatch.setattr(
+        step, "_seconds", lambda _, clock: had.append(torch.get_num_threads()) or clocks.append(clock) or 1
+    )
+    for threads in (1, 2):
+        step.measure([(4, 3)], rounds=1, threads=threads)
+    assert had[0] == 1 and had[-1] == 2 and torch.get_num_threads() == 1
+    assert clocks[0] is step.time.process_time and clocks[-1] is step.time.perf_counter
+
+
 def test_a_device_that_is_not_there_is_named():
     for device in ("cuda", "tpu") if not torch.cuda.is_available() else ("tpu",):
         with pytest.raises(ValueError, match=f"no device {device} to measure on: choose cpu, or cuda where"):

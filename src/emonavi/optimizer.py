@@ -176,6 +176,8 @@ class EmoOptimizer(Bearer):
     _fall = 1.5
     # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
     _fades = False
+    # Whether its kernel gathers the rows of matrices when the guard reads them, whose norms then have that order.
+    _by_rows = False
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
         """Weight decay for each unit of effective lr."""
@@ -253,7 +255,7 @@ class EmoOptimizer(Bearer):
             moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
             grads = [local_grad(p) for p in moved.params]
             fused = any(wanted(group, vector.device) for group in self.param_groups)
-            norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated))
+            norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
         heard, norm = agreed(heard, norms, moved.params, ranks)
         self._missing.note(heard, type(self).__name__)
         roster = self._roster(found.params, moved, fused and not predicated) if plan is None else plan.roster

@@ -138,12 +138,15 @@ def to_home(value: Tensor, home: Tensor) -> Tensor:
     return value.to(home.device, home.dtype)
 
 
-def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one."""
+def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False, by_rows: bool = False) -> Tensor:
+    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one.
+
+    With ``by_rows`` that adds up matrices in the order of their rows.
+    """
     norms, places = [], []
     for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
         some = [t for _, t in items]
-        sums = squares(some) if fused else None
+        sums = squares(some, by_rows) if fused else None
         if sums is None:
             # Sums of squares of 16-bit numbers overflow in 16 bits.
             at_least = torch.promote_types(dtype, torch.float32)

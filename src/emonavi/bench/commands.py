@@ -58,15 +58,18 @@ def step(
     out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file, and a PNG.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each optimizer.")] = 15,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of torch and of the kernels; of more than 1, the elapsed time.")
+    ] = 1,
 ) -> None:
-    """Time one step beside torch's AdamW and others: ratios of medians, taken in turns, with one thread."""
+    """Time one step beside torch's AdamW and others: ratios of medians, taken in turns."""
     if out is not None:
         require("emonavi bench step --out", {"matplotlib": "matplotlib"}, "bench")
     _writable(out)
     from emonavi.bench import step as bench
 
     try:
-        print("\n".join(bench.report(model.split(","), out, rounds, device)))
+        print("\n".join(bench.report(model.split(","), out, rounds, device, threads)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

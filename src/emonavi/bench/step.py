@@ -4,7 +4,8 @@ Machines are noisy and so are their neighbours: the optimizers take turns, what 
 time is that of the processor, which does not run while somebody else has it. An optimizer step on a CPU is bound by
 memory: beside its time stands the share of the limit that it reaches, which is the time that the least bytes a rule has
 to move would take at the bandwidth measured in the same turns. On a CUDA device the time is that between two events on
-it, which holds the waits for a host that is slower than the device.
+it, which holds the waits for a host that is slower than the device. With several threads it is the time that passes,
+since the processor's is that of all of them together: it wants a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -97,17 +98,18 @@ CONTENDERS = [
 
 
 def measure(
-    shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2, device: str = "cpu"
+    shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2, device: str = "cpu", threads: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each contender on parameters of the given shapes, which all of them move in turn, with one thread.
+    """Figures of each contender on parameters of the given shapes, which all of them move in turn.
 
     Returns:
         For each contender ``ms`` (median), ``ratio`` to AdamW fused, ``state_bytes`` for each parameter; ``extra`` (the
         largest memory that a step takes beside, over the bytes of the parameters; None where the system does not
         tell) and ``share`` of the limit for large lists; under :data:`BANDWIDTH` the ``gb_per_s``.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in params:
@@ -124,10 +126,10 @@ def measure(
             if turn == warm_up - 1:
                 extra[name] = _extra_memory(step) if device == "cpu" else _extra_on_device(step)
                 continue
-            seconds = _seconds(step) if device == "cpu" else _seconds_on_device(step)
+            seconds = _seconds(step, clock) if device == "cpu" else _seconds_on_device(step)
             if turn >= warm_up:
                 times[name].append(seconds)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     typical = {name: statistics.median(some) for name, some in times.items()}
     speed = 8 * len(buffer) / typical[BANDWIDTH]
     figures: dict[str, dict[str, Any]] = {BANDWIDTH: {"gb_per_s": speed / 1e9}}
@@ -165,11 +167,11 @@ def _step(contender: Contender, optimizer: Any, params: list[nn.Parameter]) -> C
     return step
 
 
-def _seconds(step: Callable[[], Any]) -> float:
-    """The processor's time of a step."""
-    start = time.process_time()
+def _seconds(step: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """The time of a step by a clock."""
+    start = clock()
     step()
-    return time.process_time() - start
+    return clock() - start
 
 
 def _seconds_on_device(step: Callable[[], Any]) -> float:
@@ -224,7 +226,11 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
 
 
 def report(
-    models: Sequence[str] = tuple(LISTS), out: Path | None = None, rounds: int = 15, device: str = "cpu"
+    models: Sequence[str] = tuple(LISTS),
+    out: Path | None = None,
+    rounds: int = 15,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> list[str]:
     """Measure lists on ``"cpu"`` or ``"cuda"``.
 
@@ -236,13 +242,14 @@ def report(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"no device {device} to measure on: choose cpu, or cuda where torch.cuda.is_available()")
     place = hardware() if device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware()}"
-    figures: dict[str, Any] = {"hardware": place, "versions": versions(), "threads": 1, "rounds": rounds}
+    figures: dict[str, Any] = {"hardware": place, "versions": versions(), "threads": threads, "rounds": rounds}
     figures |= {"device": device, "load": {}, "lists": {}}
-    clock = "processor time" if device == "cpu" else "time of the device"
-    lines = [f"{place}, torch {torch.__version__}, 1 thread, {clock}, medians of {rounds}"]
+    clock = "time of the device" if device != "cpu" else "processor time" if threads == 1 else "elapsed time"
+    many = f"{threads} thread{'s' * (threads > 1)}"
+    lines = [f"{place}, torch {torch.__version__}, {many}, {clock}, medians of {rounds}"]
     for model in models:
         what, shapes = LISTS[model]
-        result = figures["lists"][model] = measure(shapes, rounds, device=device)
+        result = figures["lists"][model] = measure(shapes, rounds, device=device, threads=threads)
         load = figures["load"][model] = os.getloadavg()[0]
         lines += ["", f"{what}; memory {result[BANDWIDTH]['gb_per_s']:.1f} GB/s, load {load:.1f}"]
         lines += [f"  {'':28} {'ms':>9} {'ratio':>7} {'of limit':>9} {'extra':>7} {'state bytes':>12}"]

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from emonavi.lowbit import narrow
-
 if TYPE_CHECKING:
     from emonavi.active import Roster
     from emonavi.kernels.cpu import Numbers
@@ -26,12 +24,6 @@ __all__ = ["Kernel", "choose", "numbers", "planned", "squares", "wanted"]
 Kernel: TypeAlias = Callable[
     [Mapping[str, list[Tensor]], dict[str, Any], Any, Any, "Tensor | None"], "tuple[Tensor, Tensor, Tensor] | None"
 ]
-
-
-_TO_THE_NEAREST = (
-    "the kernels for the CPU take no low-bit memories and round 16-bit parameters to the nearest, which "
-    "stochastic_rounding=True forbids"
-)
 
 
 def choose(
@@ -62,7 +54,7 @@ def choose(
     """
     if not wanted(group, lists["param"][0].device):
         return None
-    kernel = _kernel(rule, lists, predicated, rounds=group["stochastic_rounding"] and narrow(lists))
+    kernel = _kernel(rule, lists, predicated)
     if not isinstance(kernel, str):
         return kernel
     if group["fused"]:
@@ -75,16 +67,13 @@ def wanted(group: Mapping[str, Any], device: torch.device) -> bool:
     return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None and device.type == "cpu")
 
 
-def _kernel(
-    rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool, rounds: bool
-) -> Kernel | str:
+def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
     """The kernel for a bucket, or why there is none."""
     device = lists["param"][0].device.type
     if device == "cpu":
         from emonavi.kernels import cpu
 
-        # Asked first: where it is so, nothing has to be compiled.
-        return _TO_THE_NEAREST if rounds else cpu.kernel(rule, lists, predicated)
+        return cpu.kernel(rule, lists, predicated)
     if device == "cuda":
         from emonavi.kernels import cuda
 
@@ -95,12 +84,15 @@ def _kernel(
 # Around the sweep a kernel spares one call of torch, or several, for each tensor.
 
 
-def squares(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it."""
+def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
+    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it.
+
+    ``by_rows`` adds up matrices as the kernel does that gathers their rows and columns.
+    """
     if tensors[0].is_cpu:
         from emonavi.kernels import cpu
 
-        return cpu.squares(tensors)
+        return cpu.squares(tensors, by_rows)
     if tensors[0].is_cuda:
         from emonavi.kernels import cuda
 

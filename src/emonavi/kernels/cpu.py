@@ -29,7 +29,7 @@ DTYPES = {
     torch.float16: torch.float32,
 }
 OWN = {Tensor, Parameter}
-VECTORS = ("step_size", "decay", "root", "last_root", "bias")  # all else is one number, betas and eps too
+VECTORS = ("step_size", "decay", "root", "last_root", "bias", "seeds")  # all else is one number, betas and eps too
 
 
 class _Bucket(ctypes.Structure):
@@ -42,7 +42,7 @@ class _Bucket(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("grad_scale", "beta1", "beta2", "eps", "floor")),
         *((name, ctypes.c_double) for name in ("grad_trust", "square_trust", "sample_rate")),
         ("reflect", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("sums", "scratch", "place")),
+        *((name, ctypes.c_void_p) for name in ("seeds", "sums", "scratch", "place")),
     )
 
 
@@ -57,7 +57,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
         wanted = dtype if name in ("param", "grad") else DTYPES[dtype]
         if not plain(tensors, wanted):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on the CPU"
-    sweep, squares = _function(rule.__name__, dtype), _function("squares", dtype)
+    sweep, squares = _function(rule.__name__, dtype), _function("gather" if rule is emofact else "squares", dtype)
     if isinstance(sweep, str):
         return sweep
     params = lists["param"]
@@ -77,8 +77,8 @@ class Sweep:
         self._arrays: _Arrays | None = None
 
     def squares(self, lists: Mapping[str, list[Tensor]]) -> Tensor:
-        """Sum of the squares of each gradient of a bucket that is in order."""
-        return _call(self._squares, self._where(lists), first=1).unbind(1)[0]
+        """Sum of the squares of each gradient of a bucket that is in order, which is then to be moved by them."""
+        return _squares(self._squares, self._where(lists), first=1)
 
     def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
         if self._arrays is None:
@@ -94,14 +94,19 @@ class Sweep:
         if self.in_order:
             arrays = self._where(lists)
         else:
-            columns, home = in_order(list(lists.values()), row_major=self._matrices)
+            columns, home = in_order(list(lists.values()), row_major=self._matrices or seeds is not None)
             arrays = _Arrays(columns, self._matrices)
+        if self._matrices and arrays.gathered is None:
+            _squares(self._squares, arrays, first=1)
+        if seeds is not None:
+            scalars = scalars | {"seeds": seeds}
         scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
         vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
         fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
         # Lion and Adafactor have one trust, Adam one for each memory.
         fields = {"grad_trust": fields.pop("trust", 1.0), "square_trust": 1.0} | fields
         sums = _call(self._sweep, arrays, grad_scale=grad_scale, **fields)
+        arrays.gathered = None
         for tensor, copy in home:
             tensor.copy_(copy)
         torch.autograd.graph.increment_version(lists["param"])  # autograd must see that they are not what they were
@@ -115,27 +120,41 @@ class _Arrays:
         self.count = len(columns[0])
         self.size = array("q", [t.numel() for t in columns[0]])
         self.tensors = array("Q", [t.data_ptr() for column in columns for t in column])
-        if not matrices:
-            self.rows = self.samples = self.stride = array("q")
-            return
-        # Rows of each matrix, of which one number each is remembered, and where the sample lies.
-        self.rows = array("q", [t.numel() for t in columns[2]])
-        self.samples = array("q", [t.numel() for t in columns[-1]])
-        self.stride = array("q", [sample_stride(t.numel()) for t in columns[0]])
+        self.dtype = DTYPES[columns[0][0].dtype]
+        self.gathered: Tensor | None = None  # of the gradients, until they have been used
+        self.rows = self.samples = self.stride = self.place = array("q")
+        if matrices:
+            self.rows = array("q", [len(t) for t in columns[0]])
+            self.stride = array("q", [sample_stride(n) for n in self.size])
+            self.samples = array("q", [-(-n // s) for n, s in zip(self.size, self.stride, strict=True)])
+            self.place = array("q", [0]) * (self.count + 1)
+            pointers = [ctypes.c_void_p(a.buffer_info()[0]) for a in (self.size, self.rows, self.place)]
+            loaded: Any = library()
+            loaded.places(ctypes.c_int64(self.count), *pointers)
 
     def point(self, column: int, tensors: Sequence[Tensor]) -> None:
         """Put other tensors of the same sizes in the place of a column."""
         self.tensors[column * self.count : (column + 1) * self.count] = array("Q", [t.data_ptr() for t in tensors])
 
 
-def squares(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Sum of the squares of each tensor, taken in float64; None where there is no kernel for them."""
-    function = _function("squares", tensors[0].dtype)
-    if isinstance(function, str) or not plain(tensors, tensors[0].dtype):
+def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
+    """Sum of the squares of each tensor, taken in float64; None where there is no kernel for them.
+
+    With ``by_rows`` those of a matrix are added in the order in which the kernel of EmoFact gathers them.
+    """
+    dtype = tensors[0].dtype
+    functions = [_function(name, dtype) for name in ("squares", "gather")]
+    if any(isinstance(function, str) for function in functions) or not plain(tensors, dtype):
         return None
-    # In which order the elements lie does not matter, but each must lie there once.
-    held = [t if t.is_contiguous() else t.contiguous() for t in (t.resolve_neg() for t in tensors)]
-    return _call(function, _Arrays([held])).unbind(1)[0]
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    matrices = [by_rows and t.dim() > 1 and t.numel() > 0 for t in tensors]
+    for kind, function in enumerate(functions):
+        # In which order the elements of others lie does not matter, but each must lie there once.
+        places = [i for i, matrix in enumerate(matrices) if matrix == kind]
+        held = [t if t.is_contiguous() else t.contiguous() for t in (tensors[i].resolve_neg() for i in places)]
+        if held:
+            sums[torch.tensor(places)] = _squares(function, _Arrays([held], matrices=bool(kind)))
+    return sums
 
 
 class Numbers:
@@ -197,16 +216,23 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return getattr(loaded, f"{name}_{suffix}", None) or f"this compiler, or the kernels, have no {suffix}"
 
 
+def _squares(function: Any, arrays: _Arrays, first: int = 0) -> Tensor:
+    """Sums of squares of a column, of which those of matrices leave there what was gathered."""
+    if arrays.place:
+        arrays.gathered = torch.empty(arrays.place[-1], dtype=arrays.dtype)
+    return _call(function, arrays, first).unbind(1)[0]
+
+
 def _call(function: Any, arrays: _Arrays, first: int = 0, **fields: Any) -> Tensor:
     """Call a C function on columns from the given one on; returns its sums, of shape (count, 3)."""
     sums = torch.zeros(arrays.count, 3, dtype=torch.float64)
-    size, rows, samples, stride, tensors = (
-        a.buffer_info()[0] for a in (arrays.size, arrays.rows, arrays.samples, arrays.stride, arrays.tensors)
-    )
+    lines = arrays.size, arrays.rows, arrays.samples, arrays.stride, arrays.tensors, arrays.place
+    size, rows, samples, stride, tensors, place = (a.buffer_info()[0] for a in lines)
+    scratch = None if arrays.gathered is None else arrays.gathered.data_ptr()
     bucket = _Bucket(
         count=arrays.count, threads=torch.get_num_threads(), size=size, rows=rows, samples=samples, stride=stride,
         tensors=tensors + first * arrays.count * arrays.tensors.itemsize, sums=sums.data_ptr(),
-        sample_rate=SAMPLE_RATE, **fields,
+        scratch=scratch, place=place, sample_rate=SAMPLE_RATE, **fields,
     )  # fmt: skip
     if function(ctypes.byref(bucket)):
         raise MemoryError("no memory for the sums of a step: not all of it was done")

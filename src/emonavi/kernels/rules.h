@@ -1,50 +1,61 @@
 /* The rules for one dtype. sweep.c includes this once for each, with
 
      STORED, GET, PUT   how parameters and gradients are stored, and the way from and to WIDE
+     DROPPED            bits of WIDE that are lost on the way to it
      WIDE, ROOT, ABS, RECIPROCAL   how states are stored and what is computed in, and functions of it
      NAME(rule)         the rule's name for this dtype
 
    A piece is n elements of one tensor from `start` on. It goes block by block: first the sums of reflection, then the
    move. The operations are those of the functional form, in its order; but a division by a constant is a multiplication
-   by its reciprocal, and nothing is contracted, so that results differ by a few roundings.
+   by its reciprocal, and of a product and a sum only what says so is one rounding, so that results differ by a few.
 
    Sums run in LANES of WIDE over a block, where each has the error of BLOCK / LANES additions, and from there on in
    double. The order is written down here, so that neither compiler nor processor changes a bit. */
 
 static inline double NAME(total)(const WIDE lanes[LANES])
 {
-    double sum = 0;
-    for (int k = 0; k < LANES; k++)
-        sum += (double)lanes[k];
+    double halves[LANES / 2], quarters[LANES / 4], sum = 0;
+    for (int k = 0; k < LANES / 2; k++)
+        halves[k] = (double)lanes[k] + (double)lanes[k + LANES / 2];
+    for (int k = 0; k < LANES / 4; k++)
+        quarters[k] = halves[k] + halves[k + LANES / 4];
+    for (int k = 0; k < LANES / 4; k++)
+        sum += quarters[k];
     return sum;
+}
+
+static inline STORED NAME(put)(WIDE value, rounding r, int64_t element)
+{
+    return PUT(DROPPED && r.random ? (WIDE)cut((float)value, bits_of(r, element), DROPPED) : value);
 }
 
 /* The Adam rule (navi.py) -------------------------------------------------------------------------------------------*/
 
 typedef struct {
-    WIDE scale, eps, per_last_root, per_root, decay, step_size, rest1, beta2, rest2, grad_trust, square_trust;
+    WIDE scale, eps, per_last_root, per_root, decay, step_size, rest1, beta2, rest2, grad_trust;
     int reflect;
 } NAME(navi);
 
 /* Moves n elements, at most LANES of them where it reflects. */
 static inline void NAME(navi_some)(STORED *param, const STORED *grad, WIDE *exp_avg, WIDE *exp_avg_sq, int64_t n,
-                                   const NAME(navi) c, WIDE lanes[SUMS][LANES])
+                                   const NAME(navi) c, rounding r, WIDE lanes[SUMS][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
         const WIDE g = GET(grad[k]) * c.scale, m = exp_avg[k], v = exp_avg_sq[k];
         if (c.reflect) {
-            const WIDE per_denom = RECIPROCAL(ROOT(v) * c.per_last_root + c.eps);
-            lanes[0][k] += g * (m * per_denom);
-            lanes[1][k] += g * (g * per_denom);
-            lanes[2][k] += m * (m * per_denom);
+            const WIDE per_denom = RECIPROCAL(MULTIPLY_ADD(ROOT(v), c.per_last_root, c.eps));
+            const WIDE last = m * per_denom;
+            lanes[0][k] = MULTIPLY_ADD(g, last, lanes[0][k]);
+            lanes[1][k] = MULTIPLY_ADD(g, g * per_denom, lanes[1][k]);
+            lanes[2][k] = MULTIPLY_ADD(m, last, lanes[2][k]);
         }
         const WIDE new_m = MULTIPLY_ADD(c.rest1, g * c.grad_trust - m, m);
-        const WIDE new_v = v * c.beta2 + c.rest2 * (g * c.square_trust) * g;
-        const WIDE step = new_m / (ROOT(new_v) * c.per_root + c.eps);
+        const WIDE new_v = MULTIPLY_ADD(c.rest2 * g, g, v * c.beta2);
+        const WIDE step = new_m / MULTIPLY_ADD(ROOT(new_v), c.per_root, c.eps);
         exp_avg[k] = new_m;
         exp_avg_sq[k] = new_v;
-        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * step);
+        param[k] = NAME(put)(MULTIPLY_ADD(-c.step_size, step, GET(param[k]) * c.decay), r, k);
     }
 }
 
@@ -58,9 +69,10 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
         .scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .per_last_root = (WIDE)(1 / b->last_root[tensor]),
         .per_root = (WIDE)(1 / b->root[tensor]), .decay = b->decay ? (WIDE)b->decay[tensor] : 1,
         .step_size = (WIDE)b->step_size[tensor], .rest1 = (WIDE)(1 - b->beta1), .beta2 = (WIDE)b->beta2,
-        .rest2 = (WIDE)(1 - b->beta2), .grad_trust = (WIDE)b->grad_trust, .square_trust = (WIDE)b->square_trust};
+        .rest2 = (WIDE)((1 - b->beta2) * b->square_trust), .grad_trust = (WIDE)b->grad_trust};
+    const rounding r = after(rounding_of(b, tensor), start);
     if (!b->reflect) {
-        NAME(navi_some)(param, grad, exp_avg, exp_avg_sq, n, c, NULL);
+        NAME(navi_some)(param, grad, exp_avg, exp_avg_sq, n, c, r, NULL);
         return;
     }
     c.reflect = 1;
@@ -69,9 +81,9 @@ static void NAME(navi_piece)(const bucket *b, int64_t tensor, int64_t start, int
         WIDE lanes[SUMS][LANES] = {{0}};
         for (; i + LANES <= to; i += LANES) {
             PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i), PREFETCH(exp_avg_sq + i);
-            NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, lanes);
+            NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, LANES, c, after(r, i), lanes);
         }
-        NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, lanes);
+        NAME(navi_some)(param + i, grad + i, exp_avg + i, exp_avg_sq + i, to - i, c, after(r, i), lanes);
         i = to;
         for (int s = 0; s < SUMS; s++)
             sums[s] += NAME(total)(lanes[s]);
@@ -91,7 +103,7 @@ typedef struct {
 } NAME(lynx);
 
 static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_avg, int64_t n, const NAME(lynx) c,
-                                   WIDE lanes[2][LANES])
+                                   rounding r, WIDE lanes[2][LANES])
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
@@ -103,7 +115,7 @@ static inline void NAME(lynx_some)(STORED *param, const STORED *grad, WIDE *exp_
         const WIDE memory = m * c.trust;
         const WIDE blended = MULTIPLY_ADD(c.blend, memory - g, c.from_grad ? g : memory);
         const WIDE direction = SIGN(blended);
-        param[k] = PUT(GET(param[k]) * c.decay - c.step_size * direction);
+        param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * direction, r, k);
         exp_avg[k] = MULTIPLY_ADD(c.rest2, g - m, m);
     }
 }
@@ -118,17 +130,20 @@ static void NAME(lynx_piece)(const bucket *b, int64_t tensor, int64_t start, int
         .step_size = (WIDE)b->step_size[tensor], .rest2 = (WIDE)(1 - b->beta2), .trust = (WIDE)b->grad_trust,
         .from_grad = b->beta1 < 0.5};
     c.blend = c.from_grad ? (WIDE)b->beta1 : (WIDE)b->beta1 - 1; /* a sign may hang on it: as lerp has it */
+    const rounding r = after(rounding_of(b, tensor), start);
     if (!b->reflect) {
-        NAME(lynx_some)(param, grad, exp_avg, n, c, NULL);
+        NAME(lynx_some)(param, grad, exp_avg, n, c, r, NULL);
         return;
     }
     c.reflect = 1;
     for (int64_t i = 0; i < n;) {
         const int64_t to = n - i < BLOCK ? n : i + BLOCK;
         WIDE lanes[2][LANES] = {{0}};
-        for (; i + LANES <= to; i += LANES)
-            NAME(lynx_some)(param + i, grad + i, exp_avg + i, LANES, c, lanes);
-        NAME(lynx_some)(param + i, grad + i, exp_avg + i, to - i, c, lanes);
+        for (; i + LANES <= to; i += LANES) {
+            PREFETCH(param + i), PREFETCH(grad + i), PREFETCH(exp_avg + i);
+            NAME(lynx_some)(param + i, grad + i, exp_avg + i, LANES, c, after(r, i), lanes);
+        }
+        NAME(lynx_some)(param + i, grad + i, exp_avg + i, to - i, c, after(r, i), lanes);
         i = to;
         sums[0] += NAME(total)(lanes[0]);
         sums[1] += NAME(total)(lanes[1]);
@@ -141,218 +156,346 @@ int NAME(emolynx)(const bucket *b)
     return sweep_elements(b, NAME(lynx_piece));
 }
 
-/* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------*/
+/* The Adafactor rule of matrices (fact.py) --------------------------------------------------------------------------
 
-/* Memories of n rows or columns after today's sums of squares, each of `count` elements. */
-static inline void NAME(remember)(const bucket *b, WIDE *memories, const double *sums, int64_t n, int64_t count)
+   First the gradients are gathered, which the guard has to read in any case: means of squares of rows and sums of those
+   of columns, as they come. How far the guard scales the gradients is known when all are; a mean changes by its square.
+   In the scratch a matrix has its rows, then the columns of each band; in the end the factors of the denominator. */
+
+static inline WIDE *NAME(fact_rows)(const bucket *b, int64_t tensor)
 {
-    const double per_count = 1 / (double)count;
-    const WIDE floor = (WIDE)b->floor, trust = (WIDE)b->grad_trust, rest1 = (WIDE)(1 - b->beta1);
-#pragma omp simd
-    for (int64_t k = 0; k < n; k++) {
-        const WIDE today = ROOT((WIDE)(sums[k] * per_count) + floor) * trust;
-        memories[k] += rest1 * (today - memories[k]);
-    }
+    return (WIDE *)b->scratch + b->place[tensor];
 }
 
-/* The squares of LANES elements of a row: into the sum of the row and those of the columns. */
-static inline void NAME(fact_some)(const STORED *grad, WIDE scale, WIDE lanes[LANES], WIDE *columns)
+/* Squares of some rows, ROWS or 1 of them, so many elements apart: into the sum of each and those of the columns, which
+   are fetched once for all. */
+static inline void NAME(fact_some)(const STORED *grad, const int some, int64_t apart, int64_t width, double sums[ROWS],
+                                   WIDE *columns)
 {
+    int64_t i = 0;
+    for (int r = 0; r < some; r++)
+        sums[r] = 0;
+    while (i + LANES <= width) {
+        const int64_t to = width - i < BLOCK ? width : i + BLOCK;
+        WIDE lanes[ROWS][LANES] = {{0}};
+        for (; i + LANES <= to; i += LANES) {
 #pragma omp simd
-    for (int k = 0; k < LANES; k++) {
-        const WIDE g = GET(grad[k]) * scale;
-        lanes[k] += g * g;
-        columns[k] += g * g;
-    }
-}
-
-/* Sums of squares of n wide rows, and of their columns. */
-static void NAME(fact_wide)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
-{
-    memset(columns, 0, (size_t)width * sizeof *columns);
-    for (int64_t r = 0; r < n; r++, grad += width) {
-        double sum = 0;
-        int64_t i = 0;
-        while (i + LANES <= width) {
-            const int64_t to = width - i < BLOCK ? width : i + BLOCK;
-            WIDE lanes[LANES] = {0};
-            for (; i + LANES <= to; i += LANES)
-                NAME(fact_some)(grad + i, scale, lanes, columns + i);
-            sum += NAME(total)(lanes);
+            for (int k = 0; k < LANES; k++) {
+                WIDE column = columns[i + k];
+                for (int r = 0; r < some; r++) {
+                    const WIDE g = GET(grad[r * apart + i + k]), square = g * g;
+                    lanes[r][k] += square;
+                    column += square;
+                }
+                columns[i + k] = column;
+            }
         }
-        for (; i < width; i++) {
-            const WIDE g = GET(grad[i]) * scale;
-            sum += (double)(g * g);
+        for (int r = 0; r < some; r++)
+            sums[r] += NAME(total)(lanes[r]);
+    }
+    for (; i < width; i++)
+        for (int r = 0; r < some; r++) {
+            const WIDE g = GET(grad[r * apart + i]);
+            sums[r] += (double)(g * g);
             columns[i] += g * g;
         }
-        rows[r] = sum;
+}
+
+/* Means of squares of n wide rows, and sums of those of their columns; returns the sum of all. */
+static double NAME(fact_wide)(const STORED *grad, int64_t n, int64_t width, WIDE *rows, WIDE *columns)
+{
+    const int64_t apart = n / ROWS;
+    double sum = 0, sums[ROWS];
+    memset(columns, 0, (size_t)width * sizeof *columns);
+    for (int64_t r = 0; r < apart; r++) {
+        NAME(fact_some)(grad + r * width, ROWS, apart * width, width, sums, columns);
+        for (int k = 0; k < ROWS; k++) {
+            rows[r + k * apart] = (WIDE)(sums[k] / (double)width);
+            sum += sums[k];
+        }
     }
+    for (int64_t r = ROWS * apart; r < n; r++) {
+        NAME(fact_some)(grad + r * width, 1, 0, width, sums, columns);
+        rows[r] = (WIDE)(sums[0] / (double)width);
+        sum += sums[0];
+    }
+    return sum;
 }
 
 /* The same of narrow rows, some at a time, which stand in for one that is wide. */
-static void NAME(fact_narrow)(const STORED *grad, WIDE scale, int64_t n, int64_t width, double *rows, WIDE *columns)
+static double NAME(fact_narrow)(const STORED *grad, int64_t n, int64_t width, WIDE *rows, WIDE *columns)
 {
     const int64_t some = NARROW / width;
+    const WIDE per_width = 1 / (WIDE)width;
     WIDE squares[NARROW], totals[NARROW] = {0};
+    double total = 0;
     for (int64_t r = 0; r < n; r += some) {
         const int64_t here = n - r < some ? n - r : some;
 #pragma omp simd
         for (int64_t k = 0; k < here * width; k++) {
-            const WIDE g = GET(grad[r * width + k]) * scale;
+            const WIDE g = GET(grad[r * width + k]);
             squares[k] = g * g;
             totals[k] += g * g;
         }
-        for (int64_t k = 0; k < here; k++) {
+        int64_t left = width; /* of each row: halved as long as that goes, which many can do side by side */
+        for (; left % 2 == 0; left /= 2)
+#pragma omp simd
+            for (int64_t k = 0; k < here * left / 2; k++)
+                squares[k] = squares[2 * k] + squares[2 * k + 1];
+        for (int64_t k = 0; k < here && left > 1; k++) {
             WIDE sum = 0;
-            for (int64_t i = 0; i < width; i++)
-                sum += squares[k * width + i];
-            rows[r + k] = (double)sum;
+            for (int64_t i = 0; i < left; i++)
+                sum += squares[k * left + i];
+            squares[k] = sum;
         }
+#pragma omp simd
+        for (int64_t k = 0; k < here; k++)
+            rows[r + k] = squares[k] * per_width;
+    }
+    for (int64_t left = some, half; left > 1; left = half) {
+        half = (left + 1) / 2;
+#pragma omp simd
+        for (int64_t k = 0; k < (left - half) * width; k++)
+            totals[k] += totals[half * width + k];
     }
     for (int64_t i = 0; i < width; i++) {
-        columns[i] = 0;
-        for (int64_t k = 0; k < some; k++)
-            columns[i] += totals[k * width + i];
+        columns[i] = totals[i];
+        total += (double)totals[i];
     }
+    return total;
 }
 
 static void NAME(fact_gather)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
 {
     const int64_t width = b->size[tensor] / b->rows[tensor];
-    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
-    WIDE *row = (WIDE *)b->tensors[2 * b->count + tensor] + start;
-    WIDE *columns = (WIDE *)b->scratch + b->place[tensor] + start / BAND * width;
-    double rows[BAND];
-    (void)sums;
-    (width < 2 * LANES ? NAME(fact_narrow) : NAME(fact_wide))(grad, (WIDE)b->grad_scale, n, width, rows, columns);
-    NAME(remember)(b, row, rows, n, width);
+    const STORED *grad = (const STORED *)b->tensors[tensor];
+    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + b->rows[tensor];
+    for (int64_t r = start; r < start + n; r += BAND)
+        sums[0] += (width < 2 * LANES ? NAME(fact_narrow) : NAME(fact_wide))(
+            grad + r * width, start + n - r < BAND ? start + n - r : BAND, width, rows + r, columns + r / BAND * width);
 }
 
-/* The denominators of n elements that follow each other, from column i of a row on; its root and those of the columns
-   are multiplied. */
-static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *roots, int64_t i, int64_t n, int64_t width,
-                                     WIDE per_bias, WIDE eps, WIDE *denom)
+int NAME(gather)(const bucket *b)
+{
+    return sweep((job){.b = b, .body = NAME(fact_gather), .extent = b->rows, .step = BAND});
+}
+
+/* Memories of n rows or columns after today's means of squares, in whose place are left the factors of the
+   denominator. */
+static inline void NAME(remember)(const bucket *b, WIDE *memories, WIDE *means, int64_t n, WIDE per_bias)
+{
+    const double square_scale = b->grad_scale * b->grad_scale;
+    const WIDE floor = (WIDE)b->floor, trust = (WIDE)b->grad_trust, rest1 = (WIDE)(1 - b->beta1);
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE today = ROOT((WIDE)((double)means[k] * square_scale) + floor) * trust;
+        memories[k] += rest1 * (today - memories[k]);
+        means[k] = ROOT(memories[k]) * per_bias;
+    }
+}
+
+/* The denominators of n elements that follow each other, from column i of a row on. Each row is written in whole LANES,
+   the excess over by the next one: there is room for it behind them. */
+static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64_t i, int64_t n, int64_t width, WIDE eps,
+                                     WIDE *denom)
 {
     for (int64_t k = 0; k < n; row++, i = 0) {
-        const WIDE factor = ROOT(*row) * per_bias;
+        const WIDE factor = *row;
         const int64_t some = n - k < width - i ? n - k : width - i;
-        if (some < LANES) {
-#pragma omp simd simdlen(4)
-            for (int64_t c = 0; c < some; c++)
-                denom[k + c] = factor * roots[i + c] + eps;
-        } else {
+        for (int64_t c = 0; c < some; c += LANES) {
 #pragma omp simd
-            for (int64_t c = 0; c < some; c++)
-                denom[k + c] = factor * roots[i + c] + eps;
+            for (int64_t l = c; l < c + LANES; l++)
+                denom[k + l] = factor * columns[i + l] + eps;
         }
         k += some;
     }
 }
 
-/* The sums of reflection of n coordinates of a sample, BLOCK at most, and what is remembered of them. */
-static inline void NAME(fact_reflect)(WIDE *sample, const WIDE *grad, const WIDE *denom, int64_t n, WIDE rate,
-                                      double *sums)
+typedef struct {
+    WIDE scale, eps, decay, step_size, rate;
+    rounding r; /* of the first element that is moved */
+} NAME(fact);
+
+static inline NAME(fact) NAME(fact_scalars)(const bucket *b, int64_t tensor)
+{
+    return (NAME(fact)){.scale = (WIDE)b->grad_scale, .eps = (WIDE)b->eps, .step_size = (WIDE)b->step_size[tensor],
+                        .decay = b->decay ? (WIDE)b->decay[tensor] : 1, .rate = (WIDE)b->sample_rate,
+                        .r = rounding_of(b, tensor)};
+}
+
+/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are all
+   that there are, their parameters are moved, too. */
+static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t at,
+                                      int64_t n, NAME(fact) c, WIDE lanes[SUMS][LANES])
+{
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE g = GET(grad[k]) * c.scale, m = sample[k], per_denom = 1 / denom[k];
+        lanes[0][k] += m * (g * per_denom);
+        lanes[1][k] += g * (g * per_denom);
+        lanes[2][k] += m * (m * per_denom);
+        sample[k] = m + c.rate * (g - m);
+        if (param)
+            param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * (g * per_denom), c.r, at + k);
+    }
+}
+
+/* BLOCK of them at most, the first of which is element `at` of the tensor. */
+static inline void NAME(fact_block)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t at,
+                                    int64_t n, NAME(fact) c, double *sums)
 {
     WIDE lanes[SUMS][LANES] = {{0}};
-    for (int64_t i = 0; i < n; i += LANES) {
-        const int64_t some = n - i < LANES ? n - i : LANES;
-#pragma omp simd
-        for (int64_t k = 0; k < some; k++) {
-            const WIDE g = grad[i + k], m = sample[i + k], per_denom = 1 / denom[i + k];
-            lanes[0][k] += m * (g * per_denom);
-            lanes[1][k] += g * (g * per_denom);
-            lanes[2][k] += m * (m * per_denom);
-            sample[i + k] = m + rate * (g - m);
-        }
-    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, at + i, LANES, c, lanes);
+    NAME(fact_reflect)(param ? param + i : NULL, grad + i, sample + i, denom + i, at + i, n - i, c, lanes);
     for (int s = 0; s < SUMS; s++)
         sums[s] += NAME(total)(lanes[s]);
 }
 
-/* Bands meet: the memory of columns, whose roots are left in the scratch, and then the sample that reflection takes. */
-static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+/* The sums of reflection of a matrix, from its sample. */
+static void NAME(fact_sample)(const bucket *b, int64_t tensor, const WIDE *rows, const WIDE *columns, double *sums)
 {
-    const int64_t rows = b->rows[tensor], width = b->size[tensor] / rows;
+    const int64_t width = b->size[tensor] / b->rows[tensor], samples = b->samples[tensor], stride = b->stride[tensor];
     const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
-    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor];
-    WIDE *column = (WIDE *)b->tensors[3 * b->count + tensor];
-    WIDE *columns = (WIDE *)b->scratch + b->place[tensor];
-    (void)start, (void)n;
-    for (int64_t from = 0; from < width; from += BLOCK) {
-        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
-        double sum[BLOCK] = {0};
-        for (int64_t band = 0; band * BAND < rows; band++)
-            for (int64_t k = 0; k < some; k++)
-                sum[k] += (double)columns[band * width + from + k];
-        NAME(remember)(b, column + from, sum, some, rows);
-#pragma omp simd
-        for (int64_t k = 0; k < some; k++)
-            columns[from + k] = ROOT(column[from + k]);
-    }
-    if (!b->reflect)
-        return;
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, per_bias = (WIDE)(1 / b->bias[tensor]);
-    const int64_t samples = b->samples[tensor], stride = b->stride[tensor];
+    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
     WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
-    WIDE sampled[BLOCK], denom[BLOCK];
-    for (int64_t done = 0, at = 0; done < samples; done += BLOCK) {
+    STORED sampled[BLOCK];
+    WIDE denom[BLOCK];
+    for (int64_t done = 0, r = 0, i = 0; done < samples; done += BLOCK) {
         const int64_t some = samples - done < BLOCK ? samples - done : BLOCK;
-        if (stride == 1)
-            NAME(fact_denoms)(row + done / width, columns, done % width, some, width, per_bias, eps, denom);
-        for (int64_t k = 0; k < some; k++, at += stride) {
-            sampled[k] = GET(grad[at]) * scale;
-            if (stride > 1)
-                denom[k] = ROOT(row[at / width]) * per_bias * columns[at % width] + eps;
+        for (int64_t k = 0; k < some; k++) {
+            sampled[k] = grad[r * width + i];
+            denom[k] = rows[r] * columns[i] + c.eps;
+            r += stride / width, i += stride % width;
+            if (i >= width)
+                r++, i -= width;
         }
-        NAME(fact_reflect)(sample + done, sampled, denom, some, (WIDE)b->sample_rate, sums);
+        NAME(fact_block)(NULL, sampled, sample + done, denom, 0, some, c, sums);
     }
     for (int s = 0; s < SUMS; s++)
-        sums[s] *= (double)b->size[tensor] / (double)b->samples[tensor];
+        sums[s] *= (double)b->size[tensor] / (double)samples;
 }
 
-/* Moves n elements that follow each other, whichever rows they are of. */
-static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t n, WIDE scale,
-                                   WIDE decay, WIDE step_size)
+/* All of a matrix that is no larger than its sample: the sums of reflection, and the move. */
+static void NAME(fact_all)(const bucket *b, int64_t tensor, const WIDE *rows, const WIDE *columns, double *sums)
+{
+    const int64_t size = b->size[tensor], width = size / b->rows[tensor];
+    STORED *param = (STORED *)b->tensors[tensor];
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor];
+    const NAME(fact) c = NAME(fact_scalars)(b, tensor);
+    WIDE *sample = (WIDE *)b->tensors[4 * b->count + tensor];
+    WIDE denom[BLOCK + LANES];
+    for (int64_t at = 0; at < size; at += BLOCK) {
+        const int64_t some = size - at < BLOCK ? size - at : BLOCK;
+        NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
+        NAME(fact_block)(param + at, grad + at, sample + at, denom, at, some, c, sums);
+    }
+}
+
+/* Moves n elements, from one that is element `at` of the tensor on. */
+static inline void NAME(fact_step)(STORED *param, const STORED *grad, const WIDE *denom, int64_t at, int64_t n,
+                                   NAME(fact) c)
 {
 #pragma omp simd
     for (int64_t k = 0; k < n; k++) {
-        const WIDE step = GET(grad[k]) * scale / denom[k];
-        param[k] = PUT(GET(param[k]) * decay - step_size * step);
+        const WIDE step = GET(grad[k]) * c.scale / denom[k];
+        param[k] = NAME(put)(GET(param[k]) * c.decay - c.step_size * step, c.r, at + k);
     }
+}
+
+/* Moves a stretch of each of some rows. */
+static inline void NAME(fact_stretch)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
+                                      const int some, int64_t apart, int64_t width, int64_t at, int64_t n,
+                                      NAME(fact) c)
+{
+    for (int r = 0; r < some; r++) {
+        STORED *p = param + r * apart * width;
+        const STORED *g = grad + r * apart * width;
+        const WIDE factor = rows[r * apart];
+        const rounding here = after(c.r, at + r * apart * width);
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++) {
+            const WIDE step = GET(g[k]) * c.scale / (factor * columns[k] + c.eps);
+            p[k] = NAME(put)(GET(p[k]) * c.decay - c.step_size * step, here, k);
+        }
+    }
+}
+
+/* Moves some wide rows, ROWS or 1 of them, so many apart. */
+static inline void NAME(fact_move_wide)(STORED *param, const STORED *grad, const WIDE *rows, const WIDE *columns,
+                                        const int some, int64_t apart, int64_t width, int64_t at, NAME(fact) c)
+{
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES)
+        NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, at + i, LANES, c);
+    NAME(fact_stretch)(param + i, grad + i, rows, columns + i, some, apart, width, at + i, width - i, c);
+}
+
+static void NAME(fact_bands)(const bucket *b, int64_t tensor, int64_t start, int64_t n)
+{
+    const int64_t width = b->size[tensor] / b->rows[tensor], apart = n / ROWS;
+    STORED *param = (STORED *)b->tensors[tensor] + start * width;
+    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
+    const WIDE *rows = NAME(fact_rows)(b, tensor) + start, *columns = rows - start + b->rows[tensor];
+    NAME(fact) c = NAME(fact_scalars)(b, tensor);
+    c.r = after(c.r, start * width);
+    if (width >= 2 * LANES) {
+        for (int64_t r = 0; r < apart; r++)
+            NAME(fact_move_wide)
+            (param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, r * width, c);
+        for (int64_t r = ROWS * apart; r < n; r++)
+            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, 1, 0, width, r * width, c);
+        return;
+    }
+    WIDE denom[BLOCK + LANES];
+    for (int64_t at = 0; at < n * width; at += BLOCK) {
+        const int64_t some = n * width - at < BLOCK ? n * width - at : BLOCK;
+        NAME(fact_denoms)(rows + at / width, columns, at % width, some, width, c.eps, denom);
+        NAME(fact_step)(param + at, grad + at, denom, at, some, c);
+    }
+}
+
+/* Bands meet: both memories, and then the sample that reflection takes. */
+static void NAME(fact_meet)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const int64_t height = b->rows[tensor], width = b->size[tensor] / height;
+    WIDE *rows = NAME(fact_rows)(b, tensor), *columns = rows + height;
+    (void)start, (void)n;
+    for (int64_t from = 0; from < width; from += BLOCK) {
+        const int64_t some = width - from < BLOCK ? width - from : BLOCK;
+        double sum[BLOCK];
+        for (int64_t k = 0; k < some; k++)
+            sum[k] = (double)columns[from + k];
+        for (int64_t band = 1; band * BAND < height; band++)
+            for (int64_t k = 0; k < some; k++)
+                sum[k] += (double)columns[band * width + from + k];
+        for (int64_t k = 0; k < some; k++)
+            columns[from + k] = (WIDE)(sum[k] / (double)height);
+    }
+    NAME(remember)(b, (WIDE *)b->tensors[2 * b->count + tensor], rows, height, (WIDE)(1 / b->bias[tensor]));
+    NAME(remember)(b, (WIDE *)b->tensors[3 * b->count + tensor], columns, width, 1);
+    if (b->reflect && b->stride[tensor] == 1) {
+        NAME(fact_all)(b, tensor, rows, columns, sums);
+        return;
+    }
+    if (b->reflect)
+        NAME(fact_sample)(b, tensor, rows, columns, sums);
+    if (b->size[tensor] <= PIECE) /* while its gradient is in the caches nearest by */
+        NAME(fact_bands)(b, tensor, 0, height);
 }
 
 static void NAME(fact_move)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
 {
-    const int64_t width = b->size[tensor] / b->rows[tensor];
-    STORED *param = (STORED *)b->tensors[tensor] + start * width;
-    const STORED *grad = (const STORED *)b->tensors[b->count + tensor] + start * width;
-    const WIDE *row = (const WIDE *)b->tensors[2 * b->count + tensor] + start;
-    const WIDE *roots = (const WIDE *)b->scratch + b->place[tensor];
-    const WIDE scale = (WIDE)b->grad_scale, eps = (WIDE)b->eps, step_size = (WIDE)b->step_size[tensor];
-    const WIDE decay = b->decay ? (WIDE)b->decay[tensor] : 1, per_bias = (WIDE)(1 / b->bias[tensor]);
-    WIDE denom[BLOCK];
     (void)sums;
-    for (int64_t at = 0; at < n * width; at += BLOCK) {
-        const int64_t some = n * width - at < BLOCK ? n * width - at : BLOCK;
-        NAME(fact_denoms)(row + at / width, roots, at % width, some, width, per_bias, eps, denom);
-        NAME(fact_step)(param + at, grad + at, denom, some, scale, decay, step_size);
-    }
-}
-
-/* All three for a small matrix, which so stays in the caches nearest by. */
-static void NAME(fact_whole)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
-{
-    const int64_t rows = b->rows[tensor];
-    (void)start, (void)n;
-    for (int64_t r = 0; r < rows; r += BAND)
-        NAME(fact_gather)(b, tensor, r, rows - r < BAND ? rows - r : BAND, sums);
-    NAME(fact_meet)(b, tensor, 0, 1, sums);
-    NAME(fact_move)(b, tensor, 0, rows, sums);
+    if (b->size[tensor] > PIECE)
+        NAME(fact_bands)(b, tensor, start, n);
 }
 
 int NAME(emofact)(const bucket *b)
 {
-    return sweep_matrices(b, sizeof(WIDE), NAME(fact_whole), NAME(fact_gather), NAME(fact_meet), NAME(fact_move));
+    return sweep((job){.b = b, .body = NAME(fact_meet), .step = 1}) ||
+           sweep((job){.b = b, .body = NAME(fact_move), .extent = b->rows, .step = BAND});
 }
 
 /* The guard: sums of squares ----------------------------------------------------------------------------------------*/
@@ -388,6 +531,7 @@ int NAME(squares)(const bucket *b)
 #undef WIDE
 #undef GET
 #undef PUT
+#undef DROPPED
 #undef ROOT
 #undef ABS
 #undef RECIPROCAL

@@ -12,14 +12,15 @@
 enum {
     PIECE = 1 << 16, /* elements: enough to be worth a thread's while, few enough to share out evenly */
     BAND = 128,      /* rows of a matrix that are a piece: sums of columns are kept for each, under a hundredth of it */
-    WAVE = 1 << 22,  /* elements, for each thread, of the matrices that are swept together: they stay in the L3 cache */
     BLOCK = 1 << 10, /* elements whose sums are taken in the dtype of the state, before they are added in double */
     LANES = 16,      /* sums that run side by side: spelled out, since no compiler may reorder additions by itself */
+    ROWS = 4,        /* of a matrix, gathered side by side */
     NARROW = 256,    /* elements of narrow rows that are taken together; a row is narrow up to a quarter of it */
     AHEAD = 128,     /* elements */
     SUMS = 3,
     MOST_THREADS = 256
 };
+#define GOLDEN 0x9e3779b1u /* of lowbit.py */
 
 /* What a sweep is told, as cpu.py has it; a rule leaves alone what it does not know. */
 typedef struct {
@@ -31,9 +32,10 @@ typedef struct {
     const double *step_size, *decay, *root, *last_root, *bias; /* of each; decay: NULL for none */
     double grad_scale, beta1, beta2, eps, floor, grad_trust, square_trust, sample_rate;
     int64_t reflect;
+    const uint32_t *seeds; /* of each tensor, where parameters of 16 bits are rounded at random; else NULL */
     double *sums;         /* SUMS for each tensor */
-    void *scratch;        /* set here: sums of columns, */
-    const int64_t *place; /* and where those of a matrix begin */
+    void *scratch;        /* what was gathered of matrices, */
+    const int64_t *place; /* and where that of each begins */
 } bucket;
 
 /* Sweeps what one piece is, from `start` on: n elements, or rows. */
@@ -43,25 +45,27 @@ typedef struct {
     const bucket *b;
     piece_body *body;
     const int64_t *extent; /* of each tensor, in elements or in rows; NULL: 1 */
-    int64_t step;          /* of a piece */
-    int64_t low, high;     /* tensors, */
-    int64_t least, most;   /* of such a size; the others have no pieces */
-    int64_t *first;        /* piece of each of them, and the number of pieces */
+    int64_t step;          /* of a piece; a tensor no larger than PIECE is one */
+    int64_t *first;        /* piece of each tensor, and the number of pieces */
     double *partial;       /* SUMS for each piece */
     int64_t next;          /* piece to be taken */
 } job;
 
 static int64_t extent(const job *j, int64_t tensor)
 {
-    if (j->b->size[tensor] < j->least || j->b->size[tensor] > j->most)
-        return 0;
     return j->extent ? j->extent[tensor] : 1;
 }
 
-/* Which tensor a piece belongs to, counted from the first. */
+static int64_t step(const job *j, int64_t tensor)
+{
+    const int64_t size = j->b->size[tensor];
+    return size == 0 || size > PIECE ? j->step : extent(j, tensor);
+}
+
+/* Which tensor a piece belongs to. */
 static int64_t owner(const job *j, int64_t piece)
 {
-    int64_t low = 0, high = j->high - j->low;
+    int64_t low = 0, high = j->b->count;
     while (high - low > 1) {
         int64_t middle = low + (high - low) / 2;
         if (j->first[middle] <= piece)
@@ -77,12 +81,12 @@ static void *work(void *argument)
     job *j = argument;
     for (;;) {
         int64_t piece = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
-        if (piece >= j->first[j->high - j->low])
+        if (piece >= j->first[j->b->count])
             return NULL;
-        int64_t tensor = owner(j, piece);
-        int64_t start = (piece - j->first[tensor]) * j->step;
-        int64_t left = extent(j, j->low + tensor) - start;
-        j->body(j->b, j->low + tensor, start, left < j->step ? left : j->step, j->partial + SUMS * piece);
+        int64_t tensor = owner(j, piece), most = step(j, tensor);
+        int64_t start = (piece - j->first[tensor]) * most;
+        int64_t left = extent(j, tensor) - start;
+        j->body(j->b, tensor, start, left < most ? left : most, j->partial + SUMS * piece);
     }
 }
 
@@ -92,7 +96,7 @@ static void work_in_threads(job *j)
 {
     pthread_t threads[MOST_THREADS];
     int64_t wanted = 0, made = 0;
-    for (int64_t i = j->low; i < j->high; i++)
+    for (int64_t i = 0; i < j->b->count; i++)
         wanted += j->b->size[i];
     wanted /= PIECE; /* a thread for less costs more than it saves */
     wanted = wanted < MOST_THREADS ? wanted : MOST_THREADS;
@@ -109,21 +113,20 @@ static void work_in_threads(job *j)
 static int sweep(job j)
 {
     const bucket *b = j.b;
-    const int64_t low = j.low, high = j.high;
-    j.first = malloc((size_t)(high - low + 1) * sizeof *j.first);
+    j.first = malloc((size_t)(b->count + 1) * sizeof *j.first);
     if (j.first == NULL)
         return 1;
     j.first[0] = 0;
-    for (int64_t i = low; i < high; i++)
-        j.first[i - low + 1] = j.first[i - low] + (extent(&j, i) + j.step - 1) / j.step;
-    j.partial = calloc((size_t)(SUMS * j.first[high - low] + 1), sizeof *j.partial);
+    for (int64_t i = 0; i < b->count; i++)
+        j.first[i + 1] = j.first[i] + (extent(&j, i) + step(&j, i) - 1) / step(&j, i);
+    j.partial = calloc((size_t)(SUMS * j.first[b->count] + 1), sizeof *j.partial);
     if (j.partial == NULL) {
         free(j.first);
         return 1;
     }
     work_in_threads(&j);
-    for (int64_t i = low; i < high; i++)
-        for (int64_t piece = j.first[i - low]; piece < j.first[i - low + 1]; piece++)
+    for (int64_t i = 0; i < b->count; i++)
+        for (int64_t piece = j.first[i]; piece < j.first[i + 1]; piece++)
             for (int k = 0; k < SUMS; k++)
                 b->sums[SUMS * i + k] += j.partial[SUMS * piece + k];
     free(j.partial);
@@ -133,41 +136,7 @@ static int sweep(job j)
 
 static int sweep_elements(const bucket *b, piece_body *body)
 {
-    return sweep((job){.b = b, .body = body, .extent = b->size, .step = PIECE, .high = b->count, .most = INT64_MAX});
-}
-
-/* Sweep matrices, wave by wave: small ones whole, large ones in three goes, `gather` and `move` by bands and `meet` by
-   matrices between them. */
-static int sweep_matrices(const bucket *b, size_t width, piece_body *whole, piece_body *gather, piece_body *meet,
-                          piece_body *move)
-{
-    int64_t *place = malloc((size_t)b->count * sizeof *place);
-    if (place == NULL)
-        return 1;
-    int failed = 0;
-    for (int64_t low = 0, high = 0; low < b->count && !failed; low = high) {
-        int64_t elements = 0, held = 0;
-        for (; high < b->count && (high == low || elements + b->size[high] <= WAVE * b->threads); high++) {
-            place[high] = held;
-            held += b->size[high] / b->rows[high] * ((b->rows[high] + BAND - 1) / BAND);
-            elements += b->size[high];
-        }
-        bucket wave = *b;
-        wave.place = place;
-        wave.scratch = malloc((size_t)held * width);
-        const job small = {.b = &wave, .body = whole, .step = 1, .low = low, .high = high, .most = PIECE};
-        job large[3] = {small, small, small};
-        for (int k = 0; k < 3; k++) {
-            large[k].least = PIECE + 1, large[k].most = INT64_MAX;
-            large[k].body = k == 0 ? gather : k == 1 ? meet : move;
-            if (k != 1)
-                large[k].extent = b->rows, large[k].step = BAND;
-        }
-        failed = wave.scratch == NULL || sweep(small) || sweep(large[0]) || sweep(large[1]) || sweep(large[2]);
-        free(wave.scratch);
-    }
-    free(place);
-    return failed;
+    return sweep((job){.b = b, .body = body, .extent = b->size, .step = PIECE});
 }
 
 static inline float from_bfloat16(uint16_t bits)
@@ -186,6 +155,45 @@ static inline uint16_t to_bfloat16(float value)
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+/* Random bits for what is stored from an element on, the same as those of lowbit.py; to the nearest without. */
+typedef struct {
+    uint32_t first;
+    int random;
+} rounding;
+
+static inline rounding rounding_of(const bucket *b, int64_t tensor)
+{
+    return (rounding){.first = b->seeds ? b->seeds[tensor] : 0, .random = b->seeds != NULL};
+}
+
+static inline rounding after(rounding r, int64_t elements)
+{
+    r.first += (uint32_t)elements * GOLDEN;
+    return r;
+}
+
+static inline uint32_t bits_of(rounding r, int64_t element)
+{
+    const uint32_t x = r.first + (uint32_t)element * GOLDEN;
+    return (x ^ (x >> 15)) * (GOLDEN * GOLDEN);
+}
+
+/* Adds as many random bits as are cut off. */
+static inline float cut(float value, uint32_t random, int dropped)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits = (bits + (random >> (32 - dropped))) & (0xffffffffu << dropped);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* One rounding where the processor has it, and two elsewhere; so is torch's lerp. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
 /* 1 / x to the last bit or two, for x from 1e-37 to 1e37: a guess from the exponent, within an eighth, and three rounds
    of Newton's. Dividing is what the Adam rule waits for; the sums of reflection do with less. */
 static inline float reciprocal(float x)
@@ -195,19 +203,13 @@ static inline float reciprocal(float x)
     memcpy(&bits, &x, sizeof bits);
     bits = 0x7ef311c7 - bits;
     memcpy(&y, &bits, sizeof y);
-    y *= 2 - x * y;
-    y *= 2 - x * y;
-    return y * (2 - x * y);
+    y *= MULTIPLY_ADD(-x, y, 2);
+    y *= MULTIPLY_ADD(-x, y, 2);
+    return y * MULTIPLY_ADD(-x, y, 2);
 }
 
-/* torch's lerp is one rounding where the processor has it, and two elsewhere. */
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define MULTIPLY_ADD(a, b, c) _Generic(a, float: fmaf, default: fma)(a, b, c)
-#else
-#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
-#endif
-/* Asks for what comes AHEAD, for the Adam rule: with four streams and two roots to compute the processor does not look far
-   enough by itself. A fifth of the time of a large matrix. */
+/* Asks for what comes AHEAD: of three or four streams with much to compute the processor does not look far enough by
+   itself. A fifth of the Adam rule's time for a large matrix, a tenth of the Lion rule's. */
 #define PREFETCH(at) __builtin_prefetch((at) + AHEAD, 1)
 #define SIGN(x) ((x) > 0 ? 1 : (x) < 0 ? -1 : (x)) /* of NaN it is NaN */
 #define SAME(x) (x)
@@ -217,6 +219,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET SAME
 #define PUT SAME
+#define DROPPED 0
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
@@ -227,6 +230,7 @@ static inline float reciprocal(float x)
 #define WIDE double
 #define GET SAME
 #define PUT SAME
+#define DROPPED 0
 #define ROOT sqrt
 #define ABS fabs
 #define RECIPROCAL(x) (1 / (x))
@@ -237,6 +241,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET from_bfloat16
 #define PUT to_bfloat16
+#define DROPPED 16
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
@@ -248,6 +253,7 @@ static inline float reciprocal(float x)
 #define WIDE float
 #define GET (float)
 #define PUT (_Float16)
+#define DROPPED 13
 #define ROOT sqrtf
 #define ABS fabsf
 #define RECIPROCAL reciprocal
@@ -265,4 +271,13 @@ void write_numbers(int64_t count, float *const *numbers, const double *values)
 {
     for (int64_t i = 0; i < count; i++)
         *numbers[i] = (float)values[i];
+}
+
+/* Sets where in the scratch what is gathered of each matrix begins, and behind the last where it ends. Columns are read
+   in whole LANES. */
+void places(int64_t count, const int64_t *size, const int64_t *rows, int64_t *place)
+{
+    place[0] = 0;
+    for (int64_t i = 0; i < count; i++)
+        place[i + 1] = place[i] + rows[i] + size[i] / rows[i] * ((rows[i] + BAND - 1) / BAND) + LANES;
 }
