@@ -238,10 +238,13 @@ static double NAME(fact_narrow)(const STORED *grad, int64_t n, int64_t width, WI
             totals[k] += g * g;
         }
         int64_t left = width; /* of each row: halved as long as that goes, which many can do side by side */
-        for (; left % 2 == 0; left /= 2)
+        for (; left % 2 == 0; left /= 2) {
+            WIDE halves[NARROW / 2];
 #pragma omp simd
             for (int64_t k = 0; k < here * left / 2; k++)
-                squares[k] = squares[2 * k] + squares[2 * k + 1];
+                halves[k] = squares[2 * k] + squares[2 * k + 1];
+            memcpy(squares, halves, (size_t)(here * left / 2) * sizeof *halves);
+        }
         for (int64_t k = 0; k < here && left > 1; k++) {
             WIDE sum = 0;
             for (int64_t i = 0; i < left; i++)
@@ -294,10 +297,10 @@ static inline void NAME(remember)(const bucket *b, WIDE *memories, WIDE *means, 
     }
 }
 
-/* The denominators of n elements that follow each other, from column i of a row on. Each row is written in whole LANES,
-   the excess over by the next one: there is room for it behind them. */
-static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64_t i, int64_t n, int64_t width, WIDE eps,
-                                     WIDE *denom)
+/* The denominators of n elements that follow each other, from column i of a row on. Each row is written in whole LANES
+   and the excess written over by the next one: there is room for it behind them. */
+static inline void NAME(fact_denoms)(const WIDE *row, const WIDE *columns, int64_t i, int64_t n, int64_t width,
+                                     WIDE eps, WIDE *denom)
 {
     for (int64_t k = 0; k < n; row++, i = 0) {
         const WIDE factor = *row;
@@ -323,8 +326,8 @@ static inline NAME(fact) NAME(fact_scalars)(const bucket *b, int64_t tensor)
                         .r = rounding_of(b, tensor)};
 }
 
-/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are all
-   that there are, their parameters are moved, too. */
+/* The sums of reflection of n coordinates of a sample, at most LANES, and what is remembered of them; where they are
+   all that there are, their parameters are moved, too. */
 static inline void NAME(fact_reflect)(STORED *param, const STORED *grad, WIDE *sample, const WIDE *denom, int64_t at,
                                       int64_t n, NAME(fact) c, WIDE lanes[SUMS][LANES])
 {
@@ -441,11 +444,12 @@ static void NAME(fact_bands)(const bucket *b, int64_t tensor, int64_t start, int
     NAME(fact) c = NAME(fact_scalars)(b, tensor);
     c.r = after(c.r, start * width);
     if (width >= 2 * LANES) {
-        for (int64_t r = 0; r < apart; r++)
-            NAME(fact_move_wide)
-            (param + r * width, grad + r * width, rows + r, columns, ROWS, apart, width, r * width, c);
-        for (int64_t r = ROWS * apart; r < n; r++)
-            NAME(fact_move_wide)(param + r * width, grad + r * width, rows + r, columns, 1, 0, width, r * width, c);
+        for (int64_t r = 0, at = 0; r < n; r++, at += width) {
+            if (r < apart)
+                NAME(fact_move_wide)(param + at, grad + at, rows + r, columns, ROWS, apart, width, at, c);
+            else if (r >= ROWS * apart)
+                NAME(fact_move_wide)(param + at, grad + at, rows + r, columns, 1, 0, width, at, c);
+        }
         return;
     }
     WIDE denom[BLOCK + LANES];
