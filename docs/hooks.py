@@ -52,5 +52,6 @@ class Described(griffe.Extension):
 
 
 def _plain(text: str) -> str:
-    """Turn :class:`~emonavi.Emotion` into `Emotion`."""
+    """Turn :class:`~emonavi.Emotion` into `Emotion`, and let one example be set as code, as several are."""
+    text = re.sub(r"^(\s*)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
     return re.sub(r":\w+:`(?:~[\w.]*\.)?([\w.]+)`", r"`\1`", text)

@@ -48,12 +48,12 @@ def taken(monkeypatch):
     """Where there is no GPU: optimizers take the programs for CPU tensors, too. Counts the buckets that they get."""
     calls = []
 
-    def kernel(rule, lists, predicated, rounds):
+    def kernel(rule, lists, predicated):
         found = cuda.kernel(rule, lists)
         return found if isinstance(found, str) else lambda *given: [calls.append(1), found(*given)][1]
 
     monkeypatch.setattr(kernels, "_kernel", kernel)
-    monkeypatch.setattr("emonavi.sweep.squares", cuda.squares)
+    monkeypatch.setattr("emonavi.sweep.squares", lambda tensors, by_rows: cuda.squares(tensors))
     return calls
 
 
@@ -337,7 +337,7 @@ def compiled(program, *given, **named):
 
 driver.set_active(Absent())
 run, JITFunction.run = JITFunction.run, compiled
-kernels._kernel = lambda rule, lists, predicated, rounds: cuda.kernel(rule, lists)
+kernels._kernel = lambda rule, lists, predicated: cuda.kernel(rule, lists)
 weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
 weight.grad = torch.ones_like(weight)
 cuda.squares([weight.grad])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
+from torch.nn.parameter import is_lazy
 
 from emonavi import checks, kernels, lowbit
 from emonavi.active import Active, Found, Roster
@@ -391,7 +392,9 @@ class EmoOptimizer(Bearer):
         """Raise where the rule, or a kernel that is asked for, cannot move a group's tensors."""
         checks.parameters(group["params"])
         checks.whole(group["params"], group["state_dtype"])
-        for p in (p for p in group["params"] if not checks.frozen(p)):
+        for p in group["params"]:
+            if checks.frozen(p) or is_lazy(p):
+                continue  # it may be of any kind, or has no shape yet
             rule, elementwise = self._rule(self._layout(p))
             whole = self._needs_whole(p)
             if (is_sharded(p) or is_piece(p)) and not whole and not elementwise:
