@@ -96,7 +96,7 @@ def _of_two(task: Task) -> Task:
 
 
 # By name only: more of the same kind, too slow for a grid, or of packages that few have.
-OPTIONAL: dict[str, Task] = {task.name: task for task in pretrained.TASKS}
+OPTIONAL: dict[str, Task] = {task.name: task for task in (*pretrained.TASKS, *fields.BY_NAME, *embed.BY_NAME)}
 OPTIONAL |= {
     small.name: small
     for small in (_of_two(t) for t in TASKS.values() if t.split == "dev" and not t.name.endswith("-3x"))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from emonavi.bench.tasks import data
 from emonavi.bench.tasks.problem import Problem, Split, Task, epoch_batch, generator, initialised, split
 
-__all__ = ["TASKS"]
+__all__ = ["BY_NAME", "TASKS"]
 
 
 # --- Skip-grams: which names occur near each other in source code
@@ -112,6 +112,24 @@ def _factorisation(seed: int) -> Problem:
     return Problem(initialised(seed, _Ratings), F.mse_loss, batch, (x_val, y_val))
 
 
+# --- Pixels: the same model told of handwriting, in its raw shades of grey
+
+
+@cache
+def _pixels() -> Split:
+    """Images and places (n, 2) to shades (n) from 0 to 16, of which a third is held out."""
+    shades = 8 * (data.digit_images()[0][:_USERS].flatten(1) + 1)
+    pairs = torch.cartesian_prod(torch.arange(len(shades)), torch.arange(shades.shape[1]))
+    order = torch.randperm(len(pairs), generator=generator(0, 0, 2))
+    return split(pairs[order], shades.flatten()[order])
+
+
+def _completion(seed: int) -> Problem:
+    x, y, x_val, y_val = _pixels()
+    batch = partial(epoch_batch, seed, inputs=x, targets=y, size=256)
+    return Problem(initialised(seed, _Ratings), F.mse_loss, batch, (x_val, y_val))
+
+
 # --- Contrast: two noisy, shifted views of the same place in a photograph
 
 _VIEW = 16  # pixels
@@ -166,6 +184,7 @@ def _contrast(seed: int) -> Problem:
     return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 16, generator(0, 1, 0)))
 
 
+BY_NAME = (Task("pixels", "matrix factorisation of digits", "mean squared error", 400, 134, _completion, needs="sklearn"),)
 TASKS = (
     Task("word2vec", "Python source, skip-grams", "binary cross entropy", 400, 134, _word2vec),
     Task("ratings", "matrix factorisation of stars", "mean squared error", 400, 134, _factorisation, "test"),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from emonavi.bench.tasks import data
 from emonavi.bench.tasks.problem import Problem, Split, Task, epoch_batch, generator, initialised, split
 
-__all__ = ["TASKS"]
+__all__ = ["BY_NAME", "TASKS"]
 
 
 # --- A photograph
@@ -108,6 +108,50 @@ def _heat(seed: int) -> Problem:
     return Problem(initialised(seed, _HeatNet), F.mse_loss, batch, (grid, _temperature(grid)), _relative_error)
 
 
+# --- A swing that comes to rest: u'' + 2 DAMPING u' + STIFFNESS u = 0 for t in [0, 1], from u = 1 at rest
+
+_DAMPING, _STIFFNESS = 2.0, 100.0
+
+
+def _swing(times: Tensor) -> Tensor:
+    """Exact solution at times (n, 1)."""
+    frequency = math.sqrt(_STIFFNESS - _DAMPING**2)
+    phase, fading = frequency * times, (-_DAMPING * times).exp()
+    return (fading * (phase.cos() + _DAMPING / frequency * phase.sin())).squeeze(1)
+
+
+class _SwingNet(nn.Module):
+    """Times (n, 1) to the equation's residuals there, over its stiffness, then what the start deviates from 1 at rest."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            *(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+        )
+
+    def forward(self, times: Tensor) -> Tensor:
+        points = torch.cat([torch.zeros(1, 1), times]).requires_grad_()
+        u = self.inner(points)
+        (speed,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        (force,) = torch.autograd.grad(speed.sum(), points, create_graph=True)
+        residual = (force + 2 * _DAMPING * speed) / _STIFFNESS + u
+        return torch.cat([residual[1:].squeeze(1), 10 * (u[0] - 1), speed[0]])
+
+
+def _swing_error(model: nn.Module, times: Tensor, exact: Tensor) -> Tensor:
+    assert isinstance(model, _SwingNet)
+    return ((model.inner(times).squeeze(1) - exact).square().mean() / exact.square().mean()).sqrt()
+
+
+def _oscillation(seed: int) -> Problem:
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(64, 1, generator=generator(seed, 0, step)), torch.zeros(66)
+
+    times = torch.linspace(0, 1, 201)[:, None]
+    return Problem(initialised(seed, _SwingNet), F.mse_loss, batch, (times, _swing(times)), _swing_error)
+
+
+BY_NAME = (Task("swing", "damped swing, physics-informed", "relative error", 600, 200, _oscillation),)
 TASKS = (
     Task("photo", "china, coordinate network", "mean squared error", 400, 134, _photo, "test", "sklearn"),
     Task("heat", "heat equation, physics-informed", "relative error", 500, 167, _heat, "test"),
