@@ -103,7 +103,7 @@ class OptimizerCase:
     first_step: float | None = 1.0  # of a vector under the adaptive emotion, in lrs; None: it depends on the gradient
     kernel: bool = False  # there is one for the CPU
     on_cuda: bool = False  # there is one for CUDA
-    fade: float = 0.25  # steps are shorter by this power of what there is to gain, beside what there was
+    fades: bool = False  # steps are shorter where gradients are smaller than they used to be
     # Largest relative deviation in the run when all gradients are scaled by 2^-20 (eps is the one thing that feels it).
     scaling_tolerance: float = 1e-3
 
@@ -152,7 +152,7 @@ CASES = (
         kernel=True, on_cuda=True, betas=(0.9, 0.99),
         configs=(*SHARED, Config("adaptive, decoupled decay", {"weight_decay": 1e-3, "decoupled_weight_decay": True})),
         matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0, vector_bytes=4,
-        scaling_tolerance=0.0, fade=1.0,
+        scaling_tolerance=0.0, fades=True,
     ),
     OptimizerCase(
         name="EmoClan", cls=emonavi.EmoClan, rule=emoclan, reference=ClanReference, scalars=_clan_scalars,
@@ -174,7 +174,7 @@ CASES = (
         name="EmoNeco", cls=emonavi.EmoNeco, rule=emoneco, reference=NecoReference, scalars=_neco_scalars,
         betas=(0.9, 0.99),
         configs=ONLY_V3, matrix_state=("exp_avg",), vector_state=("exp_avg",), matrix_bytes=4, matrix_extra=0,
-        vector_bytes=4, fade=1.0, scaling_tolerance=1e-6, first_step=None,
+        vector_bytes=4, fades=True, scaling_tolerance=1e-6, first_step=None,
         generations=("v3",), golden=(torch.float32, 1e-5), switch=_hard,
     ),
 )  # fmt: skip

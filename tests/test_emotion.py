@@ -299,24 +299,11 @@ def test_the_drive_rests_where_trust_is_at_the_rules_target(hold):
         for off in (-0.6, 0.6):
             machine, state = fresh()
             state = state._replace(noise=given_as(size**2), reflections=given_as(50.0))
-            state = state._replace(gain=given_as(1.0), gain_mean=given_as(1.0))
             at = (max(-hold, 0.0) if off > 0 else -hold) + off
             state = state._replace(trust=given_as(at * size), fast=given_as(at * size))
             changes.append(float(machine._lean(state, OPTIONS._replace(hold=hold))))
         assert changes[0] < 0 < changes[1]
         assert size == 1.0 or max(map(abs, changes)) > 0.005  # not less than where the noise is large
-
-
-@pytest.mark.parametrize(("share", "slower"), [(2.0, 1.0), (0.25, 0.5), (0.01, 0.1), (0.0, 0.0)])
-def test_the_less_is_left_to_gain_the_slower_the_growth(share, slower):
-    """By the root of gain / mean gain; a fall is as fast as ever."""
-    machine, state = fresh()
-    state = state._replace(noise=given_as(0.04), reflections=given_as(50.0), gain_mean=given_as(3.0))
-    for trust, factor in ((0.5, slower), (-0.5, 1.0)):
-        at = state._replace(trust=given_as(trust), fast=given_as(trust))
-        full, now = (float(machine._lean(at._replace(gain=given_as(g)), OPTIONS)) for g in (3.0, 3.0 * share))
-        assert now == pytest.approx(factor * full)
-        assert full * trust > 0
 
 
 @pytest.mark.parametrize("fall", [1.0, 2.0])

@@ -49,7 +49,7 @@ def plain(optimizer, loss):
     for p, _ in found:
         optimizer._make_state(p)
     active = active_of(optimizer, found)
-    options = active.options(groups, optimizer._hold, optimizer._fall, optimizer._fade, plain=True)
+    options = active.options(groups, optimizer._hold, optimizer._fall, optimizer._fades, plain=True)
     felt = emotion.unpack(state, plain=True)
     if not optimizer._begun:
         felt = emotion.begin(felt, optimizer._weights(state, Ranks()), active.lr.max(), options)

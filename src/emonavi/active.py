@@ -97,7 +97,7 @@ class Active(NamedTuple):
         return cls(roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
     def options(
-        self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fade: float, plain: bool
+        self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
     ) -> Options:
         """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
@@ -123,7 +123,7 @@ class Active(NamedTuple):
             highest_drive=_fold(highest, torch.amax, max),
             hold=hold[bool(groups[0]["use_shadow"])],
             fall=fall,
-            fade=fade,
+            fades=fades,
             decayed=_fold(decayed, torch.all, all),
         )
 

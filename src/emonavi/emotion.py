@@ -137,6 +137,9 @@ class Emotion(Reflection):
         sure: largest change per step where trust is beyond doubt: it opens a run, re-opens it after a plateau, and
             backs off from a step that is clearly too long.
         tensor_pace: the share of it that one tensor's own drive may move; slower, so that the two do not fight.
+        nothing: the drive does not grow while the gain is under this share of its mean, or it would climb for ever once
+            a training loss is at its floor. Adam's gain falls with the square of the gradient: a squared error that has
+            fallen to a twentieth is not at its floor yet.
         tensor_range: bound on one tensor's log drive.
         spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
@@ -159,6 +162,7 @@ class Emotion(Reflection):
     clock: float = 2.0
     sure: float = 0.10
     tensor_pace: float = 0.4
+    nothing: float = 0.01
     tensor_range: float = 2.0
     spike: float = 10.0
     outlier: float = 6.0
@@ -322,11 +326,11 @@ class Emotion(Reflection):
 
     def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
-        # A step that knows no size of gradients, or half of it, would go on walking once there is nothing to gain.
-        fade = where(state.reflections > 3, self._share_of_gain(state), 1.0) ** options.fade
+        # A rule that knows no size of gradients would go on walking once there is nothing to gain.
+        fade = where(state.reflections > 3, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
         horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
         # A panic restores the shadow even where the gradient is of no use.
-        scale = like(horizon, fade)
+        scale = like(horizon, fade if options.fades else 1.0)
         felt = state.scalar, state.last_scalar
         return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon, *felt)
 

@@ -26,7 +26,7 @@ class Options(NamedTuple):
     highest_drive: Number  # where the effective lr of every group reaches max_lr
     hold: float  # the rule's target of trust, in standard deviations below 0
     fall: float  # within the noise the rule's lr falls no faster than age to the minus this
-    fade: float  # the rule's step shrinks with this power of the gain
+    fades: bool  # the rule's step has the same size whatever the gradient's
     decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
 
 

@@ -63,7 +63,7 @@ class EmoNeco(EmoOptimizer):
     # As EmoLynx: the same memory, and steps that know no size of gradients.
     _hold = (-0.3, -0.3)
     _fall = 2.0
-    _fade = 1.0
+    _fades = True
 
     def __init__(
         self,

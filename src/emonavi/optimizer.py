@@ -171,13 +171,12 @@ class EmoOptimizer(Bearer):
     # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
     # line search.
     _hold = (0.0, 0.0)
-    # Within the noise the lr falls no faster than age to the minus this. At 1 the sum of all lrs has no bound, and a
-    # run can travel as far as it must (Robbins and Monro 1951); at 2 long runs stand still before their end.
-    _fall = 1.0
-    # The step shrinks with this power of the gain, which falls with the square of the gradient, as long as Adam's
-    # second memory holds; and so with the root of the gradient. The published step, power 0, is as long beside a small
-    # gradient as beside a large one: what is learnt by heart is then learnt at too high an lr.
-    _fade = 0.25
+    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1:
+    # the sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long
+    # runs stand still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
+    _fall = 1.5
+    # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
+    _fades = False
     # Whether its kernel gathers the rows of matrices when the guard reads them, whose norms then have that order.
     _by_rows = False
 
@@ -270,7 +269,7 @@ class EmoOptimizer(Bearer):
     def _opening(self, active: Active, ranks: Ranks, predicated: bool) -> tuple[Any, Options]:
         """The emotion's state as a step begins with it, and what it has to know of the options."""
         vector, plain = self._vector(), not predicated
-        options = active.options(self.param_groups, self._hold, self._fall, self._fade, plain)
+        options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)

@@ -11,14 +11,14 @@ For the cosine :math:`c_t` between today's gradient and the optimizer's last ste
            - min(0.05, fall/n) clip((target - trust) / scale, 0, 1)     scale = min(0.1, sqrt(noise))
     sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 4) / 4, 0, 1))  beyond doubt
     free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
-    log drive += sure where |sure| > |slow|, else slow; at least free   growth times sqrt(share)
+    log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
 
 Under noise alone trust settles half a standard deviation below 0, so that doubt ends later downwards. Target and fall
 are the rule's. The target, in standard deviations of the cosine, is 0 for Adam, below for a rule without momentum
 (EmoFact), above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which
 its trust comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same
-sums, and its share min(1, gain / mean gain so far). A rule whose step knows too little of the gradient's size is faded:
-its step, not its weight decay, is multiplied by share^fade, 1/4 for Adam and 1 for a sign (EmoLynx).
+sums; under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
+gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
 
 Source: hypergradient descent (Baydin et al. 2018, https://arxiv.org/abs/1703.04782), normalised to a cosine so that no
 scale enters.
@@ -58,6 +58,7 @@ class Reflection:
     clock: float
     sure: float
     tensor_pace: float
+    nothing: float
     tensor_range: float
 
     def reflect(self, state: State, sums: Sums, acted: Number, options: Options) -> State:
@@ -128,12 +129,11 @@ class Reflection:
         free = self.sure * clamp((2.38 * state.fast / deviation + 1) / 2, 0.0, 1.0)
         harmless = (state.log_drive < state.free) & (state.brake == 0) & (free > 0)
         change = where(harmless, clamp(change, free), change)
-        # The less is left to gain, the slower the growth: at the floor of a training loss it would climb for ever.
-        return where(change > 0, change * sqrt(self._share_of_gain(state)), change)
+        return where(self._nothing_to_gain(state), clamp(change, high=0.0), change)
 
-    def _share_of_gain(self, state: State) -> Number:
-        """What a step could gain of late over its mean so far; 1 at most."""
-        return clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0)
+    def _nothing_to_gain(self, state: State) -> Number:
+        """The training loss is at its floor: growth from here on is a climb into overfitting."""
+        return state.gain < self.nothing * state.gain_mean
 
     def _pace(self, state: State, clock: float) -> Number:
         """Largest change of the log drive within the noise."""

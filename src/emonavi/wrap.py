@@ -163,7 +163,7 @@ class Emotional(Bearer):
         heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
         self._missing.note(heard, type(self).__name__)
         active = _alike(found, self.param_groups, vector)
-        options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fade=0.0, plain=True)
+        options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
         before = self._feel(self._emotion.unpack(vector, plain=True), heard, vector)
         state: Any
         state, acts, grad_scale = self._emotion.guard(before, norm, options)
