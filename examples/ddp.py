@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/ddp.py
 """
 
 import argparse
+import gc
 
 import torch
 from data import digits, right_digits
@@ -50,3 +51,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # torch's cycles hold gloo's threads, which would abort the process where they outlive the interpreter

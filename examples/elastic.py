@@ -6,6 +6,7 @@ EMONAVI_DIE_AT=25 makes one rank die there, in its first life, to see it.
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # torch's cycles hold gloo's threads, which would abort the process where they outlive the interpreter

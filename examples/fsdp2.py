@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 examples/fsdp2.py --folder checkpoints
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 import torch
@@ -61,3 +62,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # torch's cycles hold gloo's threads, which would abort the process where they outlive the interpreter
