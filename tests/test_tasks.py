@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("mlxtend")
-from emonavi.bench.tasks import DEMO, OPTIONAL, TASKS, Problem, pretrained
+from emonavi.bench.tasks import DEMO, OPTIONAL, TASKS, Problem, data, embed, fields, pretrained
 
 SHORT = [name for name in TASKS if not name.endswith("-3x")]  # the longer ones are built by the same functions
 
@@ -105,6 +105,29 @@ def test_optional_tasks_are_run_by_name_only():
     for name, task in OPTIONAL.items():
         assert name == task.name and name not in TASKS
         assert pickle.loads(pickle.dumps(task)).name == name, "workers are sent tasks"
+
+
+def test_the_exact_swing_has_no_residual():
+    """The residuals of the task's own net, which is given the solution: 0 at all times, 1 at rest at first."""
+
+    class Exact(torch.nn.Module):
+        def forward(self, times):
+            return fields._swing(times)[:, None]
+
+    problem = OPTIONAL["swing"].build(0)
+    problem.model.inner = Exact()
+    times, _ = problem.batch(3)
+    assert problem.model(times).abs().max() < 1e-5
+    assert problem.val() < 1e-6
+
+
+def test_pixels_are_those_of_the_digits():
+    images, _ = data.digit_images()
+    pairs, shades, held_out, rest = embed._pixels()
+    assert len(pairs) + len(held_out) == 500 * 64
+    image, place = torch.cat([pairs, held_out]).T
+    assert torch.equal(torch.cat([shades, rest]), 8 * (images.flatten(1)[image, place] + 1))
+    assert len(torch.stack([image, place]).unique(dim=1).T) == 500 * 64
 
 
 @pytest.mark.parametrize("name", ["digits", "lora", "word2vec"])

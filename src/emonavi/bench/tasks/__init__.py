@@ -42,10 +42,13 @@ Out of the standard grid, and run only where it is asked for by name:
 |---|---|---|
 | ``minilm`` | rank-4 adapters on MiniLM, a pretrained sentence encoder | docstrings of the standard library |
 
-So are two more dev tasks whose loss falls by orders of magnitude, ``swing`` (physics-informed network, the equation of a
-damped swing) and ``pixels`` (matrix factorisation of the digits' raw shades), and the short dev tasks with two samples
-a batch, ``digits-b2`` and so on: there gradients are mostly noise, as they are for those who fine-tune on one small
-card.
+| dev | model | data |
+|---|---|---|
+| ``swing`` | physics-informed network, a loss that falls by orders of magnitude | the equation of a damped swing |
+| ``pixels`` | matrix factorisation, likewise | the digits' raw shades |
+
+So are the short dev tasks with two samples a batch, ``digits-b2`` and so on: there gradients are mostly noise, as they
+are for those who fine-tune on one small card.
 
 Those whose names end in ``-3x`` are the same at three times the steps. A third of the samples is held out, so that the
 score is a stable figure, and fresh noise on the training inputs holds overfitting back where it is not the point.

@@ -184,7 +184,9 @@ def _contrast(seed: int) -> Problem:
     return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 16, generator(0, 1, 0)))
 
 
-BY_NAME = (Task("pixels", "matrix factorisation of digits", "mean squared error", 400, 134, _completion, needs="sklearn"),)
+BY_NAME = (
+    Task("pixels", "matrix factorisation of digits", "mean squared error", 400, 134, _completion, needs="sklearn"),
+)
 TASKS = (
     Task("word2vec", "Python source, skip-grams", "binary cross entropy", 400, 134, _word2vec),
     Task("ratings", "matrix factorisation of stars", "mean squared error", 400, 134, _factorisation, "test"),

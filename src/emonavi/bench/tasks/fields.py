@@ -121,7 +121,7 @@ def _swing(times: Tensor) -> Tensor:
 
 
 class _SwingNet(nn.Module):
-    """Times (n, 1) to the equation's residuals there, over its stiffness, then what the start deviates from 1 at rest."""
+    """Times (n, 1) to the equation's residuals there, over its stiffness, and what the start lacks to be 1 and at rest."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -140,7 +140,8 @@ class _SwingNet(nn.Module):
 
 def _swing_error(model: nn.Module, times: Tensor, exact: Tensor) -> Tensor:
     assert isinstance(model, _SwingNet)
-    return ((model.inner(times).squeeze(1) - exact).square().mean() / exact.square().mean()).sqrt()
+    off: Tensor = model.inner(times).squeeze(1) - exact
+    return (off.square().mean() / exact.square().mean()).sqrt()
 
 
 def _oscillation(seed: int) -> Problem:
