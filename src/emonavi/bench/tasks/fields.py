@@ -121,7 +121,7 @@ def _swing(times: Tensor) -> Tensor:
 
 
 class _SwingNet(nn.Module):
-    """Times (n, 1) to the equation's residuals there, over its stiffness, and what the start lacks to be 1 and at rest."""
+    """Times (n, 1) to the equation's residuals there, over its stiffness, and to what the start lacks of 1 at rest."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
