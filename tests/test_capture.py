@@ -14,6 +14,7 @@ from types import FunctionType
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -890,3 +891,24 @@ def test_hearing_reads_no_value():
     pair = losses[1] + 0.5 * losses[2]  # back-propagated together, and so heard together
     assert heard(optimizers[0]) == close(losses[0] + pair)
     assert heard(optimizers[1]) == close(pair + losses[3])
+
+
+@pytest.mark.parametrize("cls", SIBLINGS)
+def test_a_model_without_memory_says_nothing(cls):
+    """Between a backward and its step another model may be looked at on the meta device, or with fake tensors."""
+    model, other = nn.Linear(4, 1), nn.Linear(4, 1, device="meta")
+    optimizer = cls(model.parameters())
+    loss = model(X).square().mean()
+    loss.backward()
+    other(X.to("meta")).sum().backward()
+    with FakeTensorMode():
+        nn.Linear(4, 1)(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.emotion.loss == pytest.approx(loss.item())
+
+
+def test_a_gradient_of_another_shape_is_refused_by_torch():
+    weight = nn.Parameter(torch.ones(3))
+    EmoNavi([weight])
+    with pytest.raises(RuntimeError, match="shape"):
+        weight.sum().backward(gradient=torch.ones(3))

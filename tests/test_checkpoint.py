@@ -453,3 +453,31 @@ def test_memories_that_the_rule_has_no_use_for():
     with pytest.raises(ValueError, match="of another optimizer: it holds exp_avg_sq besides"):
         other.load_state_dict(optimizer.state_dict())
     assert differences(before, contents(other)) == []
+
+
+@siblings
+def test_parameters_without_a_shape_or_of_any_kind_are_loaded_past(case):
+    """Lazy modules that are not built yet, and frozen parts that no rule could move."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LazyLinear(2))
+    model.register_parameter("quantized", torch.nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False))
+    sparse = torch.eye(3).to_sparse()
+    model.register_parameter("sparse", torch.nn.Parameter(sparse, requires_grad=False))
+    optimizer = case.make(model.parameters())
+    model[0](torch.ones(1, 3)).sum().backward()
+    optimizer.step(loss=1.0)
+    saved = through_file(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert len(optimizer.state) == 2 and optimizer.emotion.steps == 1
+
+
+def test_hooks_on_saving_are_the_users_alone():
+    """An optimizer that takes over AdamW's memories asks nobody how it would be saved itself."""
+    params = weights()
+    adamw = torch.optim.AdamW(params)
+    Valley(params).fill(params, 0)
+    adamw.step()
+    optimizer = emonavi.EmoNavi(params)
+    optimizer.register_state_dict_post_hook(lambda _, state: {"optimizer": state})
+    with pytest.warns(UserWarning, match="fresh emotion|begins"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], adamw.state[params[0]]["exp_avg"])

@@ -260,6 +260,18 @@ def began(blank, rms=0.02, lr=1e-2):
     return machine, machine.begin(state, weights, torch.tensor(lr, dtype=torch.float64), options), options
 
 
+@pytest.mark.parametrize("blank", [0.0, 0.5])
+def test_it_begins_with_the_same_numbers_on_a_device(blank):
+    """To the last digits: a first drive a rounding below where growth is free would grow."""
+    _, state, _ = began(blank)
+    machine = Emotion()
+    start = machine.unpack(torch.tensor(machine.initial(), dtype=torch.float64), plain=not KIND["plain"])
+    rms, share, lr = (torch.tensor(x, dtype=torch.float64) for x in (0.02, blank, 1e-2))
+    other = machine.begin(start, Weights(rms, share), lr, OPTIONS._replace(lowest_drive=1e-8))
+    for name in ("free", "log_drive", "lr_ref"):
+        assert float(getattr(state, name)) == pytest.approx(float(getattr(other, name)), abs=1e-12)
+
+
 def noisy(machine, state, options, cosine, steps=300):
     """Steps whose cosine is all noise, around the given one."""
     generator = torch.Generator().manual_seed(0)

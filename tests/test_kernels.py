@@ -1,6 +1,7 @@
 """The C kernels: equal to the rules, the same for any number of threads, and not missed where there is no compiler."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -129,8 +130,13 @@ def make_in_processes(count):
 
 
 @compiled
-def test_a_library_is_made_once_and_found_again(cache, monkeypatch):
-    assert not isinstance(build.library(), str)
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_a_library_is_made_once_and_found_again(cache, monkeypatch, umask):
+    before = os.umask(umask)
+    try:
+        assert not isinstance(build.library(), str)
+    finally:
+        os.umask(before)
     (made,) = cache.iterdir()
     build.library.cache_clear()
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))

@@ -27,7 +27,7 @@ NUMBERS = [
     ("weight_decay", [np.float32(0)], 0.0),
     ("max_lr", [np.float16(0.5)], 0.5),
     ("betas", [np.array([0.5, 0.75], dtype=np.float32), torch.tensor([0.5, 0.75])], (0.5, 0.75)),
-    ("betas", ["0.8,0.95", "0.8, 0.95", "(0.8, 0.95)", "(0.8,0.95,)", [0.8, 0.95]], (0.8, 0.95)),
+    ("betas", ["0.8,0.95", "0.8, 0.95", "(0.8, 0.95)", "(0.8,0.95,)", "[0.8, 0.95]", [0.8, 0.95]], (0.8, 0.95)),
 ]
 TRUE, FALSE = ["True", "true", "TRUE", "1", 1, True, np.True_], ["False", "false", " False ", "0", 0, False, np.False_]
 FLAGS = ["use_shadow", "use_trust", "maximize", "capturable", "foreach", "decoupled_weight_decay"]

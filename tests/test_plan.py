@@ -109,6 +109,10 @@ def with_a_shadow(optimizer):
     optimizer.param_groups[0]["use_shadow"] = True
 
 
+def groups_replaced(optimizer):
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "betas": (0.0, 0.5), "weight_decay": 10.0}
+
+
 def steeper(optimizer):
     optimizer.param_groups[0].update(lr=0.1, betas=(0.5, 0.6), weight_decay=0.5, maximize=True, eps=1e-3)
 
@@ -116,7 +120,7 @@ def steeper(optimizer):
 CHANGES = [
     loaded, copy.deepcopy, pickled, another_group, moved_in_memory, another_dtype, transposed_in_place,
     another_parameter, another_order, states_replaced, states_elsewhere, dicts_replaced,
-    states_exchanged, states_dropped, by_foreach, with_a_shadow, steeper, lambda optimizer: None,
+    states_exchanged, states_dropped, groups_replaced, by_foreach, with_a_shadow, steeper, lambda optimizer: None,
 ]  # fmt: skip
 
 

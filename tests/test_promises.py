@@ -112,3 +112,22 @@ def test_a_long_stream_does_not_freeze_and_a_new_task_is_learnt(sibling):
     second = stream(optimizer, model, new, 2000, generator)
     assert sum(second[:10]) / 10 > 0.3
     assert sum(second[-50:]) / 50 < 0.12
+
+
+@pytest.mark.parametrize("sibling", [EmoNavi, EmoFact, EmoLynx])
+def test_a_line_far_from_the_start_is_found_and_kept(sibling):
+    """With the default weight decay: at a high lr it took a share of the weights that held the gradient in balance."""
+    x = torch.linspace(-1, 1, 64)[:, None]
+    y = 2 * x + 30 + torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model, losses = torch.nn.Linear(1, 1), []
+    optimizer = sibling(model.parameters())
+    for _ in range(1500):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    best = float((y - torch.linalg.lstsq(torch.cat([x, torch.ones(64, 1)], 1), y).solution[1] - 2 * x).square().mean())
+    assert losses[0] > 800
+    assert max(losses[750:]) < 1.5 * best

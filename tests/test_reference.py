@@ -139,7 +139,7 @@ def test_class_equals_reference_with_the_drive_forced(case, foreach, moods, capt
         for i, reference in enumerate(references):
             rate = lr * mood * own[i]
             expected[i], three = reference.update(
-                expected[i], grads[i], rate * fade, 1 - lr * mood * decay, **case.at(math.sin(t))
+                expected[i], grads[i], rate * fade, max(0.999, 1 - lr * mood * decay), **case.at(math.sin(t))
             )
             # Each tensor's step is weighted by its effective lr.
             sums += rate * np.array(three)

@@ -1,10 +1,12 @@
 """Gradients released inside backward: the run is that of a plain reference, and gradients do not pile up."""
 
 import copy
+import gc
 import math
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -275,3 +277,15 @@ def test_a_switching_rule_reflects_on_the_step_that_it_took():
         kept = vector(optimizer)[optimizer._emotion.index("last_scalar")]
         assert float(kept) == pytest.approx(moved_by)
     assert optimizer.emotion.scalar != pytest.approx(moved_by)
+
+
+def test_nothing_is_kept_alive():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters())
+    handle = emonavi.gradient_release(optimizer)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    left = [weakref.ref(x) for x in (optimizer, model[0].weight)]
+    del model, optimizer, handle
+    gc.collect()
+    assert [ref() for ref in left] == [None, None]

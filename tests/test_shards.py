@@ -305,6 +305,24 @@ def zero(rank):
     }
 
 
+def sharded_loss(rank):
+    """What tensor parallelism leaves of a loss may be a DTensor, of which each rank holds a part of the sum."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(8, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    felt = []
+    for told in (False, True):
+        mesh = mesh_of(WORLD)
+        w = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+        optimizer = EmoNavi([w])
+        loss = (distribute_tensor(x, mesh, [Replicate()]) @ w.T).square().mean()
+        loss.backward()
+        optimizer.step(**({"loss": loss} if told else {}))
+        felt.append(optimizer.emotion.loss)
+    return {"felt": felt, "true": float((x @ weight.T).square().mean())}
+
+
 def resharded(rank, sibling, folder):
     """One process, two, four, and one again, each taking up what those before it saved."""
     from torch.distributed import checkpoint as dcp
@@ -369,7 +387,7 @@ def cases(folder):
     found |= {"asks, fsdp 4, v4": (asks, "fsdp 4", "EmoNavi", {"emotion": "v4"})}
     found |= {f"loaded, {s}, {kind}": (loaded, s, kind) for s, kind in LOADED}
     found["zero"] = (zero,)
-    found |= {f.__name__: (f,) for f in (staged, partial, apart)}
+    found |= {f.__name__: (f,) for f in (staged, partial, apart, sharded_loss)}
     found |= {f"first generation, {original}": (first_generation, original) for original in (True, False)}
     return found | {f"resharded, {s}": (resharded, s, folder) for s in SIBLINGS}
 
@@ -419,6 +437,11 @@ def test_stages_feel_the_loss_of_the_last_one(ranks):
 def test_a_gradient_of_partial_sums_is_added_up(ranks):
     found = ranks("partial")
     torch.testing.assert_close(agree(found)["tensors"]["sharded"], found[0]["plain"], rtol=0.0, atol=1e-12)
+
+
+def test_a_loss_in_parts_is_heard_as_a_whole(ranks):
+    for found in ranks("sharded_loss"):
+        assert found["felt"] == pytest.approx([found["true"]] * 2)
 
 
 def test_meshes_that_nothing_holds_together_are_refused(ranks):

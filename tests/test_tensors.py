@@ -267,3 +267,20 @@ def test_cut_tensors_equal_whole_ones(case):
     for p, *others in zip(*runs, strict=True):
         for q in others:
             torch.testing.assert_close(p, q, **SAME)
+
+
+@siblings
+@pytest.mark.parametrize("foreach", [False, True, None], ids=["single", "foreach", "kernel"])
+def test_a_default_device_is_for_new_tensors_of_the_users(case, foreach):
+    """A kernel is given memory of its own, wherever the user's new tensors go."""
+    runs = []
+    for device in ("cpu", "meta"):
+        params = weights(shapes=SHAPES)
+        with torch.device(device):
+            optimizer = case.make(params, foreach=foreach)
+            for _ in range(3):
+                for p in params:
+                    p.grad = p.detach().clone()
+                optimizer.step(loss=1.0)
+        runs.append(contents(optimizer))
+    assert differences(*runs) == []

@@ -177,3 +177,15 @@ def test_errors_name_the_remedy(tmp_path):
     assert "isnorecordofweights" in said(tmp_path)
     torch.save({"steps": torch.arange(2), "weights": torch.rand(2, 4)}, tmp_path / FILE)
     assert "holds2finitesamples:threeareneeded" in said(tmp_path)
+
+
+def test_a_wrapper_is_looked_through(tmp_path):
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = emonavi.EmoNavi([weight])
+    with trajectory(Wrapper(optimizer), tmp_path):
+        descend(optimizer, [weight], 4)
+    assert read(tmp_path)[1].shape == (5, 3)

@@ -178,7 +178,8 @@ def test_adams_default_betas_are_not_lions(tmp_path):
 
 
 def test_optim_args_come_from_a_command_line(tmp_path):
-    args = arguments(tmp_path, optim_args="use_shadow=True, max_norm=0.0,emotion=adaptive", learning_rate=1e-4)
+    said = "use_shadow=True, betas=(0.9, 0.99),max_norm=0.0,emotion='adaptive', "
+    args = arguments(tmp_path, optim_args=said, learning_rate=1e-4)
     cls, kwargs = optimizer_cls_and_kwargs("emonavi", args, max_norm=2.0)
     optimizer = cls(llama().parameters(), **kwargs)
     assert [optimizer.defaults[k] for k in ("lr", "use_shadow", "max_norm")] == [1e-4, True, 2.0]

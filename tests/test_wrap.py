@@ -835,3 +835,27 @@ def test_four_decades_of_lr_on_real_digits(wrapped):
     learnt = [sum(loss <= 0.25 for loss in losses) for losses in (bare, ours)]
     assert learnt[0] <= 2, bare
     assert learnt[1] == 5, (ours, bare)
+
+
+def test_steps_stay_on_the_host():
+    """Where torch keeps them when it loads: on a device each one would be waited for in every step."""
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.Emotional(torch.optim.Adam(params))
+    Valley(params).fill(params, 0)
+    optimizer.step(loss=1.0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    ghosts = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in params]
+    other = emonavi.Emotional(torch.optim.Adam(ghosts))
+    other.load_state_dict(saved)
+    assert {other.state[p]["step"].device.type for p in ghosts} == {"cpu"}
+    assert {other.state[p]["exp_avg"].device.type for p in ghosts} == {"meta"}
+
+
+def test_a_group_has_bounds_of_its_own():
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.Emotional(torch.optim.SGD(params[:1], lr=1e-2), min_lr=1e-5)
+    optimizer.add_param_group({"params": params[1:2], "lr": 1e-2, "min_lr": 0.0, "max_lr": 1e-3})
+    assert [(g["lr_floor"], g["lr_ceiling"]) for g in optimizer.param_groups] == [(1e-5, None), (0.0, 1e-3)]
+    with pytest.raises(ValueError, match="max_lr=-3"):
+        optimizer.add_param_group({"params": params[2:], "max_lr": -3.0})
+    assert len(optimizer.param_groups) == 2

@@ -127,11 +127,11 @@ class Active(NamedTuple):
             decayed=_fold(decayed, torch.all, all),
         )
 
-    def rates(self, mood: Mood) -> tuple[Tensor, Tensor, Tensor]:
-        """For each tensor: its own effective lr, its step size, and its factor of weight decay."""
+    def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """For each tensor: its own effective lr, its step size, and its factor of weight decay, ``keeps`` at least."""
         effective = bounded(self.lr, mood.drive, self.low, self.wall)
         own = torch.minimum(effective * self.drive, self.wall)
-        return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=0)
+        return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=keeps)
 
     def buckets(
         self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]

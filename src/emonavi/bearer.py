@@ -22,7 +22,7 @@ from emonavi.distributed import Ranks, is_piece, local
 from emonavi.intake import Intake, Loss, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
-from emonavi.scalars import Number
+from emonavi.scalars import Number, like
 from emonavi.sweep import all_norms, to_home
 
 __all__ = ["Bearer"]
@@ -42,9 +42,10 @@ class Bearer(torch.optim.Optimizer):
         self._process_group = process_group
         self._ranks = Ranks()
         self._is_calm = False
-        self._is_second = False  # one step was made, the next is the second
+        self._calls = 0  # steps, real and skipped
         self._is_loaded = False
         self._skipped = 0  # steps in a row
+        self._ignored = 0  # losses in a row
         self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -122,7 +123,7 @@ class Bearer(torch.optim.Optimizer):
         """
         self._refuse_midway("reset_emotion()")
         self._vector().copy_(self._fresh())
-        self._begun = False
+        self._begun, self._calls = False, 0
         self._intake.clear()
         with torch.no_grad():
             for group in self.param_groups:
@@ -137,8 +138,9 @@ class Bearer(torch.optim.Optimizer):
     def calm(self) -> Iterator[None]:
         """Put the shadow in the place of the weights, for evaluation; the weights return at the end, whatever happens.
 
-        While it lasts, a copy of the weights is held. BatchNorm's statistics are not averaged: where a model has
-        them, ``torch.optim.swa_utils.update_bn`` sets them from data.
+        Before the first step the shadow is what the weights are. While it lasts, a copy of the weights is held; what is
+        to be kept of the shadow is saved, or copied, inside the block. BatchNorm's statistics are not averaged: where a
+        model has them, ``torch.optim.swa_utils.update_bn`` sets them from data.
 
         Raises:
             RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
@@ -157,16 +159,17 @@ class Bearer(torch.optim.Optimizer):
         pairs = [
             (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
         ]
-        if not pairs:
-            raise RuntimeError("calm() has no shadow to show: construct with use_shadow=True and make a step first")
-        shown, shadows = ([local(t.detach()) for t in some] for some in zip(*pairs, strict=True))
+        if (not pairs and self._begun) or not self.param_groups[0]["use_shadow"]:
+            remedy = "construct with use_shadow=True; a checkpoint that is loaded brings its own options"
+            raise RuntimeError(f"calm() has no shadow to show: {remedy}")
+        shown, shadows = ([local(pair[i].detach()) for pair in pairs] for i in (0, 1))
         held = [p.clone() for p in shown]
         self._is_calm = True
         try:
-            torch._foreach_copy_(shown, shadows)
+            _copy(shown, shadows)
             yield
         finally:
-            torch._foreach_copy_(shown, held)
+            _copy(shown, held)
             self._is_calm = False
 
     def _refuse_inside_calm(self, what: str) -> None:
@@ -237,12 +240,26 @@ class Bearer(torch.optim.Optimizer):
             return state
         loss = heard.value
         value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
-        return self._emotion.feel(state, -value if self.param_groups[0]["maximize"] else value, heard.window)
+        felt = self._emotion.feel(state, -value if self.param_groups[0]["maximize"] else value, heard.window)
+        self._note_ignored(state.ignored_losses, felt.ignored_losses)
+        return felt
+
+    def _note_ignored(self, before: Number, after: Number) -> None:
+        """Warn where loss after loss is no finite number: gradients may be, and all else then looks as ever."""
+        if isinstance(after, Tensor):
+            return
+        self._ignored = self._ignored + 1 if after > before else 0
+        if self._ignored == SKIPPED_STEPS:
+            warnings.warn(
+                f"{type(self).__name__} has ignored {SKIPPED_STEPS} losses in a row that are not finite: it trains by "
+                "gradients alone. Look for infinity and NaN in what the model puts out, and in its weights",
+                stacklevel=callers_level(),
+            )
 
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
-        self._is_second, self._begun = not self._begun, True
+        self._calls, self._begun = self._calls + 1, True
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
@@ -254,14 +271,14 @@ class Bearer(torch.optim.Optimizer):
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         made = state.steps + state.skipped_steps
-        self._begun, self._is_second = bool(made > 0), bool(made == 1)
+        self._begun, self._calls = bool(made > 0), int(made)
 
     def _fresh(self) -> Tensor:
         """The state vector before anything was felt."""
         device = self._home()
         vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
         # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
-        rates = [torch.as_tensor(g[k]).to(vector) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
+        rates = [like(vector[0], g[k]) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 
@@ -307,3 +324,8 @@ class Bearer(torch.optim.Optimizer):
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._subclasses.fake_tensor import is_fake
 
 from emonavi.intake import Intake, Mark
 
@@ -185,12 +186,7 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
     """Tell the listeners that the roots reach what is about to be back-propagated."""
     roots = _listed(tensors)
     weights = [grads] * len(roots) if grads is None or isinstance(grads, Tensor) else list(grads)
-    losses = [
-        (root, weight)
-        for root, weight in zip(roots, weights, strict=False)
-        # A GradientEdge has no value that could be a loss.
-        if isinstance(root, Tensor) and root.requires_grad and root.numel() == 1 and root.is_floating_point()
-    ]
+    losses = [(root, weight) for root, weight in zip(roots, weights, strict=False) if _is_loss(root, weight)]
     if not losses:
         return None
     with _lock, torch.no_grad():
@@ -205,6 +201,14 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
         else:
             _tell(running, [root for root, _ in losses])
     return running
+
+
+def _is_loss(root: Any, weight: Tensor | None) -> bool:
+    """Whether a root has one value that can be read: a GradientEdge has none, nor has a tensor without memory."""
+    if not isinstance(root, Tensor) or root.is_meta or is_fake(root):
+        return False
+    one = root.numel() == 1 and (weight is None or weight.numel() == 1)
+    return one and root.requires_grad and root.is_floating_point()
 
 
 def _tell(running: _Running, roots: Sequence[Tensor]) -> None:

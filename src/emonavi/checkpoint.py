@@ -6,11 +6,12 @@ What does not fit is refused before anything changes, with an error that names t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from emonavi import lowbit
 from emonavi.distributed import is_sharded
@@ -34,12 +35,14 @@ def load_exactly(
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],
     fitting: Callable[[dict[str, Any]], dict[str, Any]],
+    as_placed: bool = False,
 ) -> None:
     """Load with torch's own ``load``, then restore each state tensor in the dtype that it was saved in.
 
     torch casts state to the parameter's dtype (pytorch#43706), which rounds the float32 memories of 16-bit
     parameters, and shares tensors with the dict. A resumed run would then not be the same run. ``fitting`` returns the
-    dict to load, or raises where there is none, before anything changes.
+    dict to load, or raises where there is none, before anything changes. A tensor lies where its parameter does, or
+    ``as_placed``, where torch puts it: the steps of most optimizers stay on the host.
     """
     loaded: dict[str, Any] = {}
 
@@ -58,7 +61,8 @@ def load_exactly(
     for i, p in zip(saved, params, strict=True):
         for name, value in loaded["state"].get(i, {}).items():
             if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to(p.device, copy=True)
+                device = optimizer.state[p][name].device if as_placed else p.device
+                optimizer.state[p][name] = value.detach().to(device, copy=True)
 
 
 def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
         ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes.
     """
     params = [p for g in optimizer.param_groups for p in g["params"]]
-    layouts = [optimizer._layout(p) for p in params]
+    layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
     if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
         state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict
     same_emotion(state_dict, optimizer._emotion)
@@ -76,7 +80,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     # Of the defaults only our own: torch, and whoever else, may add to them.
     options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
     same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
-    _same_shapes(state_dict, [optimizer._shapes(p) for p in params])
+    _same_shapes(state_dict, params, optimizer)
     return state_dict
 
 
@@ -91,7 +95,7 @@ def _taken_over(
     Returns:
         A state dict to load, with a fresh emotion, or None where the other holds no such memories.
     """
-    own = [{**g, "lr_peak": 0.0} for g in optimizer.state_dict()["param_groups"]]
+    own = [{**g, "lr_peak": 0.0} for g in optimizer.param_groups]  # not of state_dict(), whose hooks are the user's
     own[0]["emotion"] = optimizer._fresh()
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
     if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:
@@ -169,11 +173,13 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
         )
 
 
-def _same_shapes(state_dict: dict[str, Any], shapes: Sequence[Mapping[str, torch.Size]]) -> None:
+def _same_shapes(state_dict: dict[str, Any], params: Sequence[Tensor], optimizer: EmoOptimizer) -> None:
     """A checkpoint of a model of the same shapes. torch does not compare them."""
     saved = [i for g in state_dict["param_groups"] for i in g["params"]]
-    for place, (i, own) in enumerate(zip(saved, shapes, strict=False)):
-        for name, memory in state_dict["state"].get(i, {}).items():
+    for place, (i, param) in enumerate(zip(saved, params, strict=False)):
+        kept = state_dict["state"].get(i, {})
+        own = optimizer._shapes(param) if kept and not is_lazy(param) else {}  # a frozen one may be of any kind
+        for name, memory in kept.items():
             if name in own and memory.shape != own[name]:
                 what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"
                 raise ValueError(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -120,6 +120,8 @@ def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: R
         params: the n parameters.
         ranks: whom to ask.
     """
+    if heard is not None and isinstance(heard.value, Tensor) and is_sharded(heard.value):
+        heard = heard._replace(value=cast(Any, heard.value).full_tensor())
     norm = torch.linalg.vector_norm(norms)
     joint = ranks.shards is not None and ranks.shards is ranks.loss
     if ranks.shards is not None:

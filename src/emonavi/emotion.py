@@ -174,6 +174,9 @@ class Emotion(Reflection):
     code: ClassVar[int] = 1
     corrects_bias: ClassVar[bool] = True
     reflects: ClassVar[bool] = True
+    # Of the weights in a step, whatever the lr. A decay that outgrows the gradient holds it in balance, and reflection
+    # takes that for steps too short: a line was left again and again, at an lr of 1000.
+    keeps: ClassVar[float] = 0.999
     defaults: ClassVar[dict[str, Any]] = {
         "use_shadow": False,
         "use_trust": True,
@@ -207,14 +210,18 @@ class Emotion(Reflection):
 
     def pack(self, state: State) -> Tensor:
         """One vector of named entries."""
-        return torch.stack(state) if isinstance(state.code, Tensor) else torch.tensor(state, dtype=torch.float64)
+        if isinstance(state.code, Tensor):
+            return torch.stack(state)
+        return torch.tensor(state, dtype=torch.float64, device="cpu")
 
     def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
         """Set the first drive from the scale of the weights; ``lr`` stands in for an lr of 0 at construction."""
         lr_ref = where(state.lr_ref > 0, state.lr_ref, like(state.code, lr))
         rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
         rms = where(rms > 0, rms, UNKNOWN_RMS)
-        free = log((where(blank < 0.1, self.start, self.blank) * rms + 1e-8) / lr_ref)
+        # Of two plain numbers torch.where makes float32.
+        share = where(blank < 0.1, like(rms, self.start), like(rms, self.blank))
+        free = log((share * rms + 1e-8) / lr_ref)
         log_drive = like(state.code, 0.0)
         if options.use_trust:
             log_drive = log(clamp((self.start * rms + 1e-8) / lr_ref, high=1.0))
@@ -315,7 +322,7 @@ class Emotion(Reflection):
         panic = (state.panic > 0) | news
         fresh = panic & (state.rest == 0)
         again = (state.log_drive < state.goal) & (state.panic > 0)
-        goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, 0.0)
+        goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, like(state.code, 0.0))
         return state._replace(
             panic=number(panic),
             goal=where(fresh, goal, state.goal),

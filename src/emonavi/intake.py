@@ -96,6 +96,8 @@ class Intake:
         """The loss that counts for this step, and what the step is to return."""
         outright = None if told is None else Loss(_detached(told))
         before, returned = self._heard, None
+        if closure is not None and not callable(closure):
+            raise TypeError("step() takes a loss by its name: step(loss=loss); what may come without one is a closure")
         if closure is not None:
             with torch.enable_grad():
                 returned = closure()

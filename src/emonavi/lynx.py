@@ -25,6 +25,7 @@ from torch import Tensor
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
+from emonavi.scalars import like, where
 from emonavi.spelling import spelled
 from emonavi.sweep import Reflected, Rule, dot
 
@@ -102,8 +103,10 @@ class EmoLynx(EmoOptimizer):
         rate = super()._decay_rate(group)
         if not group["decoupled_weight_decay"] or not rate:
             return rate
-        lr = group["lr_start"] or group["lr_peak"]  # a group that begins at lr 0 has its first lr later
-        return rate / lr if lr else 0.0
+        start = group["lr_start"]
+        lr = where(start > 0, start, like(start, group["lr_peak"]))  # one that begins at lr 0 has its first lr later
+        decoupled: float = where(lr > 0, rate / where(lr > 0, lr, like(lr, 1.0)), like(lr, 0.0))
+        return decoupled
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         return ("exp_avg",)

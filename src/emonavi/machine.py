@@ -83,6 +83,10 @@ class Machine(Protocol):
         """The options that it does not let anyone choose."""
 
     @property
+    def keeps(self) -> float:
+        """Share of the weights that a step's decay leaves at least."""
+
+    @property
     def corrects_bias(self) -> bool:
         """Whether its rules correct the bias of their memories."""
 

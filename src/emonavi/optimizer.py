@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from emonavi.kernels.plan import Plan
 
 ParamsT: TypeAlias = Iterable[Any]
+EARLY = 20  # calls of step() in which the second gradient may come, after some that were not finite
 
 
 class EmoOptimizer(Bearer):
@@ -46,7 +47,7 @@ class EmoOptimizer(Bearer):
         lr: first guess of the learning rate; the emotion multiplies it by its drive. A float or a 0-d tensor.
         betas: decay rates of the first and the second memory.
         eps: added to the denominator (EmoLynx has no use for it).
-        weight_decay: decoupled weight decay; it follows the drive.
+        weight_decay: decoupled weight decay; it follows the drive, up to a thousandth of the weights in a step.
         emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``, where the sibling has it), or an
             :class:`~emonavi.Emotion`. Where one of the next five options is None, it is the emotion's own; adaptive:
             False, True, 1.0, 1e-6 and no wall.
@@ -227,7 +228,8 @@ class EmoOptimizer(Bearer):
         active, buckets, heard, norm = self._lined_up(found, heard, predicated)
         state, options = self._opening(active, ranks, predicated)
         state, first_scale = self._emotion.look_back(state, norm, options)
-        if self._is_second if predicated else first_scale != 1:
+        # A host that does not wait cannot know which of the first steps were skipped; not due, the scale is 1.
+        if self._calls < EARLY if predicated else first_scale != 1:
             active.scale_memories(first_scale)
         state = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
@@ -334,7 +336,7 @@ class EmoOptimizer(Bearer):
         self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options, first: int = 0
     ) -> Sums:
         """Move every tensor, bucket by bucket, and gather what reflection needs."""
-        own_lr, step_sizes, decays = active.rates(mood)
+        own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
         reflect = self._emotion.reflects and options.use_trust
         parts: list[tuple[list[int], Reflected]] = []
         skip = not any(bucket.predicated for *_, bucket in buckets) and not bool(acts)
@@ -346,7 +348,7 @@ class EmoOptimizer(Bearer):
                 continue
             at = integers(tuple(bucket.places), active.lr.device)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
-            scalars |= {"decay": decays[at] if self._decay_rate(group) else None, "reflect": reflect}
+            scalars |= {"decay": decays[at] if group["weight_decay"] else None, "reflect": reflect}
             scalars |= self._switch(layout, mood)
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]

@@ -75,6 +75,7 @@ class Preset:
 
     corrects_bias: ClassVar[bool] = False
     reflects: ClassVar[bool] = False
+    keeps: ClassVar[float] = 0.0
 
     def initial(self) -> list[float]:
         """The state vector before anything was felt."""

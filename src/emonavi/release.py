@@ -13,6 +13,7 @@ that is not finite keeps its own tensor where it is, but not those that moved be
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,7 +63,14 @@ class Release:
         self._moved: dict[Tensor, _Moved] = {}
         self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"] if p.requires_grad}
         self._places = {p: place for place, p in enumerate(self._groups)}
-        self._handles = [p.register_post_accumulate_grad_hook(self._move) for p in self._groups]
+        # Python's collector does not see through a hook: one that held the optimizer would keep it and its model alive.
+        move = weakref.WeakMethod(self._move)
+
+        def hook(param: Tensor) -> None:
+            if (alive := move()) is not None:
+                alive(param)
+
+        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._groups]
         optimizer._release = self
 
     @property

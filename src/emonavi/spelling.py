@@ -95,7 +95,7 @@ def _number(given: Any, none: bool = False) -> Any:
 def _pair(given: Any) -> Any:
     parts = given
     if isinstance(given, str):
-        parts = given.strip().removeprefix("(").removesuffix(")").removesuffix(",").split(",")
+        parts = given.strip().strip("()[]").removesuffix(",").split(",")
     elif hasattr(given, "tolist"):
         parts = given.tolist()
     if not isinstance(parts, (list, tuple)):

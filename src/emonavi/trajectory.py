@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emonavi.intake import unwrapped
+
 __all__ = ["FILE", "Trajectory", "trajectory"]
 
 FILE = "emonavi-weights.pt"
@@ -108,6 +110,7 @@ def trajectory(
         ...     torch.load(f"{folder}/emonavi-weights.pt", weights_only=True)["weights"].shape
         torch.Size([6, 3])
     """
+    optimizer = unwrapped(optimizer)
     recorded = Trajectory(optimizer, coordinates)
     recorded.save(folder)
     hook = optimizer.register_step_post_hook(recorded.record)

@@ -260,6 +260,9 @@ class Emotional(Bearer):
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
         group = self.param_groups[-1]
+        for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
+            given = group.pop(name, None)
+            own[ours] = own[ours] if given is None else given
         try:
             _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
         except (TypeError, ValueError):
@@ -286,7 +289,7 @@ class Emotional(Bearer):
         """
         self._refuse_midway("load_state_dict()")
         own = self._options()
-        load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting)
+        load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting, as_placed=True)
         if "emotion" not in self.param_groups[0]:
             for group in self.param_groups:
                 _dress(self.inner, group, own)
@@ -373,7 +376,7 @@ def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dic
 
 def _alike(found: Found, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
-    own = {name: torch.tensor(value) for name, value in KEPT.items()}
+    own = {name: torch.tensor(value, device=vector.device) for name, value in KEPT.items()}
     roster = Roster.of(found, dict.fromkeys(found.params, own), len(groups), fused=False)
     return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -58,10 +59,12 @@ def optimizer_cls_and_kwargs(
 
 
 def _spelled_out(optim_args: str | None) -> dict[str, str]:
-    pairs = [part.partition("=") for part in (optim_args or "").split(",") if part.strip()]
+    # A comma inside betas=(0.9, 0.99) ends nothing.
+    parts = re.split(r",(?=\s*\w+\s*=)|,\s*$", optim_args or "")
+    pairs = [part.partition("=") for part in parts if part.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise ValueError(f"optim_args={optim_args!r}: write it as 'name=value, name=value'")
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    return {name.strip(): value.strip().strip("'\"") for name, _, value in pairs}
 
 
 class EmotionCallback(TrainerCallback):

@@ -82,6 +82,7 @@ def _compile(command: list[str], native: list[str], path: Path) -> None:
                 capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False,
             )  # fmt: skip
             if built.returncode == 0:
+                made.chmod(0o700)  # whatever the umask: what others may write is not taken
                 os.replace(made, path)
                 return
     raise RuntimeError(f"{shlex.join(command)}: {built.stderr.strip()}")

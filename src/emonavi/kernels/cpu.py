@@ -146,14 +146,14 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
     functions = [_function(name, dtype) for name in ("squares", "gather")]
     if any(isinstance(function, str) for function in functions) or not plain(tensors, dtype):
         return None
-    sums = torch.empty(len(tensors), dtype=torch.float64)
+    sums = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     matrices = [by_rows and t.dim() > 1 and t.numel() > 0 for t in tensors]
     for kind, function in enumerate(functions):
         # In which order the elements of others lie does not matter, but each must lie there once.
         places = [i for i, matrix in enumerate(matrices) if matrix == kind]
         held = [t if t.is_contiguous() else t.contiguous() for t in (tensors[i].resolve_neg() for i in places)]
         if held:
-            sums[torch.tensor(places)] = _squares(function, _Arrays([held], matrices=bool(kind)))
+            sums[torch.tensor(places, device="cpu")] = _squares(function, _Arrays([held], matrices=bool(kind)))
     return sums
 
 
@@ -173,7 +173,7 @@ class Numbers:
 
     def read(self) -> Tensor:
         """All in turn, as a float64 vector."""
-        values = torch.empty(len(self._tensors), dtype=torch.float64)
+        values = torch.empty(len(self._tensors), dtype=torch.float64, device="cpu")
         self._pass(self._library.read_numbers, values)
         return values
 
@@ -219,13 +219,13 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 def _squares(function: Any, arrays: _Arrays, first: int = 0) -> Tensor:
     """Sums of squares of a column, of which those of matrices leave there what was gathered."""
     if arrays.place:
-        arrays.gathered = torch.empty(arrays.place[-1], dtype=arrays.dtype)
+        arrays.gathered = torch.empty(arrays.place[-1], dtype=arrays.dtype, device="cpu")
     return _call(function, arrays, first).unbind(1)[0]
 
 
 def _call(function: Any, arrays: _Arrays, first: int = 0, **fields: Any) -> Tensor:
     """Call a C function on columns from the given one on; returns its sums, of shape (count, 3)."""
-    sums = torch.zeros(arrays.count, 3, dtype=torch.float64)
+    sums = torch.zeros(arrays.count, 3, dtype=torch.float64, device="cpu")
     lines = arrays.size, arrays.rows, arrays.samples, arrays.stride, arrays.tensors, arrays.place
     size, rows, samples, stride, tensors, place = (a.buffer_info()[0] for a in lines)
     scratch = None if arrays.gathered is None else arrays.gathered.data_ptr()

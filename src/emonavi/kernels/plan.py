@@ -35,7 +35,8 @@ class Plan(NamedTuple):
 
     roster: Roster
     buckets: list[Any]  # as ``EmoOptimizer._buckets`` has them
-    flags: list[Any]  # of the groups
+    groups: list[Any]
+    flags: list[Any]  # of them
     states: dict[Tensor, dict[str, Any]]  # the optimizer's, in a shallow copy
     memories: list[Tensor]  # all that they hold
     storages: list[Any]  # theirs: held, so that nothing else can come to lie there
@@ -61,11 +62,11 @@ class Plan(NamedTuple):
         memories = _values(roster.states)
         watched = [*roster.whole, *(t for s in roster.states for name, t in s.items() if name not in KEPT)]
         without = [(*rest, bucket._replace(lists=bucket.lists | {"grad": []})) for *rest, bucket in buckets]
-        places = torch.tensor([i for *_, bucket in buckets for i in bucket.places])
+        places = torch.tensor([i for *_, bucket in buckets for i in bucket.places], device="cpu")
         return cls(
-            roster, without, _flags(groups), dict(states), memories, [t.untyped_storage() for t in memories],
-            watched, list(map(_pointer, watched)), list(map(_dtype, roster.whole)), list(map(_size, roster.whole)),
-            places.argsort(),
+            roster, without, list(groups), _flags(groups), dict(states), memories,
+            [t.untyped_storage() for t in memories], watched, list(map(_pointer, watched)),
+            list(map(_dtype, roster.whole)), list(map(_size, roster.whole)), places.argsort(),
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -74,6 +75,7 @@ class Plan(NamedTuple):
         return (
             _same(params, self.roster.whole)
             and found.groups == self.roster.groups
+            and _same(groups, self.groups)
             and _flags(groups) == self.flags
             # Compared by what they are: to look a tensor up takes longer.
             and _same(list(states), list(self.states))
