@@ -1176,3 +1176,23 @@ def test_losses_that_are_never_finite_are_warned_of_once(case):
             optimizer.step(loss=1.0 if t == 5 else math.nan)
     assert [w for w in heard if "ignored 20 losses in a row" in str(w.message)] == heard[:1]
     assert len(heard) == 1 and heard[0].filename == __file__
+
+
+@siblings
+def test_parameters_that_never_have_a_gradient_are_warned_of_once(case):
+    """An optimizer that was made from another model, or too early, would train nothing and say nothing."""
+    params = weights()
+    optimizer = case.make(params)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for _ in range(50):
+            optimizer.step(loss=1.0)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(2):
+            optimizer.step(loss=1.0)
+        optimizer.zero_grad()
+        for _ in range(50):
+            optimizer.step(loss=1.0)
+    assert ["no parameter of this" in str(w.message) for w in heard] == [True]
+    assert heard[0].filename == __file__

@@ -46,6 +46,7 @@ class Bearer(torch.optim.Optimizer):
         self._is_loaded = False
         self._skipped = 0  # steps in a row
         self._ignored = 0  # losses in a row
+        self._idle = 0  # calls of step() before there was any gradient
         self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -210,6 +211,8 @@ class Bearer(torch.optim.Optimizer):
             away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
             found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
         checks.gradients(found.grads)
+        if not found.params and not self._begun:
+            self._note_idle()
         return found
 
     def _moves(self, found: Found) -> bool:
@@ -220,6 +223,16 @@ class Bearer(torch.optim.Optimizer):
                 checks.rate(lr)
         moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
         return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
+
+    def _note_idle(self) -> None:
+        """Warn where nothing ever has a gradient: most likely these are not the parameters that are trained."""
+        self._idle += 1
+        if self._idle == SKIPPED_STEPS:
+            warnings.warn(
+                f"in {SKIPPED_STEPS} calls of step() no parameter of this {type(self).__name__} had a gradient, and "
+                "nothing moves. Was it made from another model, or before the model was copied, or wrapped by PEFT?",
+                stacklevel=callers_level(),
+            )
 
     def _note_skipped(self, acts: Number) -> None:
         """Warn where step after step is skipped: nothing moves, and the loss may not show why."""

@@ -145,7 +145,8 @@ def plot(
             return
         png, page, count = draw(run, out or run)
     except (FileNotFoundError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="RUN") from error
+        at_fault = "--out" if out is not None and str(out) in str(error) else "RUN"
+        raise typer.BadParameter(str(error), param_hint=at_fault) from error
     except OSError as error:
         raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     print(f"{count} run{'s' * (count > 1)}\n{png}\n{page}")
@@ -165,7 +166,7 @@ def report(
     from emonavi.bench.ledger import read_rows
     from emonavi.bench.summary import Study
 
-    folder = out or file.with_suffix("")
+    folder = out or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-report"))
     try:
         study = Study(read_rows(file))
     except KeyError as error:
