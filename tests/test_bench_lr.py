@@ -392,11 +392,13 @@ def written(tmp_path_factory):
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
-    """A file without an ending has the name of its own folder."""
+    """Where a file lies; one without an ending does not stand in the way of its own report."""
     file = tmp_path / "results"
     file.write_text("".join(map(json_line, ROWS)))
-    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    result = CliRunner().invoke(cli.build(), ["report", str(file), "--out", str(file)])
     assert result.exit_code == 2 and "name another folder" in result.output
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    assert result.exit_code == 0 and (tmp_path / "results-report" / "report.html").exists()
 
 
 class Links(HTMLParser):
