@@ -156,7 +156,7 @@ def report(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="What `emonavi bench lr` has written.", exists=True, dir_okay=False)
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="FILE without its ending, or FILE-report")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder.", show_default="FILE without its ending")] = None,
 ) -> None:
     """Say what `emonavi bench lr` has found, and write an HTML page and PNGs; the bench may still be running."""
     require("emonavi report", BENCH_NEEDS, "bench")
