@@ -71,7 +71,7 @@ def plain(optimizer, loss):
     each = emotion.reflect_each(felt, active.drive, active.trust, active.steps - 1, sums)
     active.keep(torch.tensor(finite), *each)
     state.copy_(emotion.pack(felt))
-    optimizer._begun = True
+    optimizer._calls += 1
 
 
 @siblings

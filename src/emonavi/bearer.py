@@ -35,7 +35,6 @@ class Bearer(torch.optim.Optimizer):
 
     def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
         """Set what is not part of a checkpoint."""
-        self._begun = False
         self._emotion = machine
         self._capture = capture
         self._missing = Missing(on_missing_loss)
@@ -124,7 +123,7 @@ class Bearer(torch.optim.Optimizer):
         """
         self._refuse_midway("reset_emotion()")
         self._vector().copy_(self._fresh())
-        self._begun, self._calls = False, 0
+        self._calls = 0
         self._intake.clear()
         with torch.no_grad():
             for group in self.param_groups:
@@ -160,7 +159,7 @@ class Bearer(torch.optim.Optimizer):
         pairs = [
             (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
         ]
-        if (not pairs and self._begun) or not self.param_groups[0]["use_shadow"]:
+        if not pairs and (self._begun or not self.param_groups[0]["use_shadow"]):
             remedy = "construct with use_shadow=True; a checkpoint that is loaded brings its own options"
             raise RuntimeError(f"calm() has no shadow to show: {remedy}")
         shown, shadows = ([local(pair[i].detach()) for pair in pairs] for i in (0, 1))
@@ -272,19 +271,22 @@ class Bearer(torch.optim.Optimizer):
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""
         vector.copy_(self._emotion.pack(state))
-        self._calls, self._begun = self._calls + 1, True
+        self._calls += 1
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector))
 
     # The state vector -------------------------------------------------------------------------------------------
 
+    @property
+    def _begun(self) -> bool:
+        return self._calls > 0
+
     def _note_begun(self) -> None:
         """Whether a real step was made, read from a state that was loaded."""
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
-        made = state.steps + state.skipped_steps
-        self._begun, self._calls = bool(made > 0), int(made)
+        self._calls = int(state.steps + state.skipped_steps)
 
     def _fresh(self) -> Tensor:
         """The state vector before anything was felt."""

@@ -219,9 +219,7 @@ class Emotion(Reflection):
         lr_ref = where(state.lr_ref > 0, state.lr_ref, like(state.code, lr))
         rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
         rms = where(rms > 0, rms, UNKNOWN_RMS)
-        # Of two plain numbers torch.where makes float32.
-        share = where(blank < 0.1, like(rms, self.start), like(rms, self.blank))
-        free = log((share * rms + 1e-8) / lr_ref)
+        free = log((where(blank < 0.1, self.start, self.blank) * rms + 1e-8) / lr_ref)
         log_drive = like(state.code, 0.0)
         if options.use_trust:
             log_drive = log(clamp((self.start * rms + 1e-8) / lr_ref, high=1.0))
@@ -322,7 +320,7 @@ class Emotion(Reflection):
         panic = (state.panic > 0) | news
         fresh = panic & (state.rest == 0)
         again = (state.log_drive < state.goal) & (state.panic > 0)
-        goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, like(state.code, 0.0))
+        goal = clamp(state.goal, state.log_drive) + where(again, LOG_HALF, 0.0)
         return state._replace(
             panic=number(panic),
             goal=where(fresh, goal, state.goal),

@@ -41,6 +41,8 @@ def like(sample: Number, value: Number) -> Number:
 def where(flag: Number, yes: Number, no: Number) -> Number:
     """``yes`` where the flag is True, else ``no``."""
     if isinstance(flag, Tensor):
+        if not isinstance(yes, Tensor) and not isinstance(no, Tensor):
+            yes = like(number(flag), yes)  # of two plain numbers torch would make float32
         return torch.where(flag, yes, no)
     return yes if flag else no
 
