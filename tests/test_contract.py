@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 import warnings
 import weakref
 
@@ -1093,6 +1095,21 @@ def test_peak_memory_of_a_foreach_step(case, kwargs):
     with Peak() as peak:
         optimizer.step(loss=1.0)
     assert 0 < peak.peak < size / 4, f"{peak.peak / 2**20:.1f} MiB of temporaries for {size / 2**20:.0f} MiB"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of resident memory")
+def test_resident_memory_of_a_first_foreach_step():
+    """Nothing held from piece to piece breaks up the memory that each piece leaves to the next."""
+    code = """
+import torch, emonavi
+from emonavi.bench.step import _extra_memory
+param = torch.nn.Parameter(torch.randn(4096, 4096))
+param.grad = torch.randn(4096, 4096)
+optimizer = emonavi.EmoNavi([param], foreach=True, capture=False)
+print(_extra_memory(lambda: optimizer.step(loss=1.0)) / param.nbytes)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1.9 < float(run.stdout) < 2.8, "the memories alone are twice the parameter"
 
 
 @siblings

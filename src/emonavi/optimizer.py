@@ -355,7 +355,9 @@ class EmoOptimizer(Bearer):
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
             seeds = lowbit.seeds(active.steps[at], at + first).to(bucket.lists["param"][0].device) if rounds else None
             scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
-            parts += bucket.move(rule, scalars, scale, acts, seeds)
+            reflected = bucket.move(rule, scalars, scale, acts, seeds, active.lr)
+            if reflected is not None:
+                parts.append((bucket.places, reflected))
         # The first step of a tensor has none before it to be compared with.
         return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
 

@@ -51,31 +51,34 @@ class Bucket(NamedTuple):
                 piece.write_back(["shadow"])
 
     def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
-    ) -> list[tuple[list[int], Reflected]]:
-        """Apply the rule. Returns what it reflects, with the places of the tensors that it belongs to.
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None, home: Tensor
+    ) -> Reflected | None:
+        """Apply the rule. Returns what it reflects, if it does, in the order of the tensors.
 
-        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
+        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest. Sums are in the
+        dtype of ``home``.
         """
         if self.kernel is not None:
-            reflected = self.kernel(self.lists, scalars, grad_scale, acts, seeds)
-            return [] if reflected is None else [(self.places, reflected)]
+            return self.kernel(self.lists, scalars, grad_scale, acts, seeds)
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
-        parts = []
+        # One memory for all sums: small ones, held from piece to piece, would break up the memory that each piece leaves
+        # to the next, and a step could come to take several times the parameters' own.
+        sums, reflects = home.new_zeros((3, len(self.places)), device=self.lists["param"][0].device), False
         for piece in self._pieces(self.lists, self.cut):
             own = {k: v[piece.owners[0]] for k, v in singles.items()}
             device, many = piece.batch["param"].device, len(piece.owners) > 1
-            owners = integers(tuple(piece.owners), device) if many or seeds is not None else None  # no list: that waits
+            owners = integers(tuple(piece.owners), device)  # no list: that waits
             if many:
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][owners].view(shape) for k in singles}
             own_seeds = None if seeds is None else seeds[owners]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
-                parts.append(([self.places[i] for i in piece.owners], reflected))
-        return parts
+                sums.index_add_(1, owners, torch.stack(reflected).to(sums.dtype))
+                reflects = True
+        return tuple(sums.unbind()) if reflects else None
 
     def _apply(
         self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
