@@ -535,6 +535,18 @@ def test_should_stop_after_a_plateau_and_back():
     assert not any(bool(machine.should_stop(s)) for s in steady)
 
 
+def test_should_stop_waits_while_a_small_loss_still_falls():
+    """A hundredth of all progress is most of what is left to gain where a loss comes near to nothing."""
+    machine = Emotion()
+
+    def stop(floor):
+        losses = [(math.exp(-t / 60) + floor) * (1 + 0.1 * math.sin(9.7 * t * t)) for t in range(2000)]
+        return next(t for t, s in enumerate(feel(losses)) if bool(machine.should_stop(s)))
+
+    assert 500 < stop(floor=0.2) < 700, "beside its noise, what is left is nothing"
+    assert 900 < stop(floor=0.0) < 1300, "three thousandths are left even of the mean over the last stretch"
+
+
 @pytest.mark.parametrize(
     ("case", "emotion"),
     [(case, emotion) for case in CASES for emotion in ("adaptive", *case.generations)],

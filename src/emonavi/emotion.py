@@ -145,7 +145,9 @@ class Emotion(Reflection):
         outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
         spoilt: from this share of skipped steps on, a gradient that is not finite is no panic: it comes with the data,
             and as one every ten steps it would hold the drive down for ever. The step is skipped all the same.
-        done: ``should_stop`` once the last stretch gave less than this share of all progress so far.
+        done: ``should_stop`` once the last stretch gave less than this share of all progress so far, and no more than
+            five deviations of the loss either, or a fifth of that share. What is left of a loss that comes near to
+            nothing is a small share of its progress, and yet most of what there is to gain: its noise shrinks with it.
         shadow_horizon: the shadow averages over this share of the run so far.
 
     Example:
@@ -167,7 +169,7 @@ class Emotion(Reflection):
     spike: float = 10.0
     outlier: float = 6.0
     spoilt: float = 0.02
-    done: float = 0.01
+    done: float = 0.014
     shadow_horizon: float = 0.1
 
     name: ClassVar[str] = "adaptive"
@@ -251,7 +253,9 @@ class Emotion(Reflection):
         deviation = where(n > 1, running_mean(state.dev, abs(x - state.short), 0.02, n - 1), state.dev)
         near = state.near + (x - state.near) / (0.1 * (n - 1) + 1)
         far = state.far + (x - state.far) / (0.4 * (n - 1) + 1)
-        calm = where((near < 0) & (far - near < -self.done * near), state.calm + 1, 0.0)
+        gained, limit = far - near, -self.done * near
+        spent = (near < 0) & (gained < limit) & ((gained < 5 * deviation) | (gained < limit / 5))
+        calm = where(spent, state.calm + 1, 0.0)
 
         noisy = deviation > 1e-300  # the reciprocal of less is infinite
         ratio = where(noisy, 1 / where(noisy, deviation, 1.0), 0.0)
