@@ -27,7 +27,27 @@ from emonavi.sweep import all_norms, to_home
 
 __all__ = ["Bearer"]
 
-SKIPPED_STEPS = 20  # in a row, before the warning
+IN_A_ROW = 20  # before the warning
+SKIPPED = """{name} has skipped {n} steps in a row, because a gradient was not finite: nothing moves. \
+torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"""
+IGNORED = """{name} has ignored {n} losses in a row that are not finite: it trains by gradients alone. \
+Look for infinity and NaN in what the model puts out, and in its weights"""
+IDLE = """in {n} calls of step() no parameter of this {name} had a gradient, and nothing moves. \
+Was it made from another model, or before the model was copied, or wrapped by PEFT?"""
+
+
+class Streak:
+    """Warns of what happens in step after step, and may not show otherwise."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        self.length = 0
+
+    def note(self, happened: bool, name: str) -> None:
+        """Count a step in which it has happened, or has not; ``name`` is of the optimizer."""
+        self.length = self.length + 1 if happened else 0
+        if self.length == IN_A_ROW:
+            warnings.warn(self.message.format(name=name, n=IN_A_ROW), stacklevel=callers_level())
 
 
 class Bearer(torch.optim.Optimizer):
@@ -43,9 +63,7 @@ class Bearer(torch.optim.Optimizer):
         self._is_calm = False
         self._calls = 0  # steps, real and skipped
         self._is_loaded = False
-        self._skipped = 0  # steps in a row
-        self._ignored = 0  # losses in a row
-        self._idle = 0  # calls of step() before there was any gradient
+        self._skipped, self._ignored, self._idle = Streak(SKIPPED), Streak(IGNORED), Streak(IDLE)
         self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -211,7 +229,7 @@ class Bearer(torch.optim.Optimizer):
             found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
         checks.gradients(found.grads)
         if not found.params and not self._begun:
-            self._note_idle()
+            self._idle.note(True, type(self).__name__)
         return found
 
     def _moves(self, found: Found) -> bool:
@@ -223,28 +241,9 @@ class Bearer(torch.optim.Optimizer):
         moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
         return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
 
-    def _note_idle(self) -> None:
-        """Warn where nothing ever has a gradient: most likely these are not the parameters that are trained."""
-        self._idle += 1
-        if self._idle == SKIPPED_STEPS:
-            warnings.warn(
-                f"in {SKIPPED_STEPS} calls of step() no parameter of this {type(self).__name__} had a gradient, and "
-                "nothing moves. Was it made from another model, or before the model was copied, or wrapped by PEFT?",
-                stacklevel=callers_level(),
-            )
-
     def _note_skipped(self, acts: Number) -> None:
-        """Warn where step after step is skipped: nothing moves, and the loss may not show why."""
-        if isinstance(acts, Tensor):
-            return  # to know, it would have to wait for the device
-        self._skipped = 0 if acts else self._skipped + 1
-        if self._skipped == SKIPPED_STEPS:
-            remedy = "torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"
-            warnings.warn(
-                f"{type(self).__name__} has skipped {SKIPPED_STEPS} steps in a row, because a gradient was not finite: "
-                f"nothing moves. {remedy}",
-                stacklevel=callers_level(),
-            )
+        if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
+            self._skipped.note(not acts, type(self).__name__)
 
     def _feel(self, state: Any, heard: Loss | None, vector: Tensor) -> Any:
         """The state after a loss, which is taken as a number to be made small; the same where none was heard."""
@@ -253,20 +252,9 @@ class Bearer(torch.optim.Optimizer):
         loss = heard.value
         value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
         felt = self._emotion.feel(state, -value if self.param_groups[0]["maximize"] else value, heard.window)
-        self._note_ignored(state.ignored_losses, felt.ignored_losses)
+        if not isinstance(felt.code, Tensor):
+            self._ignored.note(felt.ignored_losses > state.ignored_losses, type(self).__name__)
         return felt
-
-    def _note_ignored(self, before: Number, after: Number) -> None:
-        """Warn where loss after loss is no finite number: gradients may be, and all else then looks as ever."""
-        if isinstance(after, Tensor):
-            return
-        self._ignored = self._ignored + 1 if after > before else 0
-        if self._ignored == SKIPPED_STEPS:
-            warnings.warn(
-                f"{type(self).__name__} has ignored {SKIPPED_STEPS} losses in a row that are not finite: it trains by "
-                "gradients alone. Look for infinity and NaN in what the model puts out, and in its weights",
-                stacklevel=callers_level(),
-            )
 
     def _end(self, vector: Tensor, state: Any) -> None:
         """Keep what a step has felt."""

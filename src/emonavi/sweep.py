@@ -63,8 +63,8 @@ class Bucket(NamedTuple):
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
-        # One memory for all sums: small ones, held from piece to piece, would break up the memory that each piece leaves
-        # to the next, and a step could come to take several times the parameters' own.
+        # One memory for all sums: small ones, held from piece to piece, would break up what each piece leaves to the
+        # next, and a step could come to take several times the parameters' own memory.
         sums, reflects = home.new_zeros((3, len(self.places)), device=self.lists["param"][0].device), False
         for piece in self._pieces(self.lists, self.cut):
             own = {k: v[piece.owners[0]] for k, v in singles.items()}
@@ -78,7 +78,7 @@ class Bucket(NamedTuple):
             if reflected is not None:
                 sums.index_add_(1, owners, torch.stack(reflected).to(sums.dtype))
                 reflects = True
-        return tuple(sums.unbind()) if reflects else None
+        return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
         self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
