@@ -266,6 +266,17 @@ def test_a_grid_without_names_is_the_standard_one(monkeypatch, tmp_path):
     assert asked == [set(TASKS), {"minilm"}]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "seeds"), [([], 1), (["--full"], 3), (["--seeds", "2"], 2), (["--full", "--seeds", "1"], 1)], ids=str
+)
+def test_seeds(monkeypatch, tmp_path, arguments, seeds):
+    asked = []
+    monkeypatch.setattr(lr, "run", lambda cells, ledger, **_: asked.extend(cells) or 0)
+    command = ["bench", "lr", "--out", str(tmp_path / "lr.jsonl"), "--optimizers", "AdamW", "--tasks", "mlp"]
+    assert CliRunner().invoke(cli.build(), [*command, *arguments]).exit_code == 0
+    assert {cell.seed for cell in asked} == set(range(seeds))
+
+
 def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):
     cells = [lr.Cell("line", name, 1e-3, 0, 12) for name in ("AdamW", "EmoNavi")]
     asked = []

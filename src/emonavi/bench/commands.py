@@ -115,6 +115,9 @@ def learning_rates(
     split: Annotated[
         str, typer.Option(help="Only the tasks that were seen while designing (dev), or the others (test).")
     ] = "",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each kind.", show_default="1, with --full 3")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Results, one line each; what is there already is not run again.")] = Path(
         "runs/lr.jsonl"
     ),
@@ -142,7 +145,7 @@ def learning_rates(
         needs = {module: DEMO_NEEDS.get(module, module.replace("_", "-")) for module in task.needs.split()}
         require(f"emonavi bench lr --tasks {task.name}", needs, task.extra)
     contenders = _chosen(optimizers, CONTENDERS, usual=lr.QUICK_OPTIMIZERS if quick else ())
-    cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds=3 if full else 1)
+    cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds or (3 if full else 1))
     if absent := missing(sorted({cell.optimizer for cell in cells})):
         raise typer.Exit(refuse("emonavi bench lr", absent, "bench"))
     try:
