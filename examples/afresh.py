@@ -9,6 +9,7 @@ At half of the steps the optimizer is thrown away and a new one made (*new*), or
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def compare(name, cls, how, steps, whole):
     losses = run(TASKS[name], cls, how, steps)
     below = next((place for place, loss in enumerate(losses[1:], start=1) if loss < losses[0]), None)
     row = {"task": name, "optimizer": cls.__name__, "how": how, "end": losses[-1] / whole[-1]}
-    row |= {"worst": max(a / b for a, b in zip(losses, whole, strict=True))}
+    ratios = [ratio for a, b in zip(losses, whole, strict=True) if math.isfinite(ratio := a / b)]
+    row |= {"worst": max(ratios), "not_finite": len(losses) - len(ratios)}
     return row | {"back": below and below * max(1, steps // 50), "steps": steps}
 
 
@@ -69,4 +71,4 @@ if __name__ == "__main__":
     if not small:
         record = {"command": "python examples/afresh.py", "hardware": hardware(), "versions": versions(), "runs": rows}
         out = Path(__file__).parents[1] / "benchmarks" / "afresh-cpu.json"
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

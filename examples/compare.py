@@ -1,7 +1,7 @@
 """Compare optimizers on the LoRA examples, and with a fine-tune of all weights: loss, and what was forgotten.
 
-    python examples/compare.py minilm          # writes benchmarks/lora-minilm-cpu.json, ten minutes on one core
-    python examples/compare.py efficientnet    # writes benchmarks/lora-efficientnet-cpu.json
+    python examples/compare.py minilm          # writes benchmarks/lora-minilm-cpu.json, fifteen minutes on one core
+    python examples/compare.py efficientnet    # writes benchmarks/lora-efficientnet-cpu.json, eight
 
 Each run is written when it is done; ``--resume`` goes on where a command was interrupted.
 """

@@ -34,13 +34,10 @@ __all__ = ["EmoLynx", "emolynx"]
 
 class EmoLynx(EmoOptimizer):
     __doc__ = EmoOptimizer.describe(
-        """Lion-type optimizer that listens to the loss. State: 4 bytes per float32 parameter.""",
+        """Lion-type optimizer that listens to the loss. State: 4 bytes per float32 parameter.
+
+    Lion divides by nothing: ``eps`` is here so that the siblings can be exchanged.""",
         """
-        decoupled_weight_decay: divide ``weight_decay`` by the lr that a group had when it was added, so that it does
-            not depend on the choice of lr.
-
-    Lion divides by nothing: ``eps`` is here so that the siblings can be exchanged.
-
     Example:
         >>> import torch
         >>> from emonavi import EmoLynx
@@ -51,6 +48,9 @@ class EmoLynx(EmoOptimizer):
         >>> optimizer.emotion.steps
         1
     """,
+        """
+        decoupled_weight_decay: divide ``weight_decay`` by the lr that a group had when it was added, so that it does
+            not depend on the choice of lr.""",
     )
 
     # Lion's memory is ten times as long as Adam's, so that trust comes to 0 at too bold a step. Final loss over that of

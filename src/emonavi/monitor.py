@@ -45,9 +45,9 @@ class Snapshot:
 
     ``loss`` is the loss last felt (NaN before any), ``short``, ``medium`` and ``long`` are its running means,
     ``scalar`` is the emotional scalar in [-1, 1]: positive while the loss rises, negative while it improves.
-    ``tension`` is how far the loss stands above its medium memory, in units of its own noise. ``trust`` is the smoothed
-    cosine between each gradient and the step before it: positive means that steps were too short. ``drive``
-    multiplies lr. ``grad_norm`` is the last gradient's. What an emotion does not have is NaN.
+    ``tension`` is how far the short mean stands above the medium one, in units of the loss's own noise. ``trust`` is
+    the smoothed cosine between each gradient and the step before it: positive means that steps were too short.
+    ``drive`` multiplies lr. ``grad_norm`` is the last gradient's. What an emotion does not have is NaN.
 
     ``skewness``, ``kurtosis`` and ``asymmetry`` describe the scalar over the last fifty losses, for diagnosis: nothing
     acts on them. Skewness above 0: mostly calm, with rises that stand out; below 0: with improvements that stand out.

@@ -130,10 +130,11 @@ class EmoOptimizer(Bearer):
         self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
-    def describe(cls, head: str, example: str) -> str:
-        """A sibling's docstring: its own head and example around the arguments that all share."""
+    def describe(cls, head: str, example: str, option: str = "") -> str:
+        """A sibling's docstring: its own head and example, and an option of its own, around what all share."""
         shared = (EmoOptimizer.__doc__ or "").partition("\n\n")[2]  # None under python -OO
-        return f"{head}\n\n{shared.rstrip()}\n{example}"
+        options, raises, errors = shared.rstrip().partition("\n\n    Raises:")
+        return f"{head}\n\n{options}{option}{raises}{errors}\n{example}"
 
     # What a sibling adds ----------------------------------------------------------------------------------------
 
@@ -201,8 +202,8 @@ class EmoOptimizer(Bearer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
-                none, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is no
+                finite number, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
             RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
                 inside :meth:`calm`. Nothing has changed then.
         """

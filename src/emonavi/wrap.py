@@ -143,7 +143,7 @@ class Emotional(Bearer):
 
         Raises:
             ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
-                none. Nothing has changed then.
+                no finite number. Nothing has changed then.
             RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")

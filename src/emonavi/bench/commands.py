@@ -178,7 +178,7 @@ def _ledgered(name: str) -> Callable[..., None]:
             Path | None,
             typer.Option(
                 help="Results, one line each; what is there already is not run again.",
-                show_default="runs/NAME.jsonl",
+                show_default=f"runs/{name}.jsonl",
             ),
         ] = None,
         workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
