@@ -71,8 +71,13 @@ def lightning(space: dict) -> None:
 def boards(space: dict) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
+    def board(folder: str) -> SummaryWriter:
+        boards.append(SummaryWriter(folder))
+        return boards[-1]
+
+    boards = space.setdefault("boards", [])  # closed when the page is done: their threads write to a relative path
     anything = SimpleNamespace(add_scalar=lambda tag, value, step: None)
-    space |= {"SummaryWriter": SummaryWriter, "anything": anything, "writer": SummaryWriter("runs/other")}
+    space |= {"SummaryWriter": board, "anything": anything, "writer": board("runs/other")}
 
 
 def rows(space: dict) -> None:
@@ -160,6 +165,8 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
         run(code, space, f"{page.name}, block {number}", wanted)
     with contextlib.suppress(AttributeError):  # of a wrapper: no writer may outlive the test
         space["optimizer"].writer = None
+    for board in space.get("boards", []):
+        board.close()
     if "dist" in space:
         space["dist"].destroy_process_group()
 
