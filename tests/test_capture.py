@@ -617,6 +617,29 @@ def test_two_threads_hear_their_own():
     assert [o.emotion.steps for o in optimizers] == [40, 40]
 
 
+def test_another_thread_is_not_heard():
+    """Nor are gradients looked at that a backward may be writing. A loss of these parameters is heard from anywhere."""
+    model, other = net(0), net(1)
+    optimizer = EmoNavi(model.parameters())
+
+    def elsewhere(work):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(30)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = model(X)
+        out.register_hook(lambda grad: elsewhere(lambda: (1e3 * loss_of(other)).backward()))
+        loss = (out - Y).square().mean()
+        loss.backward()
+        assert heard(optimizer) == close(loss)
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    elsewhere(loss.backward)
+    assert heard(optimizer) == close(loss)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_is_heard(backend):
     model = net()

@@ -444,6 +444,20 @@ def test_memories_taken_over_are_stored_as_its_own(dtype, state_dtype):
     optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["emonavi", "emoclan", "emozeal"])
+def test_checkpoint_of_a_wrapped_optimizer(name):
+    """It has this emotion, and some of these memories, but not what a sibling keeps for each tensor."""
+    wrapped, params = weights(), weights()
+    other = emonavi.Emotional(torch.optim.AdamW(wrapped), capture=False)
+    optimizer = emonavi.create(name, params, capture=False)
+    train(other, wrapped, 2)
+    train(optimizer, params, 2)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"of another optimizer: it does not hold .*drive, trust"):
+        optimizer.load_state_dict(through_file(other.state_dict()))
+    assert differences(before, contents(optimizer)) == []
+
+
 def test_memories_that_the_rule_has_no_use_for():
     params = weights()
     optimizer = emonavi.EmoNavi(params, capture=False)

@@ -1113,6 +1113,23 @@ print(_extra_memory(lambda: optimizer.step(loss=1.0)) / param.nbytes)
 
 
 @siblings
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_shadow_of_a_model_whose_precision_changes(case, dtype):
+    params = weights(dtype=torch.float64 if dtype == torch.float32 else torch.float32)
+    optimizer = case.make(params, use_shadow=True)
+    train(optimizer, params, 3)
+    for p in params:
+        p.grad = None
+        p.data = p.data.to(dtype)
+    train(optimizer, params, 30, start=3)
+    train(optimizer, params, 1, start=33, loss=lambda x: 1e9)  # a panic restores the shadow
+    assert felt(optimizer, "rest") > 0
+    with optimizer.calm():
+        assert all(bool(p.isfinite().all()) for p in params)
+    assert optimizer.emotion.steps == 34
+
+
+@siblings
 def test_deepcopy_is_another_run(case):
     optimizer, _, _ = run(case, 5)
     before = contents(optimizer)

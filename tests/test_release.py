@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -289,3 +290,22 @@ def test_nothing_is_kept_alive():
     del model, optimizer, handle
     gc.collect()
     assert [ref() for ref in left] == [None, None]
+
+
+def test_another_models_backward_before_the_step_is_not_heard():
+    model, other = model_of(), model_of(1)
+    optimizer = emonavi.EmoNavi(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle = emonavi.gradient_release(optimizer)
+        for t in range(3):
+            loss = loss_of(model, t)
+            loss.backward()
+            (1e3 * loss_of(other, t)).backward()
+            optimizer.step()
+            assert optimizer.emotion.loss == pytest.approx(loss.item())
+        handle.remove()
+    loss = loss_of(model, 3)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.emotion.loss == pytest.approx(loss.item())

@@ -133,6 +133,26 @@ def test_effective_lr_is_lr_times_drive():
 # A decay stays a decay ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lr", [1e-2, 3e-3])
+def test_no_last_bit_of_an_lr_decides(lr):
+    """A cosine is at half its peak in its middle, give or take a rounding."""
+
+    def drives(start):
+        weight = nn.Parameter(torch.full((50,), 3.0))
+        optimizer = EmoNavi([weight], lr=start, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
+        for _ in range(18):
+            optimizer.zero_grad()
+            (weight - 1).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+        return optimizer.emotion.drive
+
+    as_float = drives(lr)
+    assert drives(torch.tensor(lr)) == pytest.approx(as_float, rel=1e-5)
+    assert drives(torch.tensor(lr, dtype=torch.float64)) == pytest.approx(as_float, rel=1e-5)
+
+
 @pytest.mark.parametrize("sibling", SIBLINGS)
 def test_reflection_does_not_undo_a_decay(sibling):
     """Below half its peak lr, the drive may not exceed its earlier maximum, however short the steps have become."""

@@ -520,6 +520,45 @@ def test_a_checkpoint_of_the_bare_optimizer_goes_on_under_a_fresh_emotion(wrappe
     back.step()
 
 
+@pytest.mark.parametrize("name", [*emonavi.available(), "Adamax"])
+def test_checkpoints_of_others_with_an_emotion(name):
+    optimizer, params, _ = run(ADAMW, 3)
+    others = matrices()
+    if name == "Adamax":
+        other = emonavi.Emotional(torch.optim.Adamax(others), capture=False)
+    else:
+        other = emonavi.create(name, others, capture=False)
+    train(other, others, 2)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"of another optimizer, of (a sibling|Emotional\(Adamax\))"):
+        optimizer.load_state_dict(through_file(other.state_dict()))
+    assert differences(before, contents(optimizer)) == []
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["inner"]  # as an earlier version saved it
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["inner"] == "AdamW"
+    train(optimizer, params, 2, start=3)
+
+
+def test_groups_given_to_the_wrapped_optimizer_itself():
+    params = matrices()
+    optimizer = emonavi.Emotional(torch.optim.AdamW(params[:1], lr=1e-2), max_lr=0.5, capture=False)
+    optimizer.inner.add_param_group({"params": params[1:2], "lr": 1e-3})
+    assert len(optimizer.effective_lr) == 2
+    optimizer.inner.add_param_group({"params": params[2:], "lr": 1e-3})
+    train(optimizer, params, 2)
+    assert [g["lr_ceiling"] for g in optimizer.param_groups] == [0.5] * 3
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": params})
+    train(optimizer, params, 2, start=2)
+    assert optimizer.param_groups[0]["lr_ceiling"] == 0.5 and optimizer.emotion.steps == 4
+    optimizer.param_groups.clear()
+    optimizer.inner.add_param_group({"params": params})
+    copy.deepcopy(optimizer)
+    train(optimizer, params, 2, start=4)
+    assert optimizer.emotion.steps == 6
+
+
 def test_checkpoints_that_do_not_fit():
     optimizer, params, _ = run(ADAMW, 3)
     before = contents(optimizer)

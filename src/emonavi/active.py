@@ -106,7 +106,8 @@ class Active(NamedTuple):
         for group, count in zip(groups, self.roster.counts, strict=True):
             lr = group["lr"]
             group["lr_peak"] = _highest(lr, group["lr_peak"])
-            decayed.append(like(kind, lr) < 0.5 * like(kind, group["lr_peak"]))
+            # Not half: a cosine is there in its middle, and its last bit would decide.
+            decayed.append(like(kind, lr) < 0.4999 * like(kind, group["lr_peak"]))
             if count:
                 # From the highest lr, not today's: a warm-up or a dip must not move the drive.
                 top = like(kind, _highest(group["lr_peak"], group["lr_start"]))

@@ -23,12 +23,12 @@ from emonavi.intake import Intake, Loss, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.scalars import Number, like
-from emonavi.sweep import all_norms, to_home
+from emonavi.sweep import all_norms, to_home, widest
 
 __all__ = ["Bearer"]
 
 IN_A_ROW = 20  # before the warning
-SKIPPED = """{name} has skipped {n} steps in a row, because a gradient was not finite: nothing moves. \
+SKIPPED = """{name} has skipped {n} steps in a row, because a gradient, or its square, was not finite: nothing moves. \
 torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"""
 IGNORED = """{name} has ignored {n} losses in a row that are not finite: it trains by gradients alone. \
 Look for infinity and NaN in what the model puts out, and in its weights"""
@@ -279,7 +279,7 @@ class Bearer(torch.optim.Optimizer):
     def _fresh(self) -> Tensor:
         """The state vector before anything was felt."""
         device = self._home()
-        vector = torch.tensor(self._emotion.initial(), dtype=_widest(device), device=device)
+        vector = torch.tensor(self._emotion.initial(), dtype=widest(device), device=device)
         # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
         rates = [like(vector[0], g[k]) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
@@ -300,7 +300,7 @@ class Bearer(torch.optim.Optimizer):
         if vector is None:
             vector = self._fresh()
         if vector.device != self._home():
-            vector = vector.to(self._home(), _widest(self._home()))
+            vector = vector.to(self._home(), widest(self._home()))
         self._felt = group["emotion"] = vector
         return vector
 
@@ -323,10 +323,6 @@ class Bearer(torch.optim.Optimizer):
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),
         )
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

@@ -4,8 +4,9 @@ Trainers call ``optimizer.step()`` and keep the loss to themselves. While at lea
 ``torch.autograd.backward`` and ``GradScaler.scale`` are wrapped, so that each listener learns *the sum of the scalar
 losses back-propagated since its gradients were last cleared*: the function whose gradient is in ``.grad``. That sum is
 what trainers log, with gradient accumulation, loss scaling and several optimizers. It is told at entry, since hooks may
-step inside the backward: to the one listener, or among several to those whose parameters the graph reaches. Where it
-then left all gradients as they were, it is taken back. When the last listener is gone, torch is as it was.
+step inside the backward: to the one listener, or among several, and from another thread, to those whose parameters the
+graph reaches. Where it then left all gradients as they were, it is taken back. When the last listener is gone, torch is
+as it was.
 """
 
 from __future__ import annotations
@@ -214,12 +215,14 @@ def _is_loss(root: Any, weight: Tensor | None) -> bool:
 def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
     """Tell a loss to those whose parameters the roots reach."""
     with _lock, torch.no_grad():
-        listeners = list(_listeners)
-        if len(listeners) > 1:
+        listeners, here = list(_listeners), threading.get_ident()
+        if len(listeners) > 1 or any(one.thread != here for one in listeners):
             leaves = _leaves(roots)
             owners = [one for one in listeners if one.owns(leaves)]
-            # FSDP's graph holds unsharded stand-ins: where no leaf is anybody's, the loss is everybody's.
-            listeners = owners if owners or running.told else listeners
+            # FSDP's graph holds unsharded stand-ins: where no leaf is anybody's, the loss is everybody's. But not of
+            # another thread, whose own backward may be writing the gradients that are looked at here.
+            everybody = [one for one in listeners if one.thread == here]
+            listeners = owners if owners or running.told else everybody
         for intake in listeners:
             running.tell(intake)
 

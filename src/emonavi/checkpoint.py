@@ -160,7 +160,7 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
     # Another number of parameters is torch's to refuse.
     for i, layout in zip(saved, layouts, strict=False):
         kept = state_dict["state"].get(i)
-        lacking += [name for name in layout if kept and name not in kept]
+        lacking += [name for name in (*layout, *KEPT) if kept and name not in kept]
         own = {*layout, *map(lowbit.scale_of, layout)}
         foreign += [name for name in kept or () if layout and name.startswith("exp_avg") and name not in own]
     if foreign and not lacking:

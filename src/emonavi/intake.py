@@ -7,6 +7,7 @@ loss stays a tensor.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class Mark(NamedTuple):
     window: int
     gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes; empty where none is there
     steps: int
+    freed: int
 
 
 class Intake:
@@ -50,6 +52,9 @@ class Intake:
         self._window = 0
         self._heard = 0  # backward calls ever
         self._steps = 0  # that used what was pending
+        self.releases = False  # whether gradients are freed inside backward (``release.py``),
+        self.freed = 0  # and how many were, since the last step
+        self.thread = threading.get_ident()  # where the window began
 
     def observe(self, loss: Tensor | float) -> None:
         """Set a loss aside for the next step; several are averaged."""
@@ -57,7 +62,7 @@ class Intake:
 
     def hear(self, loss: Tensor) -> None:
         """Add a back-propagated loss to the window; cleared gradients begin a new one."""
-        if self._window and all(p.grad is None for p in self._params()):
+        if self._window and not self.freed and all(p.grad is None for p in self._params()):
             self.drop()
         self._captured = loss if self._captured is None else self._captured + loss.to(self._captured.device)
         self._window += 1
@@ -67,15 +72,17 @@ class Intake:
         """What is pending, and the gradients as they are, before a backward."""
         grads = [p.grad for p in self._params()]
         there = [(g, 0 if g is None else g._version) for g in grads] if any(g is not None for g in grads) else []
-        return Mark(self._captured, self._window, there, self._steps)
+        return Mark(self._captured, self._window, there, self._steps, self.freed)
 
     def touched(self, since: Mark) -> bool:
         """Whether a backward changed the gradients, as far as can be seen.
 
         Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
         """
-        if not since.gradients or self._steps != since.steps:
+        if self._steps != since.steps or self.freed != since.freed:
             return True
+        if not since.gradients:
+            return not self.releases
         # The first one that changed settles it, and most often that is the first of all.
         grads = (p.grad for p in self._params())
         same = all(
@@ -124,7 +131,8 @@ class Intake:
 
     def drop(self) -> None:
         """Forget what was heard: the gradients that it belongs to are gone."""
-        self._captured, self._window = None, 0
+        self._captured, self._window, self.freed = None, 0, 0
+        self.thread = threading.get_ident()
 
 
 class Missing:

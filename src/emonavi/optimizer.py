@@ -356,7 +356,7 @@ class EmoOptimizer(Bearer):
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
             seeds = lowbit.seeds(active.steps[at], at + first).to(bucket.lists["param"][0].device) if rounds else None
             scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
-            reflected = bucket.move(rule, scalars, scale, acts, seeds, active.lr)
+            reflected = bucket.move(rule, scalars, scale, acts, seeds)
             if reflected is not None:
                 parts.append((bucket.places, reflected))
         # The first step of a tensor has none before it to be compared with.

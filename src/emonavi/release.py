@@ -72,6 +72,7 @@ class Release:
 
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._groups]
         optimizer._release = self
+        optimizer._intake.releases = True
 
     @property
     def pending(self) -> bool:
@@ -88,6 +89,7 @@ class Release:
         for handle in self._handles:
             handle.remove()
         self._optimizer._release = None
+        self._optimizer._intake.releases = False
 
     def refuse(self, what: str) -> None:
         """Raise where a step has begun and not ended."""
@@ -132,6 +134,7 @@ class Release:
             self._moved[param] = _Moved(self._groups[param], norm, acts, sums)
         self._idle = begun is None
         param.grad = None
+        optimizer._intake.freed += 1
 
     def _active(self, found: Found) -> Active:
         optimizer, vector = self._optimizer, self._optimizer._vector()

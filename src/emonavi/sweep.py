@@ -19,7 +19,7 @@ from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide", "widest"]
 
 T = TypeVar("T")
 
@@ -44,19 +44,18 @@ class Bucket(NamedTuple):
         for piece in self._pieces({"param": self.lists["param"], "shadow": shadows}, cut=True):
             param, shadow = piece.batch["param"], piece.batch["shadow"]
             if pulls:
-                param.copy_(torch.lerp(wide(param), shadow, like(shadow, pull)))
+                param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
                 piece.write_back(["param"])
             if follows:
-                shadow.lerp_(wide(param), like(shadow, follow))
+                shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
                 piece.write_back(["shadow"])
 
     def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None, home: Tensor
+        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
         """Apply the rule. Returns what it reflects, if it does, in the order of the tensors.
 
-        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest. Sums are in the
-        dtype of ``home``.
+        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
         """
         if self.kernel is not None:
             return self.kernel(self.lists, scalars, grad_scale, acts, seeds)
@@ -65,19 +64,23 @@ class Bucket(NamedTuple):
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
         # One memory for all sums: small ones, held from piece to piece, would break up what each piece leaves to the
         # next, and a step could come to take several times the parameters' own memory.
-        sums, reflects = home.new_zeros((3, len(self.places)), device=self.lists["param"][0].device), False
+        device, reflects = self.lists["param"][0].device, False
+        sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
         for piece in self._pieces(self.lists, self.cut):
             own = {k: v[piece.owners[0]] for k, v in singles.items()}
-            device, many = piece.batch["param"].device, len(piece.owners) > 1
-            owners = integers(tuple(piece.owners), device)  # no list: that waits
+            many = len(piece.owners) > 1
+            owners = integers(tuple(piece.owners), device) if many or seeds is not None else None  # no list: that waits
             if many:
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][owners].view(shape) for k in singles}
             own_seeds = None if seeds is None else seeds[owners]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
-                sums.index_add_(1, owners, torch.stack(reflected).to(sums.dtype))
-                reflects = True
+                reflects, added = True, torch.stack(reflected)
+                if owners is None:
+                    sums[:, piece.owners[0]] += added.view(3)
+                else:
+                    sums.index_add_(1, owners, added.to(sums.dtype))
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
@@ -99,6 +102,11 @@ class Bucket(NamedTuple):
 
     def _pieces(self, lists: dict[str, list[Tensor]], cut: bool) -> Any:
         return pieces(lists, cut=cut and self.foreach, stack=self.foreach)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of sums and of the emotion on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -109,6 +109,7 @@ class Emotional(Bearer):
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
             _dress(optimizer, group, felt)
+        self._own = self._options()
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
@@ -147,6 +148,7 @@ class Emotional(Bearer):
             RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
         """
         self._refuse_inside_calm("step()")
+        self._dress_new()
         heard, returned = self._intake.take(loss, closure)
         found = self._found()
         if self._moves(found):
@@ -270,9 +272,24 @@ class Emotional(Bearer):
             raise
         _dress(self.inner, group, own)
 
+    def _dress_new(self) -> None:
+        """Take in groups that were given to the wrapped optimizer itself."""
+        for group in self.param_groups:
+            if "lr_floor" not in group:
+                own = self._options()
+                _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
+                _dress(self.inner, group, own)
+
     def _options(self) -> dict[str, Any]:
-        """What the constructor was given, as the first group keeps it."""
-        return {name: self.param_groups[0][name] for name in _OPTIONS}
+        """What the constructor was given, as the first group keeps it; as it last was where there is none."""
+        first = next(iter(self.param_groups), {})
+        if "lr_floor" in first:
+            self._own = {name: first[name] for name in _OPTIONS}
+        return dict(self._own)
+
+    def _effective_lr(self, vector: Tensor) -> Tensor:
+        self._dress_new()
+        return super()._effective_lr(vector)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; the emotion is in the first group."""
@@ -290,11 +307,13 @@ class Emotional(Bearer):
         self._refuse_midway("load_state_dict()")
         own = self._options()
         load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting, as_placed=True)
+        name = type(self.inner).__name__
+        for group in self.param_groups:
+            group["inner"] = name  # an earlier version did not keep it
         if "emotion" not in self.param_groups[0]:
             for group in self.param_groups:
                 _dress(self.inner, group, own)
             self.param_groups[0]["emotion"] = self._fresh()
-            name = type(self.inner).__name__
             warnings.warn(f"the checkpoint is of {name} alone: it goes on under a fresh emotion", stacklevel=2)
         self._note_begun()
         self._intake.clear()
@@ -303,8 +322,13 @@ class Emotional(Bearer):
         """The checkpoint; one of another emotion or of another optimizer is refused."""
         # Flags, None among them, are what a later version may have added: torch fills them in.
         options = {k for k, v in self.defaults.items() if v is not None and not isinstance(v, bool)}
-        if "emotion" in state_dict["param_groups"][0]:
+        saved, name = state_dict["param_groups"][0], type(self.inner).__name__
+        if "emotion" in saved:
             same_emotion(state_dict, self._emotion)
+            if saved.get("inner", name) != name or "stochastic_rounding" in saved.keys() - self.param_groups[0].keys():
+                whose = f"Emotional({saved['inner']})" if "inner" in saved else "a sibling"
+                what = f"the checkpoint is of another optimizer, of {whose}"
+                raise ValueError(f"{what}: load it into the one that saved it, or start with a fresh one")
             options |= {*_OPTIONS, "lr_start", "lr_peak"}
         same_optimizer(state_dict, options, [])
         return state_dict
@@ -327,12 +351,14 @@ class Emotional(Bearer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")
+        self._dress_new()
         return {"inner": self.inner, "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_settings")
         super().__setstate__(state)
         self._setup(*settings)
+        self._options()
         self._note_begun()
 
 
@@ -372,6 +398,7 @@ def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dic
     lr = group["lr"]
     group.update(options, lr_start=lr.clone() if isinstance(lr, Tensor) else lr, lr_peak=0.0)
     group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
+    group["inner"] = type(optimizer).__name__
 
 
 def _alike(found: Found, groups: list[dict[str, Any]], vector: Tensor) -> Active:
