@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -275,6 +278,7 @@ def test_errors_name_the_remedy(trained, tmp_path):
         (str(tmp_path / "hollow"),): "holds no event files (*tfevents*): name the directory that writer= writes to",
         (str(folder / "other"),): "hold no tag emo/...: construct the optimizer with a writer, as in EmoNavi(params, ",
         (str(folder / "a"), "--out", str(tmp_path / "file")): "name another folder",
+        (str(folder / "other"), "--out", str(tmp_path)): "Invalid value for RUN: the event files in",
     }
     for arguments, words in cases.items():
         result = CliRunner().invoke(cli.build(), ["plot", *arguments])
@@ -282,6 +286,14 @@ def test_errors_name_the_remedy(trained, tmp_path):
         said = re.sub(r"[\s│|]+", " ", result.output)
         assert words.replace(" ", "") in said.replace(" ", ""), said
         assert "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_folder_whose_name_is_no_text(trained, tmp_path):
+    odd = tmp_path / os.fsdecode(b"run\xff")
+    shutil.copytree(trained[0] / "a", odd)
+    with pytest.raises(ValueError, match=r"run\\udcff', whose name is not UTF-8: rename it"):
+        plot.draw(tmp_path, tmp_path / "out")
 
 
 def test_missing_packages_are_named(monkeypatch):

@@ -145,8 +145,7 @@ def plot(
             return
         png, page, count = draw(run, out or run)
     except (FileNotFoundError, ValueError) as error:
-        at_fault = "--out" if out is not None and str(out) in str(error) else "RUN"
-        raise typer.BadParameter(str(error), param_hint=at_fault) from error
+        raise typer.BadParameter(str(error), param_hint="RUN") from error
     except OSError as error:
         raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     print(f"{count} run{'s' * (count > 1)}\n{png}\n{page}")

@@ -69,7 +69,7 @@ def read(folder: Path) -> list[Run]:
 
     Raises:
         FileNotFoundError: there is no such folder, or no event file in it.
-        ValueError: the event files hold no emotion.
+        ValueError: the event files hold no emotion, or lie in a folder whose name is not UTF-8.
     """
     if not folder.is_dir():
         what = "is a file: name the folder that it lies in" if folder.exists() else "does not exist"
@@ -79,6 +79,9 @@ def read(folder: Path) -> list[Run]:
         raise FileNotFoundError(
             f"{folder} holds no event files (*tfevents*): name the directory that writer= writes to"
         )
+    odd = [str(home) for home in homes if str(home).encode(errors="ignore").decode() != str(home)]
+    if odd:
+        raise ValueError(f"TensorBoard cannot read {odd[0]!r}, whose name is not UTF-8: rename it")
     runs = [Run(label(home, folder), tags) for home in homes if (tags := _read(home))]
     if not runs:
         raise ValueError(

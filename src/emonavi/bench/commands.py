@@ -175,12 +175,8 @@ def _ledgered(name: str) -> Callable[..., None]:
         ] = "EmoNavi",
         seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
         out: Annotated[
-            Path | None,
-            typer.Option(
-                help="Results, one line each; what is there already is not run again.",
-                show_default=f"runs/{name}.jsonl",
-            ),
-        ] = None,
+            Path, typer.Option(help="Results, one line each; what is there already is not run again.")
+        ] = Path("runs") / f"{name}.jsonl",
         workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
     ) -> None:
         require(f"emonavi bench {name}", BENCH_NEEDS, "bench")
@@ -193,7 +189,7 @@ def _ledgered(name: str) -> Callable[..., None]:
         bench = import_module(f"emonavi.bench.{name}")
         cells = bench.cells(_chosen(optimizers, FAMILY), seeds)
         try:
-            ledger = Ledger(out or Path("runs") / f"{name}.jsonl", bench.Cell)
+            ledger = Ledger(out, bench.Cell)
         except (OSError, RuntimeError, ValueError) as error:
             raise typer.BadParameter(str(error), param_hint="--out") from error
         console = Console(highlight=False)

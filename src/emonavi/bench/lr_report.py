@@ -111,7 +111,7 @@ def write(study: Study, folder: Path, source: str) -> list[Path]:
         "effective-lr": ([traces(study, task, "lr") for task in tasks], 3),
     }
     paths = [folder / "report.html"]
-    paths[0].write_text(_page(study, source), encoding="utf-8")
+    paths[0].write_text(_page(study, source), encoding="utf-8", errors="replace")  # a file may be called anything
     for name, (charts, columns) in pictures.items():
         paths.append(folder / f"{name}.png")
         write_png(charts, paths[-1], min(columns, len(charts)))
