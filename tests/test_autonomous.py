@@ -37,6 +37,21 @@ def net(seed=0, dtype=torch.float32):
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
 
 
+def test_what_is_frozen_stays_at_home():
+    model = net()
+    model[0].requires_grad_(False)
+    merger = Merger(model, emonavi.EmoNavi(model.parameters(), process_group=None))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buffers = sum(b.numel() for b in model.buffers() if b.is_floating_point())
+    assert merger.offer().numel() == trained + buffers + 1
+    outer = Merger(model, emonavi.EmoNavi(model.parameters(), process_group=None), outer=nesterov)
+    outer.step()
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="with an outer step what trains does not change"):
+        outer.accept(outer.offer())
+    assert outer._alone == 1
+
+
 class Worker:
     """A model, its optimizer and its merger, on data of its own."""
 

@@ -1130,6 +1130,19 @@ def test_shadow_of_a_model_whose_precision_changes(case, dtype):
 
 
 @siblings
+def test_calm_gives_back_weights_that_were_moved_inside(case):
+    """As by ``model.half()``, for an export, and ``model.float()`` after it."""
+    params = weights()
+    optimizer = case.make(params, use_shadow=True)
+    train(optimizer, params, 3)
+    before = [p.detach().clone() for p in params]
+    with optimizer.calm():
+        for p in params:
+            p.data = p.data.half().float()
+    assert all(torch.equal(p.detach(), b) for p, b in zip(params, before, strict=True))
+
+
+@siblings
 def test_deepcopy_is_another_run(case):
     optimizer, _, _ = run(case, 5)
     before = contents(optimizer)

@@ -204,6 +204,22 @@ def a_copy_keeps_to_itself(rank):
     return outcome(model, optimizer, losses=[float(loss.detach())])
 
 
+def a_group_made_anew(rank, meet):
+    """As elastic training does within a process: the last case, since the groups of the others are gone with it."""
+    model = net()
+    optimizer = EmoNavi(model.parameters(), lr=1e-2)
+    for step, batch in enumerate(batches(6, 8)):
+        if step == 3:
+            dist.barrier()
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step(loss=loss.detach() + rank)
+    return outcome(model, optimizer, losses=[loss.item() + rank])
+
+
 CASES = {f"each its own loss, {n}": (each_its_own_loss, cls) for n, cls in SIBLINGS.items()} | {
     f.__name__: (f,)
     for f in (
@@ -217,7 +233,8 @@ CASES = {f"each its own loss, {n}": (each_its_own_loss, cls) for n, cls in SIBLI
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """Both ranks' results of a case."""
-    return run(CASES, 2, tmp_path_factory.mktemp("replicas"))
+    meet = (tmp_path_factory.mktemp("again") / "rendezvous").as_uri()
+    return run(CASES | {"a_group_made_anew": (a_group_made_anew, meet)}, 2, tmp_path_factory.mktemp("replicas"))
 
 
 def identical(one, two):
@@ -243,6 +260,13 @@ def test_the_loss_felt_is_the_mean(sibling, ranks):
     assert one["loss"] == two["loss"] == pytest.approx((one["losses"][-1] + two["losses"][-1]) / 2)
     assert one["scalar"] != 0
     assert one["steps"] == 200
+
+
+def test_a_default_group_that_is_made_anew_is_asked(ranks):
+    one, two = ranks("a_group_made_anew")
+    identical(one, two)
+    assert one["steps"] == 6
+    assert one["loss"] == two["loss"] == pytest.approx((one["losses"][0] + two["losses"][0]) / 2)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_others_to_be_felt(ranks):

@@ -5,11 +5,13 @@ import gc
 import io
 import shutil
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from cases import CASES, contents, differences, weights
 
+import emonavi
 from emonavi import kernels
 from emonavi.kernels import cpu
 
@@ -251,6 +253,51 @@ def test_memories_of_before_a_load_are_not_held(case):
     loaded(optimizer)
     gc.collect()
     assert [ref() for ref in held] == [None] * len(held)
+
+
+@kernels_of
+def test_numbers_whose_storage_moves_are_noticed(case):
+    """As when a tensor is sent to another process: it stays the same object, and its old memory is freed."""
+    params = weights(shapes=SHAPES)
+    optimizer = case.make(params)
+    for t in range(8):
+        grow(params, t)
+        optimizer.step(loss=1.0)
+        if t == 3:
+            for state in optimizer.state.values():
+                for value in state.values():
+                    value.share_memory_()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [8] * len(params)
+
+
+def test_a_shape_that_changes_in_place_is_noticed():
+    """Where the rule has rows and columns."""
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.EmoFact(params, capture=False)
+    for t in range(3):
+        grow(params, t)
+        optimizer.step(loss=1.0)
+    params[0].grad = None
+    params[0].data = params[0].data.reshape(4, 6)
+    grow(params, 3)
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"a parameter of shape \(4, 6\) has exp_avg"):
+        optimizer.step(loss=1.0)
+    assert differences(before, contents(optimizer)) == []
+
+
+@kernels_of
+def test_what_users_keep_in_a_state_is_left_alone(case):
+    params = weights(shapes=SHAPES)
+    optimizer = case.make(params)
+    for t in range(4):
+        scale = 1e6 if t == 0 else 1.0  # the first is known by the second, and taken out
+        grow(params, t, partial(torch.mul, scale))
+        optimizer.step(loss=1.0)
+        if t == 0:
+            optimizer.state[params[0]] |= {"tag": "mine", "own": torch.ones(3)}
+    assert optimizer.state[params[0]]["tag"] == "mine"
+    assert torch.equal(optimizer.state[params[0]]["own"], torch.ones(3))
 
 
 @kernels_of

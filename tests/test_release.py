@@ -207,7 +207,7 @@ def test_what_is_refused():
         with pytest.raises(RuntimeError, match=rf"{name}\(\) between backward and step\(\)"):
             what()
     weights = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="second backward before step"):
+    with pytest.raises(RuntimeError, match="a second gradient of one parameter before step"):
         loss_of(model, 1).backward()
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     optimizer.zero_grad()
@@ -290,6 +290,20 @@ def test_nothing_is_kept_alive():
     del model, optimizer, handle
     gc.collect()
     assert [ref() for ref in left] == [None, None]
+
+
+def test_a_step_at_lr_0_looks_once_for_what_moves(monkeypatch):
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), lr=0.0)
+    looked = []
+    monkeypatch.setattr(optimizer, "_moves", lambda found: looked.append(len(found.params)) or False)
+    emonavi.gradient_release(optimizer)
+    for t in range(2):
+        loss_of(model, t).backward()
+        assert looked == [6]
+        looked.clear()
+        optimizer.step()
+        looked.clear()
 
 
 def test_another_models_backward_before_the_step_is_not_heard():

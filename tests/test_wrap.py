@@ -540,12 +540,43 @@ def test_checkpoints_of_others_with_an_emotion(name):
     train(optimizer, params, 2, start=3)
 
 
+def test_a_model_whose_precision_changes():
+    optimizer, params, _ = run(SGD, 3)
+    for p in params:
+        p.grad = None
+        p.data = p.data.double()
+    train(optimizer, params, 3, start=3)
+    assert optimizer.emotion.steps == 6
+
+
+def test_parameters_of_another_shape():
+    """Refused at load, and where data were replaced before anything moves."""
+    optimizer, params, _ = run(SGD, 3)
+    others = weights(shapes=[(6, 5), *SHAPES[1:]])
+    other = SGD.make(others, capture=False)
+    train(other, others, 2)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"a model of other shapes: step_sample of parameter 0 is \(3, 30\), here"):
+        optimizer.load_state_dict(through_file(other.state_dict()))
+    assert differences(before, contents(optimizer)) == []
+    params[0].grad = None
+    params[0].data = torch.ones(6, 5)
+    Valley(params).fill(params, 3)
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"a parameter of shape \(6, 5\) has step_sample of shape"):
+        optimizer.step(loss=1.0)
+    assert differences(before, contents(optimizer)) == []
+
+
 def test_groups_given_to_the_wrapped_optimizer_itself():
     params = matrices()
     optimizer = emonavi.Emotional(torch.optim.AdamW(params[:1], lr=1e-2), max_lr=0.5, capture=False)
     optimizer.inner.add_param_group({"params": params[1:2], "lr": 1e-3})
     assert len(optimizer.effective_lr) == 2
     optimizer.inner.add_param_group({"params": params[2:], "lr": 1e-3})
+    optimizer.reset_emotion()
+    with pytest.raises(ValueError, match="state_dtype='bf16' in a group"):
+        optimizer.add_param_group({"params": weights(), "state_dtype": "bf16"})
     train(optimizer, params, 2)
     assert [g["lr_ceiling"] for g in optimizer.param_groups] == [0.5] * 3
     optimizer.param_groups.clear()

@@ -155,17 +155,17 @@ class Active(NamedTuple):
         lists |= {name: [states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
-    def scale_memories(self, factor: Number) -> None:
+    def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.
 
         Memories of squares, named so, by its square; of those in eight bits the scales.
         """
-        factors = torch.where(self.steps == 2, factor, 1.0)
-        for state, factor in zip(self.roster.states, factors.unbind(), strict=True):
-            for name, memory in state.items():
-                if name in KEPT or name == "shadow" or not memory.is_floating_point():
-                    continue
-                memory.mul_(factor.square().to(memory) if "_sq" in name else factor.to(memory))
+        factors = torch.where(self.steps == 2, factor, 1.0).unbind()
+        for p, state, own in zip(self.roster.params, self.roster.states, factors, strict=True):
+            kept = [n for name in layout(p) for n in (name, scale_of(name)) if n in state]
+            for name in kept:
+                if state[name].is_floating_point():
+                    state[name].mul_((own.square() if "_sq" in name else own).to(state[name]))
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
         """Write the scalars that each tensor keeps, where the update was not skipped."""

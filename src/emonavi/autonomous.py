@@ -181,10 +181,11 @@ class Merger:
         """
         params, followers = self._params(), self._followers()
         sizes = [sum(t.numel() for t in some) for some in (params, followers)]
-        if mean.shape != (sum(sizes) + 1,):
+        if mean.shape != (sum(sizes) + 1,) or (self._last is not None and self._last.numel() != sizes[0]):
             raise ValueError(
                 f"the mean has shape {tuple(mean.shape)}, this worker's offer ({sum(sizes) + 1},): all workers need "
-                "the same model, and an optimizer with the same options"
+                "the same model, of which the same trains, and an optimizer with the same options; with an outer step "
+                "what trains does not change"
             )
         alone, self._alone = self._alone, 0
         if mean[-1] == 0:
@@ -203,7 +204,7 @@ class Merger:
 
     def _params(self) -> list[Tensor]:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [p for p in weights if p.dtype in DENSE_FLOATS]  # frozen ones may be integers, which have no mean
+        return [p for p in weights if p.requires_grad and p.dtype in DENSE_FLOATS]
 
     def _followers(self) -> list[Tensor]:
         """What becomes the mean, whatever the outer step: buffers and the shadow, even one that is still to be made."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -59,7 +60,9 @@ class Bearer(torch.optim.Optimizer):
         self._capture = capture
         self._missing = Missing(on_missing_loss)
         self._process_group = process_group
-        self._ranks = Ranks()
+        self._ranks = Ranks()  # who is asked in a step, found out
+        self._world: Any = None  # under this default group
+        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
         self._is_calm = False
         self._calls = 0  # steps, real and skipped
         self._is_loaded = False
@@ -70,7 +73,7 @@ class Bearer(torch.optim.Optimizer):
 
         def params() -> Iterator[Tensor]:
             alive = me()
-            return (p for g in alive.param_groups for p in g["params"]) if alive is not None else iter(())
+            return alive._params() if alive is not None else iter(())
 
         self._intake = Intake(params)
         if capture:
@@ -187,7 +190,7 @@ class Bearer(torch.optim.Optimizer):
             _copy(shown, shadows)
             yield
         finally:
-            _copy(shown, held)
+            _copy([local(p.detach()) for p, _ in pairs], held)  # where they lie now: the block may have moved them
             self._is_calm = False
 
     def _refuse_inside_calm(self, what: str) -> None:
@@ -231,6 +234,20 @@ class Bearer(torch.optim.Optimizer):
         if not found.params and not self._begun:
             self._idle.note(True, type(self).__name__)
         return found
+
+    def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
+        """Of what is kept of a parameter, as it is stored."""
+        raise NotImplementedError
+
+    def _check_fit(self, params: list[Tensor]) -> None:
+        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
+        checks.memory(params)
+        for p in params:
+            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+                checks.fits(p, self.state.get(p, {}), self._shapes(p))
+                self._known[p] = p.shape
+        if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
+            self._known = {p: p.shape for p in params}  # some were replaced: they must not be kept alive
 
     def _moves(self, found: Found) -> bool:
         """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
@@ -306,9 +323,13 @@ class Bearer(torch.optim.Optimizer):
 
     def _peers(self) -> Ranks:
         """Who is asked in a step; found out once, since a process group may have to be made."""
-        if self._ranks == Ranks():
-            self._ranks = Ranks.of((p for g in self.param_groups for p in g["params"]), self._process_group)
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if self._ranks == Ranks() or world is not self._world:  # it may be destroyed, and made anew
+            self._ranks, self._world = Ranks.of(self._params(), self._process_group), world
         return self._ranks
+
+    def _params(self) -> Iterator[Tensor]:
+        return (p for g in self.param_groups for p in g["params"])
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""

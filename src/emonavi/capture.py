@@ -81,6 +81,7 @@ class _Running:
 
     value: Tensor
     told: dict[Intake, Mark]
+    thread: int  # that it was called in: on a device, what is nested in it runs in another one
 
     def tell(self, intake: Intake) -> None:
         """Let an intake hear it, once."""
@@ -133,8 +134,8 @@ def _heard(tensors: Any, grads: Any, inputs: Any) -> Iterator[None]:
         return
     if torch._C._current_graph_task_id() != -1:
         # Inside a running backward (re-entrant checkpointing) the roots are no losses. But they lead to parameters
-        # that the outer graph did not show: their owners hear the outer loss.
-        if len(_running) == 1 and len(_listeners) > 1:
+        # that the outer graph did not show: their owners hear the outer loss, where only one can be meant.
+        if len(_running) == 1:
             _tell(_running[0], [root for root in _listed(tensors) if isinstance(root, Tensor)])
         yield
         return
@@ -194,7 +195,8 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
         # 16 bits are too few to add up a window in. A new tensor: the caller may change its loss in place later.
         values = [_unscaled(root, weight) for root, weight in losses]
         dtype = torch.promote_types(values[0].dtype, torch.float32)
-        running = _Running(torch.stack([v.to(values[0].device, dtype) for v in values]).sum(), {})
+        value = torch.stack([v.to(values[0].device, dtype) for v in values]).sum()
+        running = _Running(value, {}, threading.get_ident())
         if inputs is not None:
             leaves = {id(t) for t in _listed(inputs)}
             for intake in [one for one in _listeners if one.owns(leaves)]:
@@ -215,13 +217,13 @@ def _is_loss(root: Any, weight: Tensor | None) -> bool:
 def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
     """Tell a loss to those whose parameters the roots reach."""
     with _lock, torch.no_grad():
-        listeners, here = list(_listeners), threading.get_ident()
-        if len(listeners) > 1 or any(one.thread != here for one in listeners):
+        listeners = list(_listeners)
+        if len(listeners) > 1 or any(one.thread != running.thread for one in listeners):
             leaves = _leaves(roots)
             owners = [one for one in listeners if one.owns(leaves)]
             # FSDP's graph holds unsharded stand-ins: where no leaf is anybody's, the loss is everybody's. But not of
             # another thread, whose own backward may be writing the gradients that are looked at here.
-            everybody = [one for one in listeners if one.thread == here]
+            everybody = [one for one in listeners if one.thread == running.thread]
             listeners = owners if owners or running.told else everybody
         for intake in listeners:
             running.tell(intake)

@@ -24,7 +24,7 @@ from emonavi.spelling import FLAGS, NUMBERS
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["LATER", "load_exactly", "loadable", "same_emotion", "same_optimizer"]
+__all__ = ["LATER", "load_exactly", "loadable", "same_emotion", "same_optimizer", "same_shapes"]
 
 # Options that earlier versions did not have, as they behaved.
 LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
@@ -80,7 +80,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     # Of the defaults only our own: torch, and whoever else, may add to them.
     options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
     same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
-    _same_shapes(state_dict, params, optimizer)
+    same_shapes(state_dict, params, optimizer._shapes)
     return state_dict
 
 
@@ -110,7 +110,9 @@ def _taken_over(
         if any(getattr(kept.get(name), "shape", None) != param.shape for name in layout):
             return None
         scalars = KEPT | {"step": float(kept.get("step", old))}
-        state[i] = {name: torch.tensor(value, dtype=torch.float32) for name, value in scalars.items()}
+        state[i] = {
+            name: torch.tensor(value, dtype=torch.float32, device=param.device) for name, value in scalars.items()
+        }
         memories = {name: kept[name] for name in layout}
         # Parts of a sharded tensor have no low-bit memories to fill.
         state[i] |= memories if is_sharded(param) else lowbit.filled(optimizer._memories(param), param, memories)
@@ -173,12 +175,14 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
         )
 
 
-def _same_shapes(state_dict: dict[str, Any], params: Sequence[Tensor], optimizer: EmoOptimizer) -> None:
-    """A checkpoint of a model of the same shapes. torch does not compare them."""
+def same_shapes(
+    state_dict: dict[str, Any], params: Sequence[Tensor], shapes: Callable[[Tensor], dict[str, torch.Size]]
+) -> None:
+    """A checkpoint of a model of the same shapes, of which its memories have theirs. torch does not compare them."""
     saved = [i for g in state_dict["param_groups"] for i in g["params"]]
     for place, (i, param) in enumerate(zip(saved, params, strict=False)):
         kept = state_dict["state"].get(i, {})
-        own = optimizer._shapes(param) if kept and not is_lazy(param) else {}  # a frozen one may be of any kind
+        own = shapes(param) if kept and not is_lazy(param) else {}  # a frozen one may be of any kind
         for name, memory in kept.items():
             if name in own and memory.shape != own[name]:
                 what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"

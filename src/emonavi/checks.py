@@ -128,7 +128,7 @@ def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:
     """A group's own options ask for nothing that only the constructor can give."""
     for name in (*SHARED, *CONSTRUCTORS):
         value = own.get(name)
-        if value is None or isinstance(value, Tensor) or (name in SHARED and value == defaults[name]):
+        if value is None or isinstance(value, Tensor) or (name in SHARED and value == defaults.get(name)):
             continue  # a tensor is the emotion of a group that another optimizer had
         raise ValueError(f"{name}={value!r} in a group: it is one for all groups; give it to the constructor")
 

@@ -74,7 +74,7 @@ def compared(kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, g
     steps = before - samples(params, rates)
     steps *= inverse.repeat_interleave(counts, output_size=len(steps))
     memories = torch.cat([m.to(rates.device) for m in kept], 1)
-    terms = reflect(memories, grads, steps)
+    terms = reflect(memories, grads.to(memories), steps.to(memories))
     torch._foreach_copy_(list(kept), list(memories.split(sizes, 1)))
     whole = rates.new_tensor([p.numel() / size for p, size in zip(params, sizes, strict=True)])
     return sums_of_each(terms, counts).to(rates.dtype) * whole

@@ -127,7 +127,6 @@ class EmoOptimizer(Bearer):
         super()._setup(*settings)
         self._release: Release | None = None
         self._plan: Plan | None = None  # of the last step, where it may serve the next
-        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
 
     @classmethod
     def describe(cls, head: str, example: str, option: str = "") -> str:
@@ -231,10 +230,9 @@ class EmoOptimizer(Bearer):
         state, first_scale = self._emotion.look_back(state, norm, options)
         # A host that does not wait cannot know which of the first steps were skipped; not due, the scale is 1.
         if self._calls < EARLY if predicated else first_scale != 1:
-            active.scale_memories(first_scale)
+            active.scale_memories(first_scale, self._layout)
         state = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
-        self._note_skipped(acts)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
@@ -243,6 +241,7 @@ class EmoOptimizer(Bearer):
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
+        self._note_skipped(acts)
 
     def _lined_up(
         self, found: Found, heard: Loss | None, predicated: bool
@@ -309,16 +308,6 @@ class EmoOptimizer(Bearer):
         """Of the memories of a parameter as they are stored."""
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
         return {name: memory.shape for name, memory in self._memories(like).items()}
-
-    def _check_fit(self, params: list[Tensor]) -> None:
-        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
-        checks.memory(params)
-        for p in params:
-            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
-                checks.fits(p, self.state.get(p, {}), self._shapes(p))
-                self._known[p] = p.shape
-        if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
-            self._known = {p: p.shape for p in params}  # some were replaced: they must not be kept alive
 
     def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
         """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""

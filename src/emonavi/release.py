@@ -120,11 +120,11 @@ class Release:
         optimizer._refuse_inside_calm("a backward that releases gradients")
         if param in self._moved:
             raise RuntimeError(
-                "a second backward before step(), with gradients released: they cannot accumulate; call step() after "
-                "each backward, or remove() the release"
+                "a second gradient of one parameter before step(), with gradients released: they cannot accumulate. "
+                "Call step() after each backward, checkpoint with use_reentrant=False, or remove() the release"
             )
         checks.gradients([param.grad])
-        begun = self._begun = self._begun or self._begin()
+        begun = self._begun = self._begun or (None if self._idle else self._begin())
         if begun is not None and param.grad is not None and param.numel():
             active = self._active(Found([param], [self._groups[param]], [param.grad]))
             norm = all_norms(active.grads, begun.vector)[0]
@@ -168,7 +168,7 @@ class Release:
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
-        stepped = torch.stack([torch.as_tensor(m.acts) for m in moved.values()])
+        stepped = torch.stack([torch.as_tensor(m.acts, device=m.norm.device) for m in moved.values()])
         active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         optimizer._end(vector, state)
         return True

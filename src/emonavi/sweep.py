@@ -67,20 +67,22 @@ class Bucket(NamedTuple):
         device, reflects = self.lists["param"][0].device, False
         sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
         for piece in self._pieces(self.lists, self.cut):
-            own = {k: v[piece.owners[0]] for k, v in singles.items()}
-            many = len(piece.owners) > 1
-            owners = integers(tuple(piece.owners), device) if many or seeds is not None else None  # no list: that waits
-            if many:
+            if len(piece.owners) == 1:
+                at = piece.owners[0]
+                own, own_seeds = {k: v[at] for k, v in singles.items()}, None if seeds is None else seeds[at : at + 1]
+            else:
+                index = integers(tuple(piece.owners), device)  # no list: that waits
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
-                own = {k: scalars[k][owners].view(shape) for k in singles}
-            own_seeds = None if seeds is None else seeds[owners]
+                own = {k: scalars[k][index].view(shape) for k in singles}
+                own_seeds = None if seeds is None else seeds[index]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
-            if reflected is not None:
-                reflects, added = True, torch.stack(reflected)
-                if owners is None:
-                    sums[:, piece.owners[0]] += added.view(3)
-                else:
-                    sums.index_add_(1, owners, added.to(sums.dtype))
+            if reflected is None:
+                continue
+            reflects, added = True, torch.stack(reflected).to(sums.dtype)
+            if len(piece.owners) == 1:
+                sums[:, at] += added.view(3)
+            else:
+                sums.index_add_(1, index, added)
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(

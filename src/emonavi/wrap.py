@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import load_exactly, same_emotion, same_optimizer
+from emonavi.checkpoint import load_exactly, same_emotion, same_optimizer, same_shapes
 from emonavi.displacement import MEMORIES, compared, sample, samples
 from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
 from emonavi.emotion import UNKNOWN_RMS, Emotion
@@ -160,7 +160,7 @@ class Emotional(Bearer):
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
         vector = self._vector()
-        checks.memory(found.params)
+        self._check_fit(found.params)
         found = found.where([bool(p.numel()) for p in found.params])
         heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
         self._missing.note(heard, type(self).__name__)
@@ -169,7 +169,6 @@ class Emotional(Bearer):
         before = self._feel(self._emotion.unpack(vector, plain=True), heard, vector)
         state: Any
         state, acts, grad_scale = self._emotion.guard(before, norm, options)
-        self._note_skipped(acts)
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
@@ -179,6 +178,7 @@ class Emotional(Bearer):
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
         self._end(vector, self._emotion.reflect(state, sums, acts, options))
+        self._note_skipped(acts)
 
     def _step_unfelt(self, found: Found) -> None:
         """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
@@ -241,6 +241,10 @@ class Emotional(Bearer):
             if group["use_shadow"] and "shadow" not in state:
                 state["shadow"] = wide(p.detach()).clone()
 
+    def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
+        size = len(sample(torch.empty_like(param, device="meta")))
+        return {"step_sample": torch.Size((MEMORIES, size)), "shadow": param.shape}
+
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples; remembers the step."""
         params, groups = active.roster.params, active.roster.groups
@@ -287,6 +291,10 @@ class Emotional(Bearer):
             self._own = {name: first[name] for name in _OPTIONS}
         return dict(self._own)
 
+    def _fresh(self) -> Tensor:
+        self._dress_new()
+        return super()._fresh()
+
     def _effective_lr(self, vector: Tensor) -> Tensor:
         self._dress_new()
         return super()._effective_lr(vector)
@@ -325,12 +333,15 @@ class Emotional(Bearer):
         saved, name = state_dict["param_groups"][0], type(self.inner).__name__
         if "emotion" in saved:
             same_emotion(state_dict, self._emotion)
-            if saved.get("inner", name) != name or "stochastic_rounding" in saved.keys() - self.param_groups[0].keys():
-                whose = f"Emotional({saved['inner']})" if "inner" in saved else "a sibling"
+            # An earlier version did not keep the name; a sibling has an option that no wrapper gives a group.
+            siblings = "stochastic_rounding" in saved and "stochastic_rounding" not in self.param_groups[0]
+            if siblings or saved.get("inner", name) != name:
+                whose = "a sibling" if siblings else f"Emotional({saved['inner']})"
                 what = f"the checkpoint is of another optimizer, of {whose}"
                 raise ValueError(f"{what}: load it into the one that saved it, or start with a fresh one")
             options |= {*_OPTIONS, "lr_start", "lr_peak"}
         same_optimizer(state_dict, options, [])
+        same_shapes(state_dict, list(self._params()), self._shapes)
         return state_dict
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:

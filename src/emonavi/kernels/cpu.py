@@ -71,7 +71,7 @@ class Sweep:
     """A kernel for the tensors of one bucket. It may be called again while all but the gradients lie where they lay."""
 
     def __init__(self, sweep: Any, squares: Any, lists: Mapping[str, list[Tensor]], matrices: bool) -> None:
-        self._sweep, self._squares, self._matrices = sweep, squares, matrices
+        self._sweep, self._squares, self.matrices = sweep, squares, matrices
         grads = lists.get("grad", [])
         self.in_order = in_one_order([t for name, column in lists.items() if name != "grad" for t in column], grads)
         self._arrays: _Arrays | None = None
@@ -82,7 +82,7 @@ class Sweep:
 
     def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
         if self._arrays is None:
-            self._arrays = _Arrays(list(lists.values()), self._matrices)
+            self._arrays = _Arrays(list(lists.values()), self.matrices)
         else:
             self._arrays.point(1, lists["grad"])
         return self._arrays
@@ -94,9 +94,9 @@ class Sweep:
         if self.in_order:
             arrays = self._where(lists)
         else:
-            columns, home = in_order(list(lists.values()), row_major=self._matrices or seeds is not None)
-            arrays = _Arrays(columns, self._matrices)
-        if self._matrices and arrays.gathered is None:
+            columns, home = in_order(list(lists.values()), row_major=self.matrices or seeds is not None)
+            arrays = _Arrays(columns, self.matrices)
+        if self.matrices and arrays.gathered is None:
             _squares(self._squares, arrays, first=1)
         if seeds is not None:
             scalars = scalars | {"seeds": seeds}

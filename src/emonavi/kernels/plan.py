@@ -4,9 +4,7 @@ Of many small tensors the arithmetic takes less time than finding out, tensor by
 whether a kernel takes them and where they lie. A plan holds what was found. It holds good as long as everything that
 it hangs on is as it was, and that is looked at in every step: the parameters that have a gradient and their groups,
 their states and every tensor in them, where parameters and memories lie, the groups' flags, and what kind of gradients
-there are. To look takes time, too, most of it for fetching each tensor's header. So it goes unseen when ``.data`` of
-one of the single numbers of a state is set (``state["step"].data = ...``), and nothing else of that state is; or when
-that of a memory is set to another part of the very memory that it had.
+there are. To look takes time, too, most of it for fetching each tensor's header.
 """
 
 from __future__ import annotations
@@ -21,12 +19,11 @@ from torch import Tensor
 
 from emonavi.active import Found, Roster
 from emonavi.kernels.cpu import Sweep, in_one_order, plain
-from emonavi.machine import KEPT
 
 __all__ = ["Plan"]
 
 # Read for every tensor in every step: by map, which takes half the time of a loop.
-_pointer, _size, _dtype = Tensor.data_ptr, Tensor.numel, attrgetter("dtype")
+_pointer, _size, _dtype, _shape = Tensor.data_ptr, Tensor.numel, attrgetter("dtype"), attrgetter("shape")
 FLAGS = ("fused", "foreach", "capturable", "stochastic_rounding", "use_shadow", "state_dtype")
 
 
@@ -38,12 +35,13 @@ class Plan(NamedTuple):
     groups: list[Any]
     flags: list[Any]  # of them
     states: dict[Tensor, dict[str, Any]]  # the optimizer's, in a shallow copy
-    memories: list[Tensor]  # all that they hold
-    storages: list[Any]  # theirs: held, so that nothing else can come to lie there
-    watched: list[Tensor]  # the parameters and their large memories,
-    pointers: list[int]  # and where these lie
+    kept: list[Any]  # all that they hold
+    storages: list[Any]  # of the tensors there: held, so that nothing else can come to lie where one was,
+    watched: list[Tensor]  # unless a storage itself moves, as into shared memory: the parameters and these tensors,
+    pointers: list[int]  # and where they lie
     dtypes: list[torch.dtype]  # of the parameters
     sizes: list[int]
+    shapes: list[torch.Size]  # where the rule has rows and columns; else none, which take twice as long to fetch
     order: Tensor  # where in the buckets' own order each of the roster is
 
     @classmethod
@@ -59,14 +57,16 @@ class Plan(NamedTuple):
         whole = all(map(is_, roster.params, roster.whole))
         if not whole or not all(isinstance(kernel, Sweep) and kernel.in_order for kernel in kernels):
             return None
-        memories = _values(roster.states)
-        watched = [*roster.whole, *(t for s in roster.states for name, t in s.items() if name not in KEPT)]
+        kept = _values(roster.states)
+        memories = [value for value in kept if isinstance(value, Tensor)]
+        watched = [*roster.whole, *memories]
         without = [(*rest, bucket._replace(lists=bucket.lists | {"grad": []})) for *rest, bucket in buckets]
         places = torch.tensor([i for *_, bucket in buckets for i in bucket.places], device="cpu")
         return cls(
-            roster, without, list(groups), _flags(groups), dict(states), memories,
+            roster, without, list(groups), _flags(groups), dict(states), kept,
             [t.untyped_storage() for t in memories], watched, list(map(_pointer, watched)),
-            list(map(_dtype, roster.whole)), list(map(_size, roster.whole)), places.argsort(),
+            list(map(_dtype, roster.whole)), list(map(_size, roster.whole)),
+            list(map(_shape, roster.whole)) if any(kernel.matrices for kernel in kernels) else [], places.argsort(),
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -80,10 +80,11 @@ class Plan(NamedTuple):
             # Compared by what they are: to look a tensor up takes longer.
             and _same(list(states), list(self.states))
             and _same(list(states.values()), list(self.states.values()))
-            and _same(_values(self.roster.states), self.memories)
+            and _same(_values(self.roster.states), self.kept)
             and list(map(_pointer, self.watched)) == self.pointers
             and list(map(_dtype, params)) == self.dtypes
             and list(map(_size, params)) == self.sizes
+            and (not self.shapes or list(map(_shape, params)) == self.shapes)
             and plain(grads)
             and in_one_order(params, grads)
             and list(map(_size, grads)) == self.sizes
@@ -103,7 +104,7 @@ class Plan(NamedTuple):
         ]
 
 
-def _values(states: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+def _values(states: Sequence[Mapping[str, Any]]) -> list[Any]:
     return list(chain.from_iterable([state.values() for state in states]))
 
 
