@@ -85,9 +85,8 @@ def moved(case, bucket, scalars, kernel, grad_scale=1.0, acts=True, seeds=None):
     made, n = cuda.kernel(case.rule, held) if kernel else None, len(bucket["param"])
     scale = torch.tensor(grad_scale, dtype=torch.float64, device=DEVICE)
     swept = Bucket(list(range(n)), held, cut=False, foreach=False, predicated=True, kernel=made)
-    parts = swept.move(case.rule, scalars, scale, torch.tensor(acts, device=DEVICE), seeds)
-    sums = {place: [float(s[k]) for s in three] for places, three in parts for k, place in enumerate(places)}
-    return held, [sums[i] for i in range(n)] if sums else None
+    sums = swept.move(case.rule, scalars, scale, torch.tensor(acts, device=DEVICE), seeds)
+    return held, None if sums is None else torch.stack(sums).T.tolist()
 
 
 def close(found, expected, dtype):
