@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_examples import EXAMPLES, SENTENCE
 from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,14 @@ def ran(capfd, monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         how = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-        torchrun([*how, str(EXAMPLES / script), "--small", *options])
+        command = [*how, str(EXAMPLES / script), "--small", *options]
+        try:
+            torchrun(command)
+        except ChildFailedError:
+            # Gloo's threads abort a process at its exit, once in some hundred runs and with AdamW, too.
+            if "terminate called without an active exception" not in capfd.readouterr().err:
+                raise
+            torchrun(command)
         for name in environment:
             monkeypatch.delenv(name)
         return capfd.readouterr().out
