@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
-from emonavi.distributed import Ranks, is_piece, local
+from emonavi.distributed import Ranks, default_group, is_piece, local
 from emonavi.intake import Intake, Loss, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
@@ -177,9 +176,7 @@ class Bearer(torch.optim.Optimizer):
             ...     evaluated = model(torch.ones(1, 2))
         """
         self._refuse_midway("calm()")
-        pairs = [
-            (p, s["shadow"]) for g in self.param_groups for p in g["params"] if "shadow" in (s := self.state.get(p, {}))
-        ]
+        pairs = [(p, s["shadow"]) for p in self._params() if "shadow" in (s := self.state.get(p, {}))]
         if not pairs and (self._begun or not self.param_groups[0]["use_shadow"]):
             remedy = "construct with use_shadow=True; a checkpoint that is loaded brings its own options"
             raise RuntimeError(f"calm() has no shadow to show: {remedy}")
@@ -223,7 +220,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _found(self) -> Found:
         """Parameters that have a gradient."""
-        params = [p for g in self.param_groups for p in g["params"]]
+        params: list[Any] = list(self._params())
         groups = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
         found = Found(params, groups, [p.grad for p in params])
         if any([g is None for g in found.grads]):
@@ -304,7 +301,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _home(self) -> torch.device:
         """The device of the first parameter; the CPU where it has no memory yet."""
-        device: torch.device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+        device: torch.device = next((p.device for p in self._params()), torch.device("cpu"))
         return torch.device("cpu") if device.type == "meta" else device
 
     def _vector(self) -> Tensor:
@@ -323,8 +320,8 @@ class Bearer(torch.optim.Optimizer):
 
     def _peers(self) -> Ranks:
         """Who is asked in a step; found out once, since a process group may have to be made."""
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        if self._ranks == Ranks() or world is not self._world:  # it may be destroyed, and made anew
+        world = default_group()
+        if self._ranks == Ranks() or world is not self._world:
             self._ranks, self._world = Ranks.of(self._params(), self._process_group), world
         return self._ranks
 
@@ -333,7 +330,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
         """What all weights that train are like."""
-        weights: list[Tensor] = [p for g in self.param_groups for p in g["params"] if not (p.is_meta or is_lazy(p))]
+        weights = [p for p in self._params() if not (p.is_meta or is_lazy(p))]
         weights = [p for p in weights if p.dtype in checks.DENSE_FLOATS and (p.numel() or is_piece(p))]
         trained = [p for p in weights if p.requires_grad] or weights
         here = [local(p) for p in trained]

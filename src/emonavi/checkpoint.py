@@ -71,7 +71,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     Raises:
         ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes.
     """
-    params = [p for g in optimizer.param_groups for p in g["params"]]
+    params = list(optimizer._params())
     layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
     if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
         state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict

@@ -29,6 +29,7 @@ __all__ = [
     "Ranks",
     "add_parts",
     "agreed",
+    "default_group",
     "hand_on",
     "is_piece",
     "is_sharded",
@@ -36,6 +37,7 @@ __all__ = [
     "local_grad",
     "placed",
     "start",
+    "unless_alone",
 ]
 
 
@@ -55,14 +57,15 @@ class Ranks(NamedTuple):
         Raises:
             ValueError: no mesh of the parameters holds all others.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        world = default_group()
+        if world is None:
             return cls()
         params = list(params)
         meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
         if not meshes:
             pieces = any(is_piece(p) for p in params)
             own = process_group in ("auto", None) if pieces else process_group == "auto"
-            group = _unless_alone(dist.group.WORLD if own else process_group)
+            group = unless_alone(world if own else process_group)
             return cls(group, group if pieces else None)
         widest = max(meshes, key=lambda mesh: mesh.size())
         for mesh in meshes:
@@ -71,8 +74,8 @@ class Ranks(NamedTuple):
                     f"parameters are sharded over the ranks {_members(mesh)} and over {_members(widest)}, and neither "
                     "holds the other: shard all over one mesh, or give each part an optimizer of its own"
                 )
-        shards = _unless_alone(_group(widest))
-        loss = _unless_alone(_group(widest._get_root_mesh()) if process_group in ("auto", None) else process_group)
+        shards = unless_alone(_group(widest))
+        loss = unless_alone(_group(widest._get_root_mesh()) if process_group in ("auto", None) else process_group)
         same = None not in (loss, shards) and set(_ranks(loss)) == set(_ranks(shards))
         return cls(loss, loss if same else shards)
 
@@ -243,5 +246,11 @@ def _group(mesh: Any) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else dist.new_group(members, use_local_synchronization=True)
 
 
-def _unless_alone(group: Any) -> Any:
+def default_group() -> Any:
+    """The default process group as it is now, or None. It may be destroyed, and made anew."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def unless_alone(group: Any) -> Any:
+    """A process group of several; None for none, or for one of this process alone."""
     return None if group is None or dist.get_world_size(group) == 1 else group

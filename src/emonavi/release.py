@@ -21,7 +21,7 @@ from torch import Tensor
 
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
-from emonavi.distributed import Ranks
+from emonavi.distributed import Ranks, default_group, unless_alone
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
 from emonavi.machine import Mood, Options, Sums
@@ -212,7 +212,6 @@ def gradient_release(optimizer: Any) -> Release:
         raise ValueError(f"gradients cannot be released with emotion {inner._emotion.name!r}: {remedy}")
     if inner._release is not None:
         raise RuntimeError("the gradients of this optimizer are released already: remove() the first release")
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and torch.distributed.get_world_size() > 1:
+    if unless_alone(default_group()) is not None:
         raise RuntimeError("gradients cannot be released in several processes: each rank would move by its own")
     return Release(inner)

@@ -67,22 +67,19 @@ class Bucket(NamedTuple):
         device, reflects = self.lists["param"][0].device, False
         sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
         for piece in self._pieces(self.lists, self.cut):
+            index: slice | Tensor
             if len(piece.owners) == 1:
                 at = piece.owners[0]
-                own, own_seeds = {k: v[at] for k, v in singles.items()}, None if seeds is None else seeds[at : at + 1]
+                index, own = slice(at, at + 1), {k: v[at] for k, v in singles.items()}
             else:
                 index = integers(tuple(piece.owners), device)  # no list: that waits
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][index].view(shape) for k in singles}
-                own_seeds = None if seeds is None else seeds[index]
+            own_seeds = None if seeds is None else seeds[index]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
-            if reflected is None:
-                continue
-            reflects, added = True, torch.stack(reflected).to(sums.dtype)
-            if len(piece.owners) == 1:
-                sums[:, at] += added.view(3)
-            else:
-                sums.index_add_(1, index, added)
+            if reflected is not None:
+                sums[:, index] += torch.stack(reflected)
+                reflects = True
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
