@@ -78,8 +78,11 @@ class Bucket(NamedTuple):
             own_seeds = None if seeds is None else seeds[index]
             reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
-                sums[:, index] += torch.stack(reflected)
-                reflects = True
+                reflects, added = True, torch.stack(reflected).to(sums.dtype)
+                if isinstance(index, slice):
+                    sums[:, index] += added
+                else:
+                    sums.index_add_(1, index, added)  # one pass; in brackets it would be two
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
