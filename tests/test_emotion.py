@@ -17,7 +17,7 @@ from emonavi.machine import Options, Sums, Weights
 from emonavi.monitor import Snapshot
 from emonavi.presets import PRESETS
 
-CALM = dict.fromkeys(Options._fields, False)  # a new option is off here until a test is about it
+CALM = dict.fromkeys(Options._fields, False) | {"rise": 0.0}  # a new option is off here until a test is about it
 OPTIONS = Options(
     **(CALM | {"use_trust": True, "fall": 1.0, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf})
 )

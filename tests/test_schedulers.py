@@ -130,6 +130,38 @@ def test_effective_lr_is_lr_times_drive():
         assert optimizer.effective_lr == [pytest.approx(expected, rel=1e-6)]
 
 
+# A warm-up is growth already ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_the_drive_does_not_grow_on_top_of_a_warm_up(sibling, kind):
+    """A cycle that raises lr while the drive grows killed adapters for good: both were right, their product was not."""
+    weight = nn.Parameter(torch.full((50,), 3.0))
+    optimizer = sibling([weight], lr=kind(1e-4), weight_decay=0.0, min_lr=0.0)
+
+    def grows(steps, factor):
+        """By how much the drive and the effective lr grow in that many steps."""
+        before = optimizer.emotion.drive, optimizer.effective_lr[0]
+        for _ in range(steps):
+            if factor != 1:
+                optimizer.param_groups[0]["lr"] = kind(float(optimizer.param_groups[0]["lr"]) * factor)
+            optimizer.zero_grad()
+            (weight - 1).square().sum().backward()  # a straight way: reflection finds every step too short
+            optimizer.step()
+        return optimizer.emotion.drive / before[0], optimizer.effective_lr[0] / before[1]
+
+    drive, _ = grows(10, 1)
+    assert drive > 1.2  # it is free to grow
+    assert grows(10, 1.2)[0] == pytest.approx(1)  # faster than the drive ever does: nothing is added
+    drive, effective = grows(10, 1.02)
+    assert 1 < drive < 1.2**5
+    assert effective == pytest.approx(1.02**10 * drive, rel=1e-4)
+    assert math.log(effective) <= 10 * 0.1 + 1e-6  # `sure`: all that trust may ask for
+    optimizer.param_groups[0]["lr"] = kind(float(optimizer.param_groups[0]["lr"]) / 1.5)
+    assert grows(5, 1.04)[0] > 1.2  # on the way back to its peak no warm-up: what was found there holds
+
+
 # A decay stays a decay ---------------------------------------------------------------------------------------------
 
 

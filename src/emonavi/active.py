@@ -14,7 +14,7 @@ from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
-from emonavi.scalars import Number, clamp, like, where
+from emonavi.scalars import Number, clamp, like, log, where
 from emonavi.sweep import Bucket, to_home
 
 if TYPE_CHECKING:
@@ -102,10 +102,12 @@ class Active(NamedTuple):
         """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
-        lowest, highest, decayed = [], [], []
+        lowest, highest, decayed, rises = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
-            lr = group["lr"]
-            group["lr_peak"] = _highest(lr, group["lr_peak"])
+            lr, before = group["lr"], group["lr_peak"]
+            group["lr_peak"] = _highest(lr, before)
+            rise = like(kind, lr) / where(like(kind, before) > 0, like(kind, before), math.inf)
+            rises.append(log(clamp(rise, 1.0)))
             # Not half: a cosine is there in its middle, and its last bit would decide.
             decayed.append(like(kind, lr) < 0.4999 * like(kind, group["lr_peak"]))
             if count:
@@ -126,6 +128,7 @@ class Active(NamedTuple):
             fall=fall,
             fades=fades,
             decayed=_fold(decayed, torch.all, all),
+            rise=_fold(rises, torch.amin, min),
         )
 
     def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

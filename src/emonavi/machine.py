@@ -28,6 +28,7 @@ class Options(NamedTuple):
     fall: float  # within the noise the rule's lr falls no faster than age to the minus this
     fades: bool  # the rule's step has the same size whatever the gradient's
     decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
+    rise: Number  # of the log of every group's lr above its peak before this step, at least: a warm-up
 
 
 class Weights(NamedTuple):
