@@ -64,7 +64,8 @@ def _lynx_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tens
 def _clan_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:
     adam = _navi_scalars(betas, rates, k, trust)
     del adam["square_trust"]  # of v4, which has no such rule
-    return adam | {"bias": torch.full_like(rates, 1 - betas[0] ** k)}
+    bias, last_bias = (torch.full_like(rates, 1 - betas[0] ** steps) for steps in (k, k - 1))
+    return adam | {"bias": bias, "last_bias": last_bias}
 
 
 def _neco_scalars(betas: tuple[float, float], rates: Tensor, k: int, trust: Tensor) -> dict[str, Any]:

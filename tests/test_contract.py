@@ -28,6 +28,7 @@ from cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import emonavi
 from emonavi.emotion import State
 
 ADAPTIVE = configured(lambda c: c.adaptive)
@@ -946,6 +947,56 @@ def test_the_first_group_may_be_edited(case, foreach, edit):
     fresh = case.make([{"params": g["params"]} for g in optimizer.param_groups], foreach=foreach)
     fresh.load_state_dict(optimizer.state_dict())
     assert torch.equal(vector(fresh), vector(optimizer))
+
+
+def test_decoupled_decay_of_a_run_that_begins_at_lr_zero():
+    """The first lr above 0 stands for the one that is meant, and in its own step already."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = emonavi.EmoLynx([weight], lr=0.0, weight_decay=0.1, decoupled_weight_decay=True, use_trust=False)
+    group = optimizer.param_groups[0]
+    for lr in (1e-3, 2e-3):
+        group["lr"] = lr
+        assert optimizer._decay_rate(group) * lr == pytest.approx(0.1)
+        weight.grad = torch.ones(3)
+        optimizer.step()
+
+
+@siblings
+def test_a_group_that_comes_back_is_as_it_was(case):
+    """Taken out and given to ``add_param_group`` again, as where layers are frozen for a while."""
+    params = weights()
+    optimizer = case.make([{"params": params[:2]}, {"params": params[2:], "min_lr": 1e-5, "max_lr": 1e-3}])
+    train(optimizer, params, 3)
+    group = optimizer.param_groups.pop()
+    before = {k: v for k, v in group.items() if k != "params"}
+    optimizer.add_param_group(group)
+    after = optimizer.param_groups[-1]
+    assert {k: after[k] for k in before} == before
+    assert (after["lr_floor"], after["lr_ceiling"]) == (1e-5, 1e-3)
+    assert "min_lr" not in after
+    group = optimizer.param_groups.pop()
+    optimizer.add_param_group(group | {"max_lr": 1e-2})  # what is said there counts
+    assert optimizer.param_groups[-1]["lr_ceiling"] == 1e-2
+
+
+@siblings
+@pytest.mark.parametrize("emotion", ["adaptive", "published"])
+def test_a_default_device_is_not_asked(case, emotion):
+    """As while a large model is built on the meta device."""
+    params = weights()
+    generations = emonavi.create(case.name, weights())._generations
+    kwargs = {} if emotion == "adaptive" or not generations else {"emotion": generations[-1]}
+    optimizer = case.make(params, **kwargs)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step(loss=1.0)
+        optimizer.step(loss=0.5)
+        assert vector(optimizer).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.emotion.steps == 2
 
 
 @siblings

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -191,6 +192,16 @@ def without_a_collective_at_lr_0(rank):
     return outcome(model, optimizer)
 
 
+def own_group_and_a_copy(rank):
+    group = dist.new_group([0, 1])
+    optimizer = EmoNavi(net().parameters(), lr=1e-2, process_group=group)
+    copied = copy.deepcopy(optimizer)
+    try:
+        pickle.dumps(optimizer)
+    except TypeError as error:
+        return {"same": copied._process_group is group, "said": str(error)}
+
+
 def a_copy_keeps_to_itself(rank):
     """What was told never to talk to others does not begin to when it is copied."""
     model = net()
@@ -225,7 +236,7 @@ CASES = {f"each its own loss, {n}": (each_its_own_loss, cls) for n, cls in SIBLI
     for f in (
         preset, with_a_shadow, one_is_nan, one_is_always_nan, all_are_nan_once, one_has_none, nobody_has_one,
         one_spikes, one_gradient_is_nan, never, own_group, other_number_of_parts, as_one_process,
-        a_copy_keeps_to_itself, without_a_collective_at_lr_0,
+        a_copy_keeps_to_itself, own_group_and_a_copy, without_a_collective_at_lr_0,
     )
 }  # fmt: skip
 
@@ -243,7 +254,7 @@ def identical(one, two):
     assert all(torch.equal(a, b) for a, b in zip(one["tensors"], two["tensors"], strict=True))
 
 
-SAME = [name for name in CASES if name not in ("never", "a_copy_keeps_to_itself")]
+SAME = [name for name in CASES if name not in ("never", "a_copy_keeps_to_itself", "own_group_and_a_copy")]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -296,6 +307,13 @@ def test_no_rank_has_a_loss(ranks):
         assert math.isnan(found["loss"])
         assert (found["scalar"], found["ignored"], found["steps"]) == (0.0, 0, 30)
         assert len(found["warnings"]) == 1
+
+
+def test_a_copy_asks_the_same_group_and_a_pickle_cannot(ranks):
+    """Both would else ask all the world: another run, or a wait without an end."""
+    for found in ranks("own_group_and_a_copy"):
+        assert found["same"]
+        assert "construct the optimizer anew with its process_group" in found["said"]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_by_both(ranks):

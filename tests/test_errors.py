@@ -132,6 +132,8 @@ def test_add_param_group(case, bad, kind, words):
     optimizer = case.make(params)
     train(optimizer, params, 3)
     before = contents(optimizer)
+    with pytest.raises(TypeError, match=r"a parameter group is a dict, .*: got a list"):
+        optimizer.add_param_group([torch.nn.Parameter(torch.ones(3))])
     group = {"params": [torch.nn.Parameter(torch.ones(3))]} | bad
     if group["params"] == "same":
         group["params"] = params[:1]
@@ -235,6 +237,19 @@ def test_checkpoint_of_another_shape(case, state_dtype, shape):
     with pytest.raises(ValueError, match=r"of a model of other shapes: exp_avg.* of parameter 0 is .*, here "):
         optimizer.load_state_dict(other.state_dict())
     assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+@pytest.mark.parametrize("given", [{}, {"state": {}}, {"model": 1, "optimizer": 2}, {"state": {}, "param_groups": []}])
+def test_what_is_no_state_dict(case, given):
+    """Such as a whole checkpoint, in which it lies under another name."""
+    params = weights()
+    held = ", ".join(given) or "nothing"
+    for optimizer in (case.make(params), emonavi.Emotional(torch.optim.SGD(params, lr=0.1))):
+        before = contents(optimizer)
+        with pytest.raises(ValueError, match=f"no state dict of an optimizer, it holds {held}:"):
+            optimizer.load_state_dict(given)
+        assert differences(before, contents(optimizer)) == []
 
 
 @siblings

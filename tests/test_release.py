@@ -323,3 +323,16 @@ def test_another_models_backward_before_the_step_is_not_heard():
     loss.backward()
     optimizer.step()
     assert optimizer.emotion.loss == pytest.approx(loss.item())
+
+
+@siblings
+def test_steps_that_are_all_skipped_are_warned_of(case):
+    model, optimizer = made(case, capture=True)
+    model[2].weight.register_hook(lambda g: g * math.nan)
+    emonavi.gradient_release(optimizer)
+    with pytest.warns(UserWarning, match="skipped 20 steps in a row") as caught:
+        for t in range(30):
+            loss_of(model, t).backward()
+            optimizer.step()
+    assert len(caught) == 1
+    assert optimizer.emotion.skipped_steps == 30

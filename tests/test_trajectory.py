@@ -101,6 +101,8 @@ def test_nothing_to_follow():
         Trajectory(torch.optim.SGD([frozen], lr=0.1))
     with pytest.raises(ValueError, match="coordinates is 1: two at least"):
         Trajectory(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), coordinates=1)
+    with pytest.raises(ValueError, match="all that this optimizer trains is one number"):
+        Trajectory(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
 
 
 # The plane -----------------------------------------------------------------------------------------------------------

@@ -921,6 +921,21 @@ def test_steps_stay_on_the_host():
     assert {other.state[p]["exp_avg"].device.type for p in ghosts} == {"meta"}
 
 
+def test_a_group_that_comes_back_is_as_it_was():
+    """The end of a schedule, too, is still its end."""
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.Emotional(torch.optim.SGD(params[:1], lr=1e-2))
+    optimizer.add_param_group({"params": params[1:2], "lr": 1e-2, "min_lr": 1e-5, "max_lr": 1e-3})
+    train(optimizer, params[:2], 3)
+    optimizer.param_groups[1]["lr"] = 1e-4
+    group = optimizer.param_groups.pop()
+    optimizer.add_param_group(group)
+    after = optimizer.param_groups[-1]
+    assert (after["lr_floor"], after["lr_ceiling"], after["lr_peak"], after["lr_start"]) == (1e-5, 1e-3, 1e-2, 1e-2)
+    with pytest.raises(TypeError, match=r"a parameter group is a dict, .*: got a list"):
+        optimizer.add_param_group([params[2]])
+
+
 def test_a_group_has_bounds_of_its_own():
     params = weights(shapes=SHAPES)
     optimizer = emonavi.Emotional(torch.optim.SGD(params[:1], lr=1e-2), min_lr=1e-5)

@@ -20,7 +20,7 @@ from emonavi.sweep import Bucket, to_home
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
-__all__ = ["Active", "Found", "Roster", "bounded", "per_tensor"]
+__all__ = ["Active", "Found", "Roster", "bounded", "highest", "per_tensor"]
 
 
 class Found(NamedTuple):
@@ -102,28 +102,28 @@ class Active(NamedTuple):
         """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
-        lowest, highest, decayed, rises = [], [], [], []
+        lows, walls, decayed, rises = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
             lr, before = group["lr"], group["lr_peak"]
-            group["lr_peak"] = _highest(lr, before)
+            group["lr_peak"] = highest(lr, before)
             rise = like(kind, lr) / where(like(kind, before) > 0, like(kind, before), math.inf)
             rises.append(log(clamp(rise, 1.0)))
             # Not half: a cosine is there in its middle, and its last bit would decide.
             decayed.append(like(kind, lr) < 0.4999 * like(kind, group["lr_peak"]))
             if count:
                 # From the highest lr, not today's: a warm-up or a dip must not move the drive.
-                top = like(kind, _highest(group["lr_peak"], group["lr_start"]))
+                top = like(kind, highest(group["lr_peak"], group["lr_start"]))
                 low, wall = group["lr_floor"], group["lr_ceiling"]
                 low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
                 some = where(top > 0, top, 1.0)
-                lowest.append(where(top > 0, clamp(low, high=top) / some, 1.0))
-                highest.append(where(top > 0, wall / some, 0.0))
+                lows.append(where(top > 0, clamp(low, high=top) / some, 1.0))
+                walls.append(where(top > 0, wall / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=_fold(lowest, torch.amin, min),
-            highest_drive=_fold(highest, torch.amax, max),
+            lowest_drive=_fold(lows, torch.amin, min),
+            highest_drive=_fold(walls, torch.amax, max),
             hold=hold[bool(groups[0]["use_shadow"])],
             fall=fall,
             fades=fades,
@@ -158,6 +158,14 @@ class Active(NamedTuple):
         lists |= {name: [states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
+    def lean(self, mood: Mood, predicated: bool) -> None:
+        """Move the tensors that have a shadow to it, and the shadows to them, as the mood says."""
+        for places in self.buckets(lambda p: (), alone=lambda p: False).values():
+            kept = [i for i in places if "shadow" in self.roster.states[i]]
+            if kept:
+                bucket = self.bucket(kept, (), cut=True, foreach=True, predicated=predicated)
+                bucket.lean([self.roster.states[i]["shadow"] for i in kept], mood.pull, mood.follow)
+
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.
 
@@ -181,10 +189,11 @@ class Active(NamedTuple):
             torch._foreach_copy_([s[name] for s in self.roster.states], list(column.to(torch.float32).unbind()))
 
 
-def _highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+def highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    """The higher lr of two, on a device where one of them is."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return max(a, b)
-    device = a.device if isinstance(a, Tensor) else torch.as_tensor(b).device
+    device = (a if isinstance(a, Tensor) else b).device  # type: ignore[union-attr]
     return torch.maximum(torch.as_tensor(a, device=device), torch.as_tensor(b, device=device))
 
 

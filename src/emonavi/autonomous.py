@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from emonavi.bearer import Bearer
 from emonavi.checks import DENSE_FLOATS
+from emonavi.distributed import default_group
 from emonavi.emotion import Emotion
 from emonavi.sweep import wide
 
@@ -130,7 +131,7 @@ class Merger:
 
     def merge(self) -> None:
         """Merge now, all workers at once: at the end, or to join. Raises as :meth:`step` does."""
-        everyone = torch.distributed.group.WORLD if torch.distributed.is_available() else None
+        everyone = default_group()
         if everyone is None:
             raise RuntimeError(
                 "merge() needs torch.distributed: run under torchrun and call init_process_group() first, or carry "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks
@@ -50,6 +51,22 @@ class Streak:
             warnings.warn(self.message.format(name=name, n=IN_A_ROW), stacklevel=callers_level())
 
 
+class _Shared:
+    """A process group on its way into a copy, which asks the same one; it cannot leave the process."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Shared:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a process group cannot be pickled, and without it this would be another run: construct the optimizer anew "
+            "with its process_group, and load_state_dict() there"
+        )
+
+
 class Bearer(torch.optim.Optimizer):
     """Base of the siblings and of the wrapper: all of an optimizer with an emotion but its step."""
 
@@ -58,8 +75,8 @@ class Bearer(torch.optim.Optimizer):
         self._emotion = machine
         self._capture = capture
         self._missing = Missing(on_missing_loss)
-        self._process_group = process_group
-        self._ranks = Ranks()  # who is asked in a step, found out
+        self._process_group = process_group.group if isinstance(process_group, _Shared) else process_group
+        self._ranks: Ranks | None = None  # who is asked in a step; None: not found out yet
         self._world: Any = None  # under this default group
         self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
         self._is_calm = False
@@ -80,8 +97,9 @@ class Bearer(torch.optim.Optimizer):
 
     def _settings(self) -> tuple[Machine, bool, str, Any]:
         """What a copy is set up with."""
-        group = None if self._process_group is None else "auto"  # a process group cannot be copied
-        return self._emotion, self._capture, self._missing.action, group
+        group = self._process_group
+        shared = group if group in (None, "auto") else _Shared(group)
+        return self._emotion, self._capture, self._missing.action, shared
 
     def __repr__(self) -> str:
         """As in ``torch.optim``, without forty numbers of the emotion's state: :attr:`emotion` tells them by name."""
@@ -216,6 +234,51 @@ class Bearer(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.flush()
 
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
+        """Perform one optimization step.
+
+        Args:
+            closure: re-evaluates the model, under ``enable_grad``, and may return the loss.
+            loss: the loss of this step, where it is at hand: a number or a tensor of one element. Without it the
+                loss is the one observed, or captured at backward. A step without any loss is legal.
+
+        Returns:
+            The loss that counted, or what the closure returned, or None.
+
+        Raises:
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is no
+                finite number, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
+            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
+                inside :meth:`calm`. Nothing has changed then.
+        """
+        self._refuse_inside_calm("step()")
+        self._prepare()
+        heard, returned = self._intake.take(loss, closure)
+        if not self._end_release(heard):
+            found = self._found()
+            if self._moves(found):
+                self._move(found, heard)
+            elif found.params:
+                self._stay(found)
+        return returned
+
+    def _prepare(self) -> None:
+        """What is to be in order before a closure runs."""
+
+    def _end_release(self, heard: Loss | None) -> bool:
+        """End a step that backward has made. Returns whether it was one."""
+        return False
+
+    def _move(self, found: Found, heard: Loss | None) -> None:
+        """The step of parameters that have a gradient."""
+        raise NotImplementedError
+
+    def _stay(self, found: Found) -> None:
+        """The step of parameters that have a gradient, at an lr of 0."""
+        raise NotImplementedError
+
     # What steps share -------------------------------------------------------------------------------------------
 
     def _found(self) -> Found:
@@ -321,7 +384,7 @@ class Bearer(torch.optim.Optimizer):
     def _peers(self) -> Ranks:
         """Who is asked in a step; found out once, since a process group may have to be made."""
         world = default_group()
-        if self._ranks == Ranks() or world is not self._world:
+        if self._ranks is None or world is not self._world:
             self._ranks, self._world = Ranks.of(self._params(), self._process_group), world
         return self._ranks
 

@@ -47,6 +47,9 @@ def load_exactly(
     loaded: dict[str, Any] = {}
 
     def look(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+        if not final.get("param_groups") or "state" not in final:
+            held = ", ".join(map(str, final)) or "nothing"
+            raise ValueError(f"this is no state dict of an optimizer, it holds {held}: pass what state_dict() returned")
         # Hooks registered by others may have replaced the dict: this one runs last and sees what is loaded.
         loaded.update(fitting(final))
         return loaded
@@ -73,7 +76,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     """
     params = list(optimizer._params())
     layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
-    if "emotion" not in (state_dict.get("param_groups") or [{}])[0]:
+    if "emotion" not in state_dict["param_groups"][0]:
         state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict
     same_emotion(state_dict, optimizer._emotion)
     _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
@@ -129,8 +132,7 @@ def _taken_over(
 
 def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
     """A checkpoint that was made with this emotion."""
-    groups = state_dict.get("param_groups") or [{}]
-    vector = groups[0].get("emotion")
+    vector = state_dict["param_groups"][0].get("emotion")
     if not isinstance(vector, Tensor):
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
         raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")

@@ -23,6 +23,7 @@ __all__ = [
     "frozen",
     "gradients",
     "group",
+    "mapping",
     "memory",
     "options",
     "parameters",
@@ -122,6 +123,12 @@ def group(merged: dict[str, Any]) -> None:
             )
     if merged["fused"] and merged["foreach"]:
         raise ValueError("fused=True and foreach=True exclude each other: leave one at None")
+
+
+def mapping(param_group: Any) -> None:
+    """A group is a dict, as torch has it."""
+    if not isinstance(param_group, dict):
+        raise TypeError(f'a parameter group is a dict, {{"params": [...]}}: got a {type(param_group).__name__}')
 
 
 def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:

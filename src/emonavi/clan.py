@@ -78,7 +78,7 @@ class EmoClan(EmoOptimizer):
         self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
     ) -> dict[str, Any]:
         own = adam_scalars(group, steps, step_size, self._emotion.corrects_bias)
-        return own | ({"bias": 1 - group["betas"][0] ** steps} if self._emotion.reflects else {})
+        return own | (biases(group, steps) if self._emotion.reflects else {})
 
     def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
         if self._emotion.reflects:
@@ -88,12 +88,18 @@ class EmoClan(EmoOptimizer):
         return {"navi": number(size <= 0.3), "fact": number(fact), "lynx": number(lynx)}
 
 
+def biases(group: dict[str, Any], steps: Tensor) -> dict[str, Any]:
+    """What the first memory lacks of a mean, at this step and at the one before."""
+    beta1 = group["betas"][0]
+    return {"bias": 1 - beta1**steps, "last_bias": 1 - beta1 ** (steps - 1)}
+
+
 def rising(scalar: Number) -> Number:
     """How far the loss rises beyond its noise: 0 for a scalar of 0 or less, 1 from 0.5 on."""
     return clamp(2 * scalar, 0.0, 1.0)
 
 
-def signed_step(step: Tensor, exp_avg: Tensor, signed: Number, bias: Tensor | float = 1.0) -> Tensor:
+def signed_step(step: Tensor, exp_avg: Tensor, signed: Number, bias: Tensor) -> Tensor:
     """The step, moved by the share ``signed`` to one of the memory's sign; itself where there is nothing to move."""
     if not isinstance(signed, Tensor) and not signed:
         return step
@@ -111,6 +117,7 @@ def emoclan(
     root: Tensor,
     last_root: Tensor,
     bias: Tensor,
+    last_bias: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -130,6 +137,7 @@ def emoclan(
         root: ``sqrt(1 - beta2^k)``, shaped like ``step_size``.
         last_root: the same for the step before, 1 where there was none.
         bias: ``1 - beta1^k``, shaped like ``step_size``.
+        last_bias: the same for the step before.
         beta1: decay rate of the first memory.
         beta2: decay rate of the second memory.
         eps: added to the denominator.
@@ -143,7 +151,7 @@ def emoclan(
     reflected = None
     if reflect:
         denom = exp_avg_sq.sqrt().div_(last_root).add_(eps)
-        step = signed_step(exp_avg / denom, exp_avg, last_signed)
+        step = signed_step(exp_avg / denom, exp_avg, last_signed, last_bias)
         reflected = dot(grad, step), dot(grad, grad / denom), dot(step, step * denom)
 
     exp_avg.lerp_(grad, 1 - beta1)

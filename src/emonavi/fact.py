@@ -120,8 +120,12 @@ class EmoFact(EmoOptimizer):
 
 def sample_stride(count: int) -> int:
     """Distance of the sampled ones of ``count`` elements. An odd one does not run down a column of a width like 512."""
-    stride = max(1, -(-count // SAMPLE))
-    return stride + (stride > 1 and stride % 2 == 0)
+    return max(1, -(-count // SAMPLE)) | 1
+
+
+def sample_size(count: int) -> int:
+    """How many of ``count`` elements are sampled."""
+    return -(-count // sample_stride(count))
 
 
 def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
@@ -134,7 +138,7 @@ def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
         if name == "exp_avg_col":
             return placed(here.new_zeros((1, *here.shape[1:])), param, dims)
         if name == "exp_avg_sample":
-            return here.new_zeros(-(-param.numel() // sample_stride(param.numel())))
+            return here.new_zeros(sample_size(param.numel()))
         return torch.zeros_like(wide(param))
 
     return {name: made(name) for name in layout}
@@ -160,7 +164,7 @@ class Whole(NamedTuple):
     def of_part(cls, param: Tensor, grad: Tensor, sampled: bool) -> Whole:
         """The share of this part, to be added to that of the others."""
         square, numel = grad * grad, param.numel()
-        sample = grad.new_zeros(-(-numel // sample_stride(numel)) if sampled else 0)
+        sample = grad.new_zeros(sample_size(numel) if sampled else 0)
         places, at = _sampled_here(param.shape, start(param), grad.shape, grad.device)
         if sampled:
             sample[places] = grad.flatten()[at]

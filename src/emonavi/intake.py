@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi.scalars import widest
+
 __all__ = ["Intake", "Loss", "Mark", "Missing", "callers_level", "listening", "observe", "unwrapped"]
 
 UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
@@ -192,8 +194,7 @@ def _mean_of_finite(losses: Sequence[Tensor | float]) -> Tensor | float:
     if len(losses) == 1:
         return losses[0]
     device = next((loss.device for loss in losses if isinstance(loss, Tensor)), torch.device("cpu"))
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    stacked = torch.stack([torch.as_tensor(loss, device=device).to(dtype) for loss in losses])
+    stacked = torch.stack([torch.as_tensor(loss, device=device).to(widest(device)) for loss in losses])
     return stacked.where(stacked.isfinite(), torch.nan).nanmean()
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emonavi.active import highest
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
@@ -104,7 +105,8 @@ class EmoLynx(EmoOptimizer):
         if not group["decoupled_weight_decay"] or not rate:
             return rate
         start = group["lr_start"]
-        lr = where(start > 0, start, like(start, group["lr_peak"]))  # one that begins at lr 0 has its first lr later
+        # Of a group that begins at lr 0, the highest so far is all that is known of the lr that is meant.
+        lr = where(start > 0, start, like(start, highest(group["lr"], group["lr_peak"])))
         decoupled: float = where(lr > 0, rate / where(lr > 0, lr, like(lr, 1.0)), like(lr, 0.0))
         return decoupled
 

@@ -7,12 +7,11 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks, kernels, lowbit
@@ -187,39 +186,14 @@ class EmoOptimizer(Bearer):
 
     # The step ---------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
-        """Perform one optimization step.
+    def _end_release(self, heard: Loss | None) -> bool:
+        return self._release is not None and self._release.close(heard)
 
-        Args:
-            closure: re-evaluates the model, under ``enable_grad``, and may return the loss.
-            loss: the loss of this step, where it is at hand: a number or a tensor of one element. Without it the
-                loss is the one observed, or captured at backward. A step without any loss is legal.
-
-        Returns:
-            The loss that counted, or what the closure returned, or None.
-
-        Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is no
-                finite number, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
-            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
-                inside :meth:`calm`. Nothing has changed then.
-        """
-        self._refuse_inside_calm("step()")
-        heard, returned = self._intake.take(loss, closure)
-        if self._release is not None and self._release.close(heard):
-            return returned
-        found = self._found()
-        if self._moves(found):
-            self._move(found, heard)
-            return returned
-        # Made without a move, too: distributed checkpoints make state by a step at lr 0.
+    def _stay(self, found: Found) -> None:
+        """Make state without a move, too: distributed checkpoints make it by a step at lr 0."""
         for p in found.params:
             self._make_state(p)
-        if found.params:
-            self._intake.clear()
-        return returned
+        self._intake.clear()
 
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
@@ -236,8 +210,7 @@ class EmoOptimizer(Bearer):
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if self._emotion.reflects and options.use_trust:
-            grad_step, grad_grad, step_step = ranks.whole(torch.stack(sums[:3]), active.roster.whole).unbind()
-            sums = Sums(grad_step, grad_grad, step_step, sums.weight)
+            sums = Sums._make([*ranks.whole(torch.stack(sums[:3]), active.roster.whole), sums.weight])
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state)
@@ -247,26 +220,28 @@ class EmoOptimizer(Bearer):
         self, found: Found, heard: Loss | None, predicated: bool
     ) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
         """Who moves, in which buckets, with the loss and the norm that all ranks agree on. Raises before a move."""
-        vector, ranks = self._vector(), self._peers()
-        plan = self._plan
-        if plan is not None and plan.fits(found, self.state, self.param_groups):
-            moved, grads, buckets = found, found.grads, plan.filled(found.grads)
-            norms = plan.norms(buckets)
-        else:
-            plan = self._plan = None
-            self._check_fit(found.params)
-            moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
-            grads = [local_grad(p) for p in moved.params]
-            fused = any(wanted(group, vector.device) for group in self.param_groups)
-            norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
+        vector, ranks, name = self._vector(), self._peers(), type(self).__name__
+        if self._plan is not None and self._plan.fits(found, self.state, self.param_groups):
+            buckets = self._plan.filled(found.grads)
+            heard, norm = agreed(heard, self._plan.norms(buckets), found.params, ranks)
+            self._missing.note(heard, name)
+            return self._active(self._plan.roster, found.grads), buckets, heard, norm
+        self._plan = None
+        self._check_fit(found.params)
+        moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
+        grads = [local_grad(p) for p in moved.params]
+        fused = any(wanted(group, vector.device) for group in self.param_groups)
+        norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
         heard, norm = agreed(heard, norms, moved.params, ranks)
-        self._missing.note(heard, type(self).__name__)
-        roster = self._roster(found.params, moved, fused and not predicated) if plan is None else plan.roster
-        active = Active.of(roster, grads, self.param_groups, self._decay_rate, vector)
-        if plan is None:
-            buckets = self._buckets(active, predicated)
-            self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
+        self._missing.note(heard, name)
+        roster = self._roster(found.params, moved, fused and not predicated)
+        active = self._active(roster, grads)
+        buckets = self._buckets(active, predicated)
+        self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
         return active, buckets, heard, norm
+
+    def _active(self, roster: Roster, grads: list[Tensor]) -> Active:
+        return Active.of(roster, grads, self.param_groups, self._decay_rate, self._vector())
 
     def _opening(self, active: Active, ranks: Ranks, predicated: bool) -> tuple[Any, Options]:
         """The emotion's state as a step begins with it, and what it has to know of the options."""
@@ -327,15 +302,17 @@ class EmoOptimizer(Bearer):
     ) -> Sums:
         """Move every tensor, bucket by bucket, and gather what reflection needs."""
         own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
+        # The first step of a tensor has none before it to be compared with.
+        weight = torch.where(active.steps > 1, own_lr, 0.0)
+        predicated = self._is_predicated(weight.device)
+        if options.use_shadow:
+            active.lean(mood, predicated)
+        if not predicated and not acts:
+            return gather((), weight)
         reflect = self._emotion.reflects and options.use_trust
         parts: list[tuple[list[int], Reflected]] = []
-        skip = not any(bucket.predicated for *_, bucket in buckets) and not bool(acts)
-        wholes = {} if skip else self._wholes(active, mood.grad_scale)
+        wholes = self._wholes(active, mood.grad_scale)
         for group, layout, rule, bucket in buckets:
-            if options.use_shadow:
-                bucket.lean([active.roster.states[i]["shadow"] for i in bucket.places], mood.pull, mood.follow)
-            if not bucket.predicated and not bool(acts):
-                continue
             at = integers(tuple(bucket.places), active.lr.device)
             scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if group["weight_decay"] else None, "reflect": reflect}
@@ -348,8 +325,7 @@ class EmoOptimizer(Bearer):
             reflected = bucket.move(rule, scalars, scale, acts, seeds)
             if reflected is not None:
                 parts.append((bucket.places, reflected))
-        # The first step of a tensor has none before it to be compared with.
-        return gather(parts, torch.where(active.steps > 1, own_lr, 0.0))
+        return gather(parts, weight)
 
     # Groups and checkpoints -------------------------------------------------------------------------------------
 
@@ -363,6 +339,10 @@ class EmoOptimizer(Bearer):
             ValueError: an option is out of range, or is one for all groups; or the rule cannot move a parameter.
             RuntimeError: ``fused=True``, and there is no kernel. Nothing has changed then.
         """
+        checks.mapping(param_group)
+        for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
+            if ours in param_group:  # it was taken out, and comes back
+                param_group.setdefault(name, param_group[ours])
         param_group.update(spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
         for name in checks.SHARED:
             if param_group.get(name, 0) is None:
@@ -370,7 +350,7 @@ class EmoOptimizer(Bearer):
         checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._ranks = Ranks()
+        self._ranks = None
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -417,8 +397,9 @@ class EmoOptimizer(Bearer):
         warning says so.
 
         Raises:
-            ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes; nothing has
-                changed then.
+            ValueError: the checkpoint is of another emotion, of an optimizer with other memories or other options, or
+                of a model of other shapes; nothing has changed then. A sibling with the same memories and options goes
+                on with them.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))

@@ -102,13 +102,11 @@ def _said(way: Way, points: Tensor) -> str:
 
 @page.any_script()
 def _write_png(path: Path, ways: list[Way], planes: list[Tensor]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, len(ways))
     rows = math.ceil(len(ways) / columns)
     sheet = Figure(figsize=(3.1 * columns + 0.4, 3.1 * rows + 0.8), dpi=90, layout="constrained")
-    FigureCanvasAgg(sheet)
     axes = list(sheet.subplots(rows, columns, squeeze=False).flat)
     for axis, way, points in zip(axes, ways, planes, strict=False):
         _draw(axis, way, points)

@@ -168,7 +168,6 @@ def draw(folder: Path, out: Path) -> tuple[Path, Path, int]:
 
 @page.any_script()
 def _write_png(path: Path, scene: Scene) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -177,7 +176,6 @@ def _write_png(path: Path, scene: Scene) -> None:
 
     rows = math.ceil(len(scene.panels) / 2)
     figure = Figure(figsize=(12, 3 * rows + 0.06 * len(scene.runs) + 0.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = list(figure.subplots(rows, 2, sharex=True, squeeze=False).flat)
     for axis, (panel, lines) in zip(axes, scene.panels, strict=False):
         low, high, log = panel.span([line.curve for line in lines])

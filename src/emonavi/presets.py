@@ -99,7 +99,7 @@ class Preset:
         """One vector from named tensors."""
         entries = state[:-1]
         plain = not isinstance(state.code, Tensor)
-        first = torch.tensor(entries, dtype=torch.float64) if plain else torch.stack(entries)
+        first = torch.tensor(entries, dtype=torch.float64, device="cpu") if plain else torch.stack(entries)
         return torch.cat([first, state.history])
 
     def begin(self, state: PresetState, weights: Weights, lr: Tensor, options: Options) -> PresetState:

@@ -137,9 +137,9 @@ class Release:
         optimizer._intake.freed += 1
 
     def _active(self, found: Found) -> Active:
-        optimizer, vector = self._optimizer, self._optimizer._vector()
+        optimizer = self._optimizer
         roster = Roster.of(found, optimizer.state, len(optimizer.param_groups), fused=False)
-        return Active.of(roster, found.grads, optimizer.param_groups, optimizer._decay_rate, vector)
+        return optimizer._active(roster, found.grads)
 
     def close(self, heard: Loss | None) -> bool:
         """End the step that backward began. Returns whether it was one."""
@@ -162,15 +162,14 @@ class Release:
         state, acts, _ = emotion.guard(state, norm, begun.options)
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
-            for places in active.buckets(optimizer._layout, optimizer._needs_whole).values():
-                bucket = active.bucket(places, (), cut=True, foreach=True, predicated=begun.predicated)
-                bucket.lean([active.roster.states[i]["shadow"] for i in places], mood.pull, 0.0)
+            active.lean(mood._replace(follow=0.0), begun.predicated)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
         stepped = torch.stack([torch.as_tensor(m.acts, device=m.norm.device) for m in moved.values()])
         active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         optimizer._end(vector, state)
+        optimizer._note_skipped(acts)
         return True
 
 

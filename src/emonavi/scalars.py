@@ -47,13 +47,14 @@ def where(flag: Number, yes: Number, no: Number) -> Number:
     return yes if flag else no
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of sums and of the emotion on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def number(flag: Number) -> Number:
     """1 for True and 0 for False."""
-    return (
-        flag.to(torch.float64 if flag.device.type != "mps" else torch.float32)
-        if isinstance(flag, Tensor)
-        else float(flag)
-    )
+    return flag.to(widest(flag.device)) if isinstance(flag, Tensor) else float(flag)
 
 
 def negate(flag: Number) -> Number:

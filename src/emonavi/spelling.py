@@ -11,11 +11,9 @@ __all__ = ["FLAGS", "NUMBERS", "plain", "spelled", "truth", "word"]
 
 NUMBERS = ("lr", "eps", "weight_decay", "max_norm", "min_lr", "max_lr")
 # Whether None is a choice, too: that of the emotion, or of the version.
-FLAGS = {
-    **{"use_shadow": True, "use_trust": True, "foreach": True, "fused": True},
-    **{"maximize": False, "capturable": False, "decoupled_weight_decay": False},
-    "stochastic_rounding": False,
-}
+FLAGS = dict.fromkeys(("use_shadow", "use_trust", "foreach", "fused"), True) | dict.fromkeys(
+    ("maximize", "capturable", "decoupled_weight_decay", "stochastic_rounding"), False
+)
 WORDS = {"true": True, "1": True, "false": False, "0": False}
 # How a command line, or torch, may call the ways to store state.
 STATE_DTYPES: dict[Any, str | None] = {

@@ -17,7 +17,7 @@ from emonavi import lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
-from emonavi.scalars import Number, like
+from emonavi.scalars import Number, like, widest
 
 __all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide", "widest"]
 
@@ -104,11 +104,6 @@ class Bucket(NamedTuple):
 
     def _pieces(self, lists: dict[str, list[Tensor]], cut: bool) -> Any:
         return pieces(lists, cut=cut and self.foreach, stack=self.foreach)
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype of sums and of the emotion on a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide(tensor: Tensor) -> Tensor:

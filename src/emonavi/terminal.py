@@ -79,7 +79,6 @@ class Line:
         self._console = console
         self._live: Live | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._begin()
 
     def _begin(self) -> None:
         self._shown = -math.inf

@@ -30,7 +30,7 @@ class Trajectory:
             most 256 records are a megabyte at most.
 
     Raises:
-        ValueError: nothing is trained, or fewer than two coordinates are asked for.
+        ValueError: fewer than two numbers are trained, or fewer than two coordinates are asked for.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, coordinates: int = 1000) -> None:
@@ -42,10 +42,12 @@ class Trajectory:
         if not self._params:
             raise ValueError("nothing in this optimizer requires a gradient: there is no way to follow")
         total = sum(p.numel() for p in self._params)
+        if total < 2:
+            raise ValueError("all that this optimizer trains is one number: two at least are needed for a plane")
         generator = torch.Generator().manual_seed(0)
         # With replacement: a permutation of a billion weights would take longer than the run.
-        drawn = torch.randint(total, (coordinates,), generator=generator).sort().values
-        chosen = torch.arange(total) if total <= coordinates else drawn
+        drawn = torch.randint(total, (coordinates,), generator=generator, device="cpu").sort().values
+        chosen = torch.arange(total, device="cpu") if total <= coordinates else drawn
         self._places: list[Tensor] = []
         first = 0
         for p in self._params:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
@@ -29,7 +28,7 @@ from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.scalars import Number, exp
 from emonavi.spelling import spelled
-from emonavi.sweep import all_norms, wide
+from emonavi.sweep import all_norms, gather, wide
 
 __all__ = ["Emotional"]
 
@@ -109,7 +108,7 @@ class Emotional(Bearer):
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
             _dress(optimizer, group, felt)
-        self._own = self._options()
+        self._own = felt
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
@@ -130,33 +129,6 @@ class Emotional(Bearer):
 
     # The step ---------------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
-        """Perform one step of the wrapped optimizer. On a device it waits twice: for a norm and for reflection.
-
-        Args:
-            closure: re-evaluates the model, once and before the wrapped optimizer steps, and may return the loss.
-            loss: the loss of this step; see :meth:`EmoOptimizer.step`.
-
-        Returns:
-            The loss that counted, or what the closure returned, or None.
-
-        Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, or an lr is
-                no finite number. Nothing has changed then.
-            RuntimeError: a gradient is sparse, or the optimizer is inside :meth:`calm`. Nothing has changed then.
-        """
-        self._refuse_inside_calm("step()")
-        self._dress_new()
-        heard, returned = self._intake.take(loss, closure)
-        found = self._found()
-        if self._moves(found):
-            self._move(found, heard)
-        elif found.params:
-            self._step_unfelt(found)
-        return returned
-
     def _move(self, found: Found, heard: Loss | None) -> None:
         """The step of parameters that have a gradient."""
         vector = self._vector()
@@ -164,7 +136,7 @@ class Emotional(Bearer):
         found = found.where([bool(p.numel()) for p in found.params])
         heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
         self._missing.note(heard, type(self).__name__)
-        active = _alike(found, self.param_groups, vector)
+        active = _alike(found, self.state, self.param_groups, vector)
         options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
         before = self._feel(self._emotion.unpack(vector, plain=True), heard, vector)
         state: Any
@@ -173,27 +145,19 @@ class Emotional(Bearer):
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
         if options.use_shadow:
-            self._lean(active, mood)
-        sums = _nothing(active.lr)
+            active.lean(mood, predicated=False)
+        sums = gather((), active.lr)  # nothing to reflect on
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
         self._end(vector, self._emotion.reflect(state, sums, acts, options))
         self._note_skipped(acts)
 
-    def _step_unfelt(self, found: Found) -> None:
+    def _stay(self, found: Found) -> None:
         """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
         if bool(torch.isfinite(all_norms(found.grads, self._vector())).all()):
             self.inner.step()
             self._make_state(found.params)
         self._intake.clear()
-
-    def _lean(self, active: Active, mood: Mood) -> None:
-        """Move the parameters to their shadows and these to the parameters, as the mood says."""
-        for places in active.buckets(lambda p: (), alone=lambda p: False).values():
-            kept = [i for i in places if "shadow" in self.state.get(active.roster.params[i], {})]
-            if kept:
-                bucket = active.bucket(kept, (), cut=True, foreach=True, predicated=False)
-                bucket.lean([self.state[active.roster.params[i]]["shadow"] for i in kept], mood.pull, mood.follow)
 
     def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
         """Let the wrapped optimizer step, and compare the gradient with its step before."""
@@ -211,7 +175,7 @@ class Emotional(Bearer):
             for p, copy, share in zip(params, copies, (rates / user).nan_to_num().tolist(), strict=False):
                 p.copy_(torch.lerp(copy, p, share))
         self._make_state(params)
-        return state, _nothing(rates) if seen is None else self._reflected(active, *seen, rates)
+        return state, gather((), rates) if seen is None else self._reflected(active, *seen, rates)
 
     @contextmanager
     def _acting(self, active: Active, rates: Tensor, grad_scale: Number) -> Iterator[None]:
@@ -262,19 +226,23 @@ class Emotional(Bearer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer; the emotion continues."""
+        checks.mapping(param_group)
         own = self._options()
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
         group = self.param_groups[-1]
         for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
             given = group.pop(name, None)
-            own[ours] = own[ours] if given is None else given
+            own[ours] = group.get(ours, own[ours]) if given is None else given
         try:
             _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         _dress(self.inner, group, own)
+
+    def _prepare(self) -> None:
+        self._dress_new()
 
     def _dress_new(self) -> None:
         """Take in groups that were given to the wrapped optimizer itself."""
@@ -407,21 +375,18 @@ def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> No
 def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
     """Give a group of a wrapped optimizer what the emotion needs there."""
     lr = group["lr"]
-    group.update(options, lr_start=lr.clone() if isinstance(lr, Tensor) else lr, lr_peak=0.0)
+    group.update(options)
+    group.setdefault("lr_start", lr.clone() if isinstance(lr, Tensor) else lr)
+    group.setdefault("lr_peak", 0.0)
     group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
     group["inner"] = type(optimizer).__name__
 
 
-def _alike(found: Found, groups: list[dict[str, Any]], vector: Tensor) -> Active:
+def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
     own = {name: torch.tensor(value, device=vector.device) for name, value in KEPT.items()}
-    roster = Roster.of(found, dict.fromkeys(found.params, own), len(groups), fused=False)
+    roster = Roster.of(found, {p: states.get(p, {}) | own for p in found.params}, len(groups), fused=False)
     return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
-
-
-def _nothing(rates: Tensor) -> Sums:
-    """The sums of a step that was not reflected on."""
-    return Sums(*rates.new_zeros(4, len(rates)).unbind())
 
 
 def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:

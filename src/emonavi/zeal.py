@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.clan import rising, signed_step
+from emonavi.clan import biases, rising, signed_step
 from emonavi.fact import emofact, fresh_memories
 from emonavi.machine import Mood
 from emonavi.navi import adam_scalars, emonavi
@@ -85,7 +85,7 @@ class EmoZeal(EmoOptimizer):
         if "exp_avg_sq" in layout:
             return own
         if self._emotion.reflects:
-            return own | {"bias": 1 - group["betas"][0] ** steps}
+            return own | biases(group, steps)
         return {"step_size": step_size, "bias": own["root"], "beta1": own["beta1"], "eps": own["eps"]}
 
     def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
@@ -109,6 +109,7 @@ def emozeal(
     root: Tensor,
     last_root: Tensor,
     bias: Tensor,
+    last_bias: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -129,6 +130,7 @@ def emozeal(
         root: ``sqrt(1 - beta2^k)``, shaped like ``step_size``.
         last_root: the same for the step before, 1 where there was none.
         bias: ``1 - beta1^k``, shaped like ``step_size``.
+        last_bias: the same for the step before.
         beta1: decay rate of the memory of the gradient.
         beta2: decay rate of the memories of rows and columns.
         eps: added to the denominator; its square to each mean of squares.
@@ -142,7 +144,7 @@ def emozeal(
     reflected = None
     if reflect:
         denom = torch.mul(exp_avg_row.sqrt().div_(last_root * last_root), exp_avg_col.sqrt()).add_(eps)
-        step = signed_step(exp_avg / denom, exp_avg, last_signed)
+        step = signed_step(exp_avg / denom, exp_avg, last_signed, last_bias)
         reflected = dot(grad, step), dot(grad, grad / denom), dot(step, step * denom)
 
     exp_avg.lerp_(grad, 1 - beta1)

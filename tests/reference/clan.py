@@ -22,21 +22,21 @@ class ClanReference(NaviReference):
 
     def __init__(self, shape, **options):
         super().__init__(shape, **options)
-        self.share = 0.0
+        self.taken = np.zeros(shape)
 
     def _metric(self):
         return np.sqrt(self.second) / self._root(self.steps) + self.eps
 
     def update(self, p, g, lr, decay, trust=1.0, scalar=0.0):
         metric = self._metric()
-        last = (1 - self.share) * self.first / metric + self.share * 0.5 * np.sign(self.first)
+        last = (1 - self.beta1**self.steps) * self.taken  # as it was, without the correction of its bias
         sums = (np.sum(g * last), np.sum(g * g / metric), np.sum(last * last * metric))
 
         super().update(p, g, lr, decay)
-        self.share = rising(scalar)
+        share = rising(scalar)
         average = self.first / (1 - self.beta1**self.steps)
-        step = (1 - self.share) * average / self._metric() + self.share * 0.5 * np.sign(self.first)
-        return decay * p - lr * step, sums
+        self.taken = (1 - share) * average / self._metric() + share * 0.5 * np.sign(self.first)
+        return decay * p - lr * self.taken, sums
 
 
 class PublishedClan:

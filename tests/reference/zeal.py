@@ -18,7 +18,8 @@ class ZealReference:
     def __init__(self, shape, *, betas, eps, corrects_bias=True):
         self.beta1, self.beta2 = betas
         self.eps = eps
-        self.steps, self.share = 0, 0.0
+        self.steps = 0
+        self.taken = np.zeros(shape)
         self.first = np.zeros(shape)
         self.row = np.zeros((shape[0], *[1] * (len(shape) - 1)))
         self.col = np.zeros((1, *shape[1:]))
@@ -29,19 +30,19 @@ class ZealReference:
 
     def update(self, p, g, lr, decay, trust=1.0, scalar=0.0):
         metric = self._metric()
-        last = (1 - self.share) * self.first / metric + self.share * 0.5 * np.sign(self.first)
+        last = (1 - self.beta1**self.steps) * self.taken  # as it was, without the correction of its bias
         sums = (np.sum(g * last), np.sum(g * g / metric), np.sum(last * last * metric))
 
         self.steps += 1
-        self.share = rising(scalar)
+        share = rising(scalar)
         row = np.sqrt((g * g).mean(axis=tuple(range(1, g.ndim)), keepdims=True) + self.eps**2)
         col = np.sqrt((g * g).mean(axis=0, keepdims=True) + self.eps**2)
         self.first = self.beta1 * self.first + (1 - self.beta1) * g
         self.row = self.beta2 * self.row + (1 - self.beta2) * row
         self.col = self.beta2 * self.col + (1 - self.beta2) * col
         average = self.first / (1 - self.beta1**self.steps)
-        step = (1 - self.share) * average / self._metric() + self.share * 0.5 * np.sign(self.first)
-        return decay * p - lr * step, sums
+        self.taken = (1 - share) * average / self._metric() + share * 0.5 * np.sign(self.first)
+        return decay * p - lr * self.taken, sums
 
     def state(self):
         return {"exp_avg": self.first, "exp_avg_row": self.row, "exp_avg_col": self.col}

@@ -293,7 +293,6 @@ def _verdicts(best: dict[tuple[Any, ...], Row]) -> Iterator[str]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw what merging costs and saves, a panel for each task: the loss and the bytes of four workers over sync's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     best = _best([row for row in rows if row["workers"] == 4])
@@ -301,7 +300,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     if not tasks:
         return
     figure = Figure(figsize=(4.2 * len(tasks), 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         axis.set(title=task, xlabel="bytes sent, over sync's")
         page.prepare(axis, 0.002, 1.5, True, {share: f"{share:.1%}" for share in (0.003, 0.016, 0.06, 1)}, "x")

@@ -157,14 +157,12 @@ def _said(value: float | None) -> str:
 
 def _draw(walks: Sequence[Walk], path: Path) -> Path:
     """Draw the paths: a row for each optimizer, a column for each lr."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image  # matplotlib's own way to a PNG
 
     surface = SURFACES[walks[0].surface]
     names = list(dict.fromkeys(found.optimizer for found in walks))
     sheet = Figure(figsize=(1.75 * len(LRS) + 0.5, 1.6 * len(names) + 0.6), dpi=80, layout="constrained")
-    FigureCanvasAgg(sheet)
     axes = sheet.subplots(len(names), len(LRS), squeeze=False, sharex=True, sharey=True)
     x, y = (torch.linspace(*span, 160) for span in (surface.x_range, surface.y_range))
     height = torch.log1p(surface.value(*torch.meshgrid(x, y, indexing="xy")))

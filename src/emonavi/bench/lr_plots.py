@@ -198,12 +198,10 @@ def figure(chart: Chart, height: int = 400) -> Any:
 
 def write_png(charts: Sequence[Chart], path: Path, columns: int) -> None:
     """Draw charts side by side with one legend."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(charts) / columns)
     sheet = Figure(figsize=(5 * columns, 3.6 * rows + 1), dpi=100, layout="constrained")
-    FigureCanvasAgg(sheet)
     axes = sheet.subplots(rows, columns, squeeze=False).flatten()
     for axis, chart in zip(axes, charts, strict=False):
         _draw(axis, chart)

@@ -132,12 +132,10 @@ def _dash(optimizer: str) -> str:
 
 def _write_png(found: Findings, task: dict[str, Any], curves: Curves) -> None:
     """Draw a task's curves: a row for each series, a column for each learning rate."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lrs, optimizers = found.plan["lrs"], found.plan["optimizers"]
     figure = Figure(figsize=(4 * len(lrs), 8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(_SERIES), len(lrs), sharex=True, sharey="row", squeeze=False)
     for column, lr in enumerate(lrs):
         axes[0, column].set_title(f"lr {lr_label(lr)}")

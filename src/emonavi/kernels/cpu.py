@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from emonavi.fact import SAMPLE_RATE, emofact, sample_stride
+from emonavi.fact import SAMPLE_RATE, emofact, sample_size, sample_stride
 from emonavi.kernels import Kernel
 from emonavi.kernels.build import library
 from emonavi.lynx import emolynx
@@ -126,7 +126,7 @@ class _Arrays:
         if matrices:
             self.rows = array("q", [len(t) for t in columns[0]])
             self.stride = array("q", [sample_stride(n) for n in self.size])
-            self.samples = array("q", [-(-n // s) for n, s in zip(self.size, self.stride, strict=True)])
+            self.samples = array("q", [sample_size(n) for n in self.size])
             self.place = array("q", [0]) * (self.count + 1)
             pointers = [ctypes.c_void_p(a.buffer_info()[0]) for a in (self.size, self.rows, self.place)]
             loaded: Any = library()
@@ -204,7 +204,7 @@ def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
         return count
     rows = len(param)
     lines = {"exp_avg_row": rows, "exp_avg_col": count // max(1, rows)}
-    return lines[name] if name in lines else -(-count // sample_stride(count))
+    return lines[name] if name in lines else sample_size(count)
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
