@@ -167,7 +167,16 @@ def test_a_partial_accumulation_window_is_left_out():
     assert float(state.losses) == 6
     for _ in range(3):
         state = machine.feel(state, given_as(2.0), 2)
-    assert float(state.losses) == 7  # what came twice in a row is the new usual
+    assert float(state.losses) == 8  # what came twice in a row is the new usual
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 2), (2, 3, 4), (1, 2), (5, 8, 2, 7, 3, 6)])
+def test_windows_that_vary_are_heard(sizes):
+    """As where they are filled up to so many tokens: at least every second loss is felt, whatever their numbers."""
+    machine, state = fresh()
+    for step in range(60):
+        state = machine.feel(state, given_as(1.0), 1 if step == 0 else sizes[step % len(sizes)])
+    assert float(state.losses) >= 30
 
 
 # Drive ---------------------------------------------------------------------------------------------------------------

@@ -128,14 +128,15 @@ def regular(state: Any, loss: Number, window: Number) -> tuple[Number, Number, A
     """Whether a loss is finite and whether its accumulation window is a usual one, with the state that remembers both.
 
     A window with another number of backward calls than usual (the last, partial one of an epoch) holds a loss on
-    another scale: it is left out, until that number comes twice in a row and so is the new usual.
+    another scale: it is left out. Two such in a row, of whatever numbers, are the new usual: where windows are filled
+    up to so many tokens, each has a number of its own, and a run must not go deaf for that.
     """
     finite = isfinite(loss)
     calls = like(loss, window)
-    usual = (calls == 0) | (state.window == 0) | (calls == state.window)
-    settled = (calls > 0) & ((state.window == 0) | (calls == state.last_window))
+    odd = (calls > 0) & (state.window > 0) & (calls != state.window)
+    usual = negate(odd) | (state.last_window != state.window)
     state = state._replace(
-        window=where(settled, calls, state.window),
+        window=where((calls > 0) & usual, calls, state.window),
         last_window=where(calls > 0, calls, state.last_window),
         ignored_losses=state.ignored_losses + negate(finite),
     )
