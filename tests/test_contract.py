@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from cases import (
+    CASES,
     SHAPES,
     Valley,
     both_emotions,
@@ -783,6 +784,58 @@ def test_shadow_is_a_slow_average(case):
             torch.maximum(high, p.detach(), out=high)
             shadow = optimizer.state[p]["shadow"]
             assert bool((shadow >= low - 1e-6).all()) and bool((shadow <= high + 1e-6).all())
+
+
+@pytest.mark.parametrize("make", [*CASES, "Emotional", "released"], ids=lambda m: getattr(m, "name", m))
+def test_the_shadow_of_what_does_not_move_follows(make):
+    """Of an expert that seldom has a gradient, of a layer that is frozen for good: calm() shows them as they are."""
+    params = weights()
+    if make == "Emotional":
+        optimizer = emonavi.Emotional(torch.optim.SGD(params, lr=1e-2), use_shadow=True)
+    else:
+        case = CASES[0] if make == "released" else make
+        optimizer = case.make(params, use_shadow=True, capture=make == "released")
+    if make == "released":
+        emonavi.gradient_release(optimizer)
+    idle = params[0]
+
+    def step(t, moving):
+        if make == "released":
+            sum((p * (p.detach() - 1)).sum() for p in moving).backward()
+            optimizer.step()
+            return
+        optimizer.zero_grad()
+        for p in moving:
+            p.grad = p.detach() - 1
+        optimizer.step(loss=1 / (1 + t))
+
+    for t in range(8):
+        step(t, params)
+    assert not torch.equal(optimizer.state[idle]["shadow"], idle)
+    for t in range(8, 12):
+        before, weight = optimizer.state[idle]["shadow"].clone(), idle.detach().clone()
+        step(t, params[1:])
+        assert torch.equal(weight, idle)
+        expected = torch.lerp(before, weight, 1 / (0.1 * (t + 1) + 1))
+        torch.testing.assert_close(optimizer.state[idle]["shadow"], expected)
+
+
+@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+def test_a_panic_moves_no_group_at_lr_zero(make):
+    params = weights()
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    if make == "Emotional":
+        optimizer = emonavi.Emotional(torch.optim.SGD(groups, lr=1e-2), use_shadow=True)
+    else:
+        optimizer = make.make(groups, use_shadow=True)
+    train(optimizer, params, 12)
+    optimizer.param_groups[0]["lr"] = 0.0
+    still, moving = [p.detach().clone() for p in params[:2]], params[2].detach().clone()
+    for p in params:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step(loss=1.0)
+    assert all(torch.equal(p, q) for p, q in zip(params[:2], still, strict=True))
+    assert not torch.equal(params[2], moving)  # there it was restored
 
 
 @siblings

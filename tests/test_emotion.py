@@ -17,7 +17,8 @@ from emonavi.machine import Options, Sums, Weights
 from emonavi.monitor import Snapshot
 from emonavi.presets import PRESETS
 
-CALM = dict.fromkeys(Options._fields, False) | {"rise": 0.0}  # a new option is off here until a test is about it
+# A new option is off here until a test is about it.
+CALM = dict.fromkeys(Options._fields, False) | {"lr": 0.0, "peak": 0.0}
 OPTIONS = Options(
     **(CALM | {"use_trust": True, "fall": 1.0, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf})
 )
@@ -710,3 +711,15 @@ def test_the_shape_of_feelings_says_what_it_claims():
     assert all(math.isnan(x) for x in (still.skewness, still.kurtosis, still.asymmetry))
     preset = PRESETS["v3"]
     assert math.isnan(Snapshot.of(preset, torch.tensor(preset.initial(), dtype=torch.float64)).kurtosis)
+
+
+@given(st.floats(-3, 3), st.sampled_from([3.0, 100.0, 1e4]))
+def test_a_new_level_of_gradients_is_accepted_where_all_were_the_same(level, times):
+    """A spread of zero must not freeze what is usual: each gradient would be cut to the old one for the whole run."""
+    machine, state = fresh()
+    scale = 0.0
+    for step in range(12 + 80):
+        norm = 10**level * (1 if step < 12 else times)
+        state, _, scale = machine.guard(state, torch.tensor(norm, dtype=torch.float64), OPTIONS)
+    assert float(scale) == 1.0
+    assert float(state.log_norm) > math.log(10**level)

@@ -336,3 +336,36 @@ def test_steps_that_are_all_skipped_are_warned_of(case):
             optimizer.step()
     assert len(caught) == 1
     assert optimizer.emotion.skipped_steps == 30
+
+
+class Fails(torch.autograd.Function):
+    """A backward that fails half way, as for want of memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError
+
+
+def test_a_backward_that_failed_is_ended_by_zero_grad():
+    torch.manual_seed(0)
+    model, optimizer = model_of(), None
+    optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+    emonavi.gradient_release(optimizer)
+    for t in range(3):
+        loss_of(model, t).backward()
+        optimizer.step()
+    x = torch.ones(4, 6)
+    with pytest.raises(MemoryError):
+        model[3](Fails.apply(model[2](model[1](model[0](x))))).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) after one that failed"):
+        loss_of(model, 3).backward()
+    optimizer.zero_grad()
+    for t in range(3, 6):
+        loss_of(model, t).backward()
+        optimizer.step()
+        optimizer.zero_grad()  # after a step that has ended it ends nothing
+    assert optimizer.emotion.steps == 7

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from emonavi import EmoFact, EmoLynx, EmoNavi
+from emonavi import EmoFact, EmoLynx, EmoNavi, Emotional
 
 torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
@@ -133,33 +133,114 @@ def test_effective_lr_is_lr_times_drive():
 # A warm-up is growth already ---------------------------------------------------------------------------------------
 
 
+class Straight:
+    """A way on which reflection finds every step too short."""
+
+    def __init__(self, sibling, lr, kind=float):
+        self.weight, self.kind = nn.Parameter(torch.full((50,), 3.0)), kind
+        self.optimizer = sibling([{"params": [self.weight]}], lr=kind(lr), weight_decay=0.0, min_lr=0.0)
+
+    def grows(self, steps, factor=1.0):
+        """By how much drive and effective lr grow in so many steps, each of which begins with another lr."""
+        group = self.optimizer.param_groups[0]
+        before = self.optimizer.emotion.drive, self.optimizer.effective_lr[0]
+        for _ in range(steps):
+            group["lr"] = self.kind(float(group["lr"]) * factor)
+            self.optimizer.zero_grad()
+            (self.weight - 1).square().sum().backward()
+            self.optimizer.step()
+        return self.optimizer.emotion.drive / before[0], self.optimizer.effective_lr[0] / before[1]
+
+
+kinds = pytest.mark.parametrize("kind", [float, torch.tensor])
+
+
 @pytest.mark.parametrize("sibling", SIBLINGS)
-@pytest.mark.parametrize("kind", [float, torch.tensor])
+@kinds
 def test_the_drive_does_not_grow_on_top_of_a_warm_up(sibling, kind):
     """A cycle that raises lr while the drive grows killed adapters for good: both were right, their product was not."""
-    weight = nn.Parameter(torch.full((50,), 3.0))
-    optimizer = sibling([weight], lr=kind(1e-4), weight_decay=0.0, min_lr=0.0)
+    way = Straight(sibling, 1e-1, kind)
+    way.optimizer.param_groups[0]["lr"] = kind(1e-5)
+    way.grows(1)
+    assert way.grows(10)[0] > 1.2  # it is free to grow
+    drive, effective = way.grows(20, 1.06)
+    assert drive > 1
+    assert effective == pytest.approx(1.06**20 * drive, rel=1e-4)
+    assert math.log(effective) <= 20 * 0.1 + 1e-6  # `sure`: all that trust may ask for
+    way.optimizer.param_groups[0]["lr"] = kind(float(way.optimizer.param_groups[0]["lr"]) / 1.5)
+    assert way.grows(5, 1.04)[0] > 1.2  # on the way back to its peak no warm-up: what was found there holds
 
-    def grows(steps, factor):
-        """By how much the drive and the effective lr grow in that many steps."""
-        before = optimizer.emotion.drive, optimizer.effective_lr[0]
-        for _ in range(steps):
-            if factor != 1:
-                optimizer.param_groups[0]["lr"] = kind(float(optimizer.param_groups[0]["lr"]) * factor)
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+@kinds
+def test_a_jump_above_all_that_lr_was_is_not_taken(sibling, kind):
+    """``OneCycleLR(optimizer, max_lr=10)`` around a default lr: the drive gives way, and trust raises what acts."""
+    way, still = Straight(sibling, 1e-3, kind), Straight(sibling, 1e-3, kind)
+    for a in (way, still):
+        a.grows(10)
+    assert way.grows(1, 1e4)[1] == pytest.approx(still.grows(1)[1], rel=1e-3)
+    assert way.grows(10)[1] == pytest.approx(still.grows(10)[1], rel=1e-3)
+    assert torch.allclose(way.weight, still.weight, rtol=1e-3)
+    # Below that peak a schedule scales again what was found.
+    before = way.optimizer.effective_lr[0]
+    way.optimizer.param_groups[0]["lr"] = kind(7.0)
+    assert way.optimizer.effective_lr[0] == pytest.approx(0.7 * before, rel=1e-4)
+    # What will act is told before it does.
+    way.optimizer.param_groups[0]["lr"] = kind(1e5)
+    assert way.optimizer.effective_lr[0] == pytest.approx(before, rel=1e-4)
+
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_an_lr_that_was_raised_before_the_first_step(sibling):
+    """As by the constructor of OneCycleLR."""
+    effective = []
+    for lr in (1e-1, 10.0):
+        way = Straight(sibling, 1e-3)
+        way.optimizer.param_groups[0]["lr"] = lr
+        way.grows(1)
+        effective.append(way.optimizer.effective_lr[0])
+    assert effective[0] == pytest.approx(effective[1], rel=1e-3)  # 0.3 % of the weights
+
+
+@pytest.mark.parametrize("make", [*SIBLINGS, "Emotional"])
+@pytest.mark.parametrize("idle", ["no gradient", "frozen", "empty"])
+def test_a_group_in_which_nothing_moves_does_not_decide(make, idle):
+    """Neither over the first drive, nor over whether a schedule warms up or ends the run."""
+    lrs = []
+    for extra in (False, True):
+        weight = nn.Parameter(torch.full((50,), 3.0))
+        groups = [{"params": [weight], "lr": 1e-2}]
+        rest = nn.Parameter(torch.ones(3), requires_grad=idle != "frozen")
+        if extra:
+            groups.append({"params": [] if idle == "empty" else [rest], "lr": 0.0 if idle == "no gradient" else 100.0})
+        if make == "Emotional":
+            optimizer = Emotional(torch.optim.SGD(groups, lr=1e-2), min_lr=0.0)
+        else:
+            optimizer = make(groups, weight_decay=0.0, min_lr=0.0)
+        course = []
+        for lr in [1e-2 * 1.03**k for k in range(20)] + [1e-2 * 0.8**k for k in range(30)]:
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
-            (weight - 1).square().sum().backward()  # a straight way: reflection finds every step too short
+            (weight - 1).square().sum().backward()
             optimizer.step()
-        return optimizer.emotion.drive / before[0], optimizer.effective_lr[0] / before[1]
+            course.append(optimizer.effective_lr[0])
+        lrs.append(course)
+    assert lrs[1] == pytest.approx(lrs[0], rel=0.05 if idle == "no gradient" else 1e-6)  # it counts in the first rms
 
-    drive, _ = grows(10, 1)
-    assert drive > 1.2  # it is free to grow
-    assert grows(10, 1.2)[0] == pytest.approx(1)  # faster than the drive ever does: nothing is added
-    drive, effective = grows(10, 1.02)
-    assert 1 < drive < 1.2**5
-    assert effective == pytest.approx(1.02**10 * drive, rel=1e-4)
-    assert math.log(effective) <= 10 * 0.1 + 1e-6  # `sure`: all that trust may ask for
-    optimizer.param_groups[0]["lr"] = kind(float(optimizer.param_groups[0]["lr"]) / 1.5)
-    assert grows(5, 1.04)[0] > 1.2  # on the way back to its peak no warm-up: what was found there holds
+
+@pytest.mark.parametrize("sibling", SIBLINGS)
+def test_a_new_stage_begins_at_its_own_lr(sibling):
+    """After ``reset_emotion()`` the highest lr of the stage before is no measure."""
+    way, fresh = Straight(sibling, 1.0), Straight(sibling, 1e-3)
+    way.grows(30)
+    with torch.no_grad():
+        way.weight.fill_(3.0)
+    way.optimizer.param_groups[0]["lr"] = 1e-3
+    way.optimizer.state.clear()
+    way.optimizer.reset_emotion()
+    way.grows(1)
+    fresh.grows(1)
+    assert way.optimizer.effective_lr == pytest.approx(fresh.optimizer.effective_lr, rel=1e-6)
 
 
 # A decay stays a decay ---------------------------------------------------------------------------------------------

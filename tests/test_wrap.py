@@ -921,6 +921,20 @@ def test_steps_stay_on_the_host():
     assert {other.state[p]["exp_avg"].device.type for p in ghosts} == {"meta"}
 
 
+def test_groups_and_state_can_be_assigned():
+    """As in torch, and as Lightning's fine-tuning callback does after a restart."""
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.Emotional(torch.optim.AdamW(params[:2], lr=1e-2))
+    train(optimizer, params[:2], 3)
+    groups, state = optimizer.param_groups, optimizer.state
+    optimizer.param_groups = [dict(g) for g in groups]
+    optimizer.state = state.copy()
+    assert optimizer.inner.param_groups is optimizer.param_groups is not groups
+    assert optimizer.inner.state is optimizer.state is not state
+    train(optimizer, params[:2], 2, start=3)
+    assert optimizer.emotion.steps == 5
+
+
 def test_a_group_that_comes_back_is_as_it_was():
     """The end of a schedule, too, is still its end."""
     params = weights(shapes=SHAPES)

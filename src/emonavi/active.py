@@ -14,7 +14,7 @@ from emonavi import kernels
 from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
-from emonavi.scalars import Number, clamp, like, log, where
+from emonavi.scalars import Number, clamp, like, where
 from emonavi.sweep import Bucket, to_home
 
 if TYPE_CHECKING:
@@ -102,15 +102,15 @@ class Active(NamedTuple):
         """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
-        lows, walls, decayed, rises = [], [], [], []
+        lows, walls, decayed, lrs, peaks = [], [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
-            lr, before = group["lr"], group["lr_peak"]
-            group["lr_peak"] = highest(lr, before)
-            rise = like(kind, lr) / where(like(kind, before) > 0, like(kind, before), math.inf)
-            rises.append(log(clamp(rise, 1.0)))
-            # Not half: a cosine is there in its middle, and its last bit would decide.
-            decayed.append(like(kind, lr) < 0.4999 * like(kind, group["lr_peak"]))
-            if count:
+            before, group["lr_peak"] = group["lr_peak"], highest(group["lr"], group["lr_peak"])
+            if count:  # the lr of a group in which nothing moves says nothing
+                lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
+                lrs.append(lr)
+                peaks.append(like(kind, before))
+                # Not half: a cosine is there in its middle, and its last bit would decide.
+                decayed.append((lr < 0.4999 * peak) | (peak == 0))
                 # From the highest lr, not today's: a warm-up or a dip must not move the drive.
                 top = like(kind, highest(group["lr_peak"], group["lr_start"]))
                 low, wall = group["lr_floor"], group["lr_ceiling"]
@@ -128,7 +128,8 @@ class Active(NamedTuple):
             fall=fall,
             fades=fades,
             decayed=_fold(decayed, torch.all, all),
-            rise=_fold(rises, torch.amin, min),
+            lr=_fold(lrs, torch.amax, max),
+            peak=_fold(peaks, torch.amax, max),
         )
 
     def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,12 +160,13 @@ class Active(NamedTuple):
         return Bucket(places, lists, **how)
 
     def lean(self, mood: Mood, predicated: bool) -> None:
-        """Move the tensors that have a shadow to it, and the shadows to them, as the mood says."""
+        """Move the tensors that have a shadow to it, and the shadows to them, as the mood says; at lr 0 none moves."""
         for places in self.buckets(lambda p: (), alone=lambda p: False).values():
             kept = [i for i in places if "shadow" in self.roster.states[i]]
             if kept:
                 bucket = self.bucket(kept, (), cut=True, foreach=True, predicated=predicated)
-                bucket.lean([self.roster.states[i]["shadow"] for i in kept], mood.pull, mood.follow)
+                pull = where(like(mood.pull, self.lr[kept[0]]) > 0, mood.pull, 0.0)
+                bucket.lean([self.roster.states[i]["shadow"] for i in kept], pull, mood.follow)
 
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.

@@ -24,7 +24,7 @@ from emonavi.intake import Intake, Loss, Missing, callers_level
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.scalars import Number, like
-from emonavi.sweep import all_norms, to_home, widest
+from emonavi.sweep import all_norms, to_home, wide, widest
 
 __all__ = ["Bearer"]
 
@@ -128,12 +128,22 @@ class Bearer(torch.optim.Optimizer):
         return self._effective_lr(self._vector()).tolist()
 
     def _effective_lr(self, vector: Tensor) -> Tensor:
-        drive = vector[self._emotion.index("log_drive")].exp() if self._begun else vector.new_ones(())
         one_each = [1] * len(self.param_groups)
         lr, low, wall = (
             per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
         )
-        return bounded(lr, drive, low, wall)
+        if not self._begun:
+            return bounded(lr, 1.0, low, wall)
+        state = self._emotion.unpack(vector)
+        log_drive = state.log_drive
+        if self.param_groups[0]["use_trust"]:  # a schedule may have raised lr since the last step
+            log_drive = log_drive - self._emotion.above(state, torch.stack([lr[i] for i in self._training()]).max())
+        return bounded(lr, log_drive.exp(), low, wall)
+
+    def _training(self) -> list[int]:
+        """Places of the groups in which something trains; of all, where nothing does."""
+        found = [i for i, g in enumerate(self.param_groups) if any(p.requires_grad for p in g["params"])]
+        return found or list(range(len(self.param_groups)))
 
     # What can be told -------------------------------------------------------------------------------------------
 
@@ -160,7 +170,7 @@ class Bearer(torch.optim.Optimizer):
             RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
         """
         self._refuse_midway("reset_emotion()")
-        self._vector().copy_(self._fresh())
+        self._vector().copy_(self._fresh(anew=True))
         self._calls = 0
         self._intake.clear()
         with torch.no_grad():
@@ -295,6 +305,18 @@ class Bearer(torch.optim.Optimizer):
             self._idle.note(True, type(self).__name__)
         return found
 
+    def _follow_idle(self, moved: list[Tensor], follow: Number) -> None:
+        """Let the shadow of what did not move follow, too.
+
+        Else a weight that seldom has a gradient, or is frozen by now, would be seen by calm() as it was long ago.
+        """
+        busy = set(moved)
+        for p in self._params():
+            shadow = self.state.get(p, {}).get("shadow") if p not in busy else None
+            if shadow is not None and not p.is_meta:
+                own, here = local(shadow), local(p.detach())
+                own.lerp_(wide(here).to(own.device, own.dtype), like(own, follow))
+
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Of what is kept of a parameter, as it is stored."""
         raise NotImplementedError
@@ -353,12 +375,13 @@ class Bearer(torch.optim.Optimizer):
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
 
-    def _fresh(self) -> Tensor:
-        """The state vector before anything was felt."""
+    def _fresh(self, anew: bool = False) -> Tensor:
+        """The state vector before anything was felt; ``anew`` in a new stage, which knows its own lr only."""
         device = self._home()
         vector = torch.tensor(self._emotion.initial(), dtype=widest(device), device=device)
-        # The highest so far: a stage that begins at the low end of a schedule must not take that for the user's lr.
-        rates = [like(vector[0], g[k]) for g in self.param_groups for k in ("lr", "lr_start", "lr_peak")]
+        # Of what trains. Where a schedule has lowered the lr already, that of the constructor is the user's.
+        groups = [self.param_groups[i] for i in self._training()]
+        rates = [like(vector[0], g[k]) for g in groups for k in (("lr",) if anew else ("lr", "lr_start", "lr_peak"))]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 

@@ -47,6 +47,7 @@ ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
 LARGEST = 1e150  # of a loss: larger ones, stand-ins for infinity, may differ by more than a number holds
 UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
 PATIENCE = 10  # losses or norms heard before one can be called an outlier by their own spread
+LEAST_SHIFT = 0.1  # of the log norm by an outlier: nothing is learnt from a spread of 0
 UNKNOWN_SPREAD = 0.25  # sd of the log norm until then: with six of them, 4.5 times the usual norm is an outlier
 
 
@@ -217,8 +218,8 @@ class Emotion(Reflection):
         return torch.tensor(state, dtype=torch.float64, device="cpu")
 
     def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
-        """Set the first drive from the scale of the weights; ``lr`` stands in for an lr of 0 at construction."""
-        lr_ref = where(state.lr_ref > 0, state.lr_ref, like(state.code, lr))
+        """Set the first drive from the scale of the weights; ``lr`` may have been raised since construction."""
+        lr_ref = clamp(state.lr_ref, like(state.code, lr))
         rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
         rms = where(rms > 0, rms, UNKNOWN_RMS)
         free = log((where(blank < 0.1, self.start, self.blank) * rms + 1e-8) / lr_ref)
@@ -226,6 +227,26 @@ class Emotion(Reflection):
         if options.use_trust:
             log_drive = log(clamp((self.start * rms + 1e-8) / lr_ref, high=1.0))
         return state._replace(lr_ref=lr_ref, free=free, log_drive=self._bounded(log_drive, options))
+
+    def above(self, state: State, lr: Number) -> Number:
+        """By how much the log of an lr is above all that it was, where that is known."""
+        known = (state.lr_ref > 0) & (state.steps + state.skipped_steps > 0)
+        return log(clamp(like(state.code, lr) / where(known, state.lr_ref, math.inf), 1.0))
+
+    def give_way(self, state: State, options: Options) -> State:
+        """Take from the drive what the lr has risen above all that it was.
+
+        A scheduler scales what the drive found, and beyond the highest lr so far nothing was found: the step stays as
+        long as it was, and trust may raise it.
+        """
+        above = self.above(state, options.lr) if options.use_trust else like(state.code, 0.0)
+        peak, goal = state.log_drive_peak, state.goal
+        return state._replace(
+            log_drive=state.log_drive - above,
+            free=state.free - above,
+            log_drive_peak=where(peak > NEVER, peak - above, peak),
+            goal=where(goal > NEVER, goal - above, goal),
+        )
 
     def feel(self, state: State, loss: Number, window: Number) -> State:
         """Take in a loss that is the sum of ``window`` backward calls (0: not known, always taken)."""
@@ -301,8 +322,9 @@ class Emotion(Reflection):
         grad_scale = where(outlier & finite, exp(clamp(limit - log_norm, high=0.0)), 1.0)
 
         # Taken at its limit, each of several outliers in a row would widen the limit until they pass. So a new level of
-        # a hundred times the old one is accepted after 25 to 50 steps.
-        taken = where(outlier, clamp(limit, high=state.log_norm + 2 * deviation), log_norm)
+        # a hundred times the old one is accepted after 25 to 50 steps, also where all norms before were the same.
+        widened = clamp(clamp(limit, high=state.log_norm + 2 * deviation), state.log_norm + LEAST_SHIFT)
+        taken = where(outlier, clamp(widened, high=log_norm), log_norm)
         n = state.norms + 1
         off = taken - state.log_norm
         new = state._replace(

@@ -27,8 +27,10 @@ class Options(NamedTuple):
     hold: float  # the rule's target of trust, in standard deviations below 0
     fall: float  # within the noise the rule's lr falls no faster than age to the minus this
     fades: bool  # the rule's step has the same size whatever the gradient's
-    decayed: Number  # every group's lr is below half its peak: a schedule is ending the run
-    rise: Number  # of the log of every group's lr above its peak before this step, at least: a warm-up
+    # Of the groups in which something moves:
+    decayed: Number  # every lr is below half its peak: a schedule is ending the run
+    lr: Number  # the highest
+    peak: Number  # the highest before this step; 0 where there was none
 
 
 class Weights(NamedTuple):
@@ -63,8 +65,8 @@ class Mood(NamedTuple):
 class Machine(Protocol):
     """What an emotion is to the optimizer: a state vector, and pure functions from state to state.
 
-    A step calls ``begin`` (once in a run), ``look_back``, ``feel`` (where there is a loss), ``guard``, ``mood``,
-    ``reflect`` and ``reflect_each``, in this order. A state is a NamedTuple of tensors.
+    A step calls ``begin`` (once in a run), ``give_way``, ``look_back``, ``feel`` (where there is a loss), ``guard``,
+    ``mood``, ``reflect`` and ``reflect_each``, in this order. A state is a NamedTuple of numbers.
     """
 
     @property
@@ -102,6 +104,8 @@ class Machine(Protocol):
     def pack(self, state: Any) -> Tensor: ...
     def begin(self, state: Any, weights: Weights, lr: Tensor, options: Options) -> Any: ...
     def feel(self, state: Any, loss: Number, window: Number) -> Any: ...
+    def above(self, state: Any, lr: Number) -> Number: ...
+    def give_way(self, state: Any, options: Options) -> Any: ...
     def look_back(self, state: Any, norm: Number, options: Options) -> tuple[Any, Number]: ...
     def guard(self, state: Any, norm: Tensor, options: Options) -> tuple[Any, Number, Number]: ...
     def mood(self, state: Any, acts: Number, grad_scale: Number, options: Options) -> Mood: ...

@@ -186,6 +186,12 @@ class EmoOptimizer(Bearer):
 
     # The step ---------------------------------------------------------------------------------------------------
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in ``torch.optim``. With gradients released it ends what a backward began that then failed, as a step."""
+        if self._release is not None and self._release.pending:
+            self._end_release(self._intake.take(None, None)[0])
+        super().zero_grad(set_to_none)
+
     def _end_release(self, heard: Loss | None) -> bool:
         return self._release is not None and self._release.close(heard)
 
@@ -209,6 +215,8 @@ class EmoOptimizer(Bearer):
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
+        if options.use_shadow:
+            self._follow_idle(active.roster.whole, mood.follow)
         if self._emotion.reflects and options.use_trust:
             sums = Sums._make([*ranks.whole(torch.stack(sums[:3]), active.roster.whole), sums.weight])
         state = self._emotion.reflect(state, sums, acts, options)
@@ -250,7 +258,7 @@ class EmoOptimizer(Bearer):
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
-        return state, options
+        return self._emotion.give_way(state, options), options
 
     def _is_predicated(self, device: torch.device) -> bool:
         """Whether no value may be branched on. On the CPU none has to be waited for: there the emotion is numbers."""

@@ -121,7 +121,8 @@ class Release:
         if param in self._moved:
             raise RuntimeError(
                 "a second gradient of one parameter before step(), with gradients released: they cannot accumulate. "
-                "Call step() after each backward, checkpoint with use_reentrant=False, or remove() the release"
+                "Call step() after each backward, or the optimizer's zero_grad() after one that failed; checkpoint "
+                "with use_reentrant=False, or remove() the release"
             )
         checks.gradients([param.grad])
         begun = self._begun = self._begun or (None if self._idle else self._begin())
@@ -163,6 +164,7 @@ class Release:
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
             active.lean(mood._replace(follow=0.0), begun.predicated)
+            optimizer._follow_idle(active.roster.whole, mood.follow)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)

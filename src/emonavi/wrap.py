@@ -113,14 +113,22 @@ class Emotional(Bearer):
         self.writer = writer
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's own."""
         return self.inner.param_groups
 
+    @param_groups.setter  # as Lightning's fine-tuning does after a restart
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.inner.param_groups = groups
+
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's own, with a ``step_sample`` for each tensor and, where it is kept, its ``shadow``."""
         return self.inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.inner.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
@@ -138,14 +146,15 @@ class Emotional(Bearer):
         self._missing.note(heard, type(self).__name__)
         active = _alike(found, self.state, self.param_groups, vector)
         options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
-        before = self._feel(self._emotion.unpack(vector, plain=True), heard, vector)
-        state: Any
+        state: Any = self._emotion.give_way(self._emotion.unpack(vector, plain=True), options)
+        before = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(before, norm, options)
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
         if options.use_shadow:
             active.lean(mood, predicated=False)
+            self._follow_idle(active.roster.whole, mood.follow)
         sums = gather((), active.lr)  # nothing to reflect on
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
@@ -259,9 +268,9 @@ class Emotional(Bearer):
             self._own = {name: first[name] for name in _OPTIONS}
         return dict(self._own)
 
-    def _fresh(self) -> Tensor:
+    def _fresh(self, anew: bool = False) -> Tensor:
         self._dress_new()
-        return super()._fresh()
+        return super()._fresh(anew)
 
     def _effective_lr(self, vector: Tensor) -> Tensor:
         self._dress_new()
