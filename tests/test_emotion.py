@@ -18,7 +18,7 @@ from emonavi.monitor import Snapshot
 from emonavi.presets import PRESETS
 
 # A new option is off here until a test is about it.
-CALM = dict.fromkeys(Options._fields, False) | {"lr": 0.0, "peak": 0.0}
+CALM = dict.fromkeys(Options._fields, False) | {"lr": 0.0}
 OPTIONS = Options(
     **(CALM | {"use_trust": True, "fall": 1.0, "max_norm": 1.0, "lowest_drive": 1e-3, "highest_drive": math.inf})
 )

@@ -90,7 +90,7 @@ def test_lr_is_the_schedulers_alone_and_the_loss_falls(make, sibling):
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.35 * losses[0]
     if not isinstance(scheduler, schedules.CosineAnnealingWarmRestarts):  # whose restarts are there to shake it up
-        assert min(losses[-20:]) <= 1.5 * min(losses)  # and stays down
+        assert min(losses[-20:]) <= 2 * min(losses)  # and stays down
     assert optimizer.emotion.skipped_steps == 0
 
 
@@ -130,7 +130,7 @@ def test_effective_lr_is_lr_times_drive():
         assert optimizer.effective_lr == [pytest.approx(expected, rel=1e-6)]
 
 
-# A warm-up is growth already ---------------------------------------------------------------------------------------
+# What lr rises above all that it was --------------------------------------------------------------------------------
 
 
 class Straight:
@@ -155,20 +155,38 @@ class Straight:
 kinds = pytest.mark.parametrize("kind", [float, torch.tensor])
 
 
-@pytest.mark.parametrize("sibling", SIBLINGS)
+WARM_UPS = {
+    "on a line from 0": lambda k: min(1.0, k / 20),
+    "exponential": lambda k: min(1.0, 1e-4 * 1.5**k),
+    "ten times too high": lambda k: min(10.0, 1e-3 * 1.3**k),
+}
+
+
+@pytest.mark.parametrize("sibling", [*SIBLINGS, "Emotional"])
+@pytest.mark.parametrize("shape", WARM_UPS.values(), ids=WARM_UPS)
 @kinds
-def test_the_drive_does_not_grow_on_top_of_a_warm_up(sibling, kind):
-    """A cycle that raises lr while the drive grows killed adapters for good: both were right, their product was not."""
-    way = Straight(sibling, 1e-1, kind)
-    way.optimizer.param_groups[0]["lr"] = kind(1e-5)
-    way.grows(1)
-    assert way.grows(10)[0] > 1.2  # it is free to grow
-    drive, effective = way.grows(20, 1.06)
-    assert drive > 1
-    assert effective == pytest.approx(1.06**20 * drive, rel=1e-4)
-    assert math.log(effective) <= 20 * 0.1 + 1e-6  # `sure`: all that trust may ask for
-    way.optimizer.param_groups[0]["lr"] = kind(float(way.optimizer.param_groups[0]["lr"]) / 1.5)
-    assert way.grows(5, 1.04)[0] > 1.2  # on the way back to its peak no warm-up: what was found there holds
+@pytest.mark.parametrize("lr", [1e-3, 1e-1])
+def test_a_warm_up_changes_nothing(sibling, shape, kind, lr):
+    """It is trust that warms a run up. A cycle that raised lr while the drive grew killed adapters for good."""
+    courses = []
+    for factor in (lambda k: 1.0, shape):
+        model = net()
+        if sibling == "Emotional":
+            optimizer = Emotional(torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9), min_lr=0.0)
+        else:
+            optimizer = sibling(model.parameters(), lr=kind(lr), min_lr=0.0)
+        course = []
+        for k in range(60):
+            lr_now = lr * factor(k)
+            optimizer.param_groups[0]["lr"] = kind(lr_now) if sibling != "Emotional" else lr_now
+            if lr_now:  # a step at lr 0 is none
+                optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+                course.append(optimizer.effective_lr[0])
+        courses.append(course)
+    constant, warmed = courses
+    assert warmed == pytest.approx(constant[: len(warmed)], rel=2e-3)  # float32, and a run that follows its own course
 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)

@@ -100,24 +100,22 @@ class Active(NamedTuple):
         self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
     ) -> Options:
         """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
-        numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_start", "lr_floor", "lr_ceiling")]
+        numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
-        lows, walls, decayed, lrs, peaks = [], [], [], [], []
+        lows, walls, decayed, lrs = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
-            before, group["lr_peak"] = group["lr_peak"], highest(group["lr"], group["lr_peak"])
+            group["lr_peak"] = highest(group["lr"], group["lr_peak"])
             if count:  # the lr of a group in which nothing moves says nothing
                 lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
                 lrs.append(lr)
-                peaks.append(like(kind, before))
                 # Not half: a cosine is there in its middle, and its last bit would decide.
                 decayed.append((lr < 0.4999 * peak) | (peak == 0))
-                # From the highest lr, not today's: a warm-up or a dip must not move the drive.
-                top = like(kind, highest(group["lr_peak"], group["lr_start"]))
+                # From the highest lr, not today's: a dip must not move the drive.
                 low, wall = group["lr_floor"], group["lr_ceiling"]
                 low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
-                some = where(top > 0, top, 1.0)
-                lows.append(where(top > 0, clamp(low, high=top) / some, 1.0))
-                walls.append(where(top > 0, wall / some, 0.0))
+                some = where(peak > 0, peak, 1.0)
+                lows.append(where(peak > 0, clamp(low, high=peak) / some, 1.0))
+                walls.append(where(peak > 0, wall / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             use_shadow=bool(groups[0]["use_shadow"]),
@@ -129,7 +127,6 @@ class Active(NamedTuple):
             fades=fades,
             decayed=_fold(decayed, torch.all, all),
             lr=_fold(lrs, torch.amax, max),
-            peak=_fold(peaks, torch.amax, max),
         )
 
     def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -218,14 +218,18 @@ class Emotion(Reflection):
         return torch.tensor(state, dtype=torch.float64, device="cpu")
 
     def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
-        """Set the first drive from the scale of the weights; ``lr`` may have been raised since construction."""
-        lr_ref = clamp(state.lr_ref, like(state.code, lr))
+        """Set the first drive from the scale of the weights.
+
+        ``lr`` is today's, which a schedule may have lowered: the user's own is known since construction.
+        """
+        lr_ref = like(state.code, lr)
+        user = clamp(state.lr_ref, lr_ref)
         rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
         rms = where(rms > 0, rms, UNKNOWN_RMS)
         free = log((where(blank < 0.1, self.start, self.blank) * rms + 1e-8) / lr_ref)
         log_drive = like(state.code, 0.0)
         if options.use_trust:
-            log_drive = log(clamp((self.start * rms + 1e-8) / lr_ref, high=1.0))
+            log_drive = log(clamp(self.start * rms + 1e-8, high=user) / lr_ref)
         return state._replace(lr_ref=lr_ref, free=free, log_drive=self._bounded(log_drive, options))
 
     def above(self, state: State, lr: Number) -> Number:
@@ -236,8 +240,8 @@ class Emotion(Reflection):
     def give_way(self, state: State, options: Options) -> State:
         """Take from the drive what the lr has risen above all that it was.
 
-        A scheduler scales what the drive found, and beyond the highest lr so far nothing was found: the step stays as
-        long as it was, and trust may raise it.
+        A scheduler scales what the drive found, and above the highest lr so far nothing was found. So a warm-up, or a
+        peak of any height, changes nothing: it is trust that warms the run up.
         """
         above = self.above(state, options.lr) if options.use_trust else like(state.code, 0.0)
         peak, goal = state.log_drive_peak, state.goal

@@ -30,7 +30,6 @@ class Options(NamedTuple):
     # Of the groups in which something moves:
     decayed: Number  # every lr is below half its peak: a schedule is ending the run
     lr: Number  # the highest
-    peak: Number  # the highest before this step; 0 where there was none
 
 
 class Weights(NamedTuple):

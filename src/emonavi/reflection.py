@@ -12,7 +12,6 @@ For the cosine :math:`c_t` between today's gradient and the optimizer's last ste
     sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 4) / 4, 0, 1))  beyond doubt
     free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
     log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
-                 where that is growth, less what a warm-up adds to the lr by itself in this step, up to 0.1
 
 Under noise alone trust settles half a standard deviation below 0, so that doubt ends later downwards. Target and fall
 are the rule's. The target, in standard deviations of the cosine, is 0 for Adam, below for a rule without momentum
@@ -92,10 +91,6 @@ class Reflection:
         """Move the drive: rest, return after a panic, or follow trust."""
         if options.use_trust:
             change = self._lean(state, options)
-            # A warm-up is growth, too: beside it the drive adds what is missing of what trust asks for. Steeper than
-            # that it is at its foot, where lr is too low to do harm.
-            rise = self._rise(state, options)
-            change = where((change > 0) & (rise < self.sure), clamp(change - rise, 0.0), change)
             change = where(seen & (state.reflections > 3), change, 0.0)
         else:
             change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
@@ -116,11 +111,6 @@ class Reflection:
             lr_ref=clamp(state.lr_ref, like(state.code, options.lr)),
             goal=where(resting | healing, state.goal, NEVER),
         )
-
-    def _rise(self, state: State, options: Options) -> Number:
-        """By how much the log of the lr has risen above its peak; not what the drive has given way to."""
-        lr, peak = clamp(like(state.code, options.lr), high=state.lr_ref), like(state.code, options.peak)
-        return log(clamp(lr / where(peak > 0, peak, math.inf), 1.0))
 
     def _lean(self, state: State, options: Options) -> Number:
         """Where trust leans: the change of the log drive that it asks for."""
