@@ -5,7 +5,6 @@ The emotion's vector and what can be read from it, what can be told, the shadow 
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,35 +19,14 @@ from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, default_group, is_piece, local
-from emonavi.intake import Intake, Loss, Missing, callers_level
+from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
+from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak
 from emonavi.scalars import Number, like
 from emonavi.sweep import all_norms, to_home, wide, widest
 
 __all__ = ["Bearer"]
-
-IN_A_ROW = 20  # before the warning
-SKIPPED = """{name} has skipped {n} steps in a row, because a gradient, or its square, was not finite: nothing moves. \
-torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"""
-IGNORED = """{name} has ignored {n} losses in a row that are not finite: it trains by gradients alone. \
-Look for infinity and NaN in what the model puts out, and in its weights"""
-IDLE = """in {n} calls of step() no parameter of this {name} had a gradient, and nothing moves. \
-Was it made from another model, or before the model was copied, or wrapped by PEFT?"""
-
-
-class Streak:
-    """Warns of what happens in step after step, and may not show otherwise."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-        self.length = 0
-
-    def note(self, happened: bool, name: str) -> None:
-        """Count a step in which it has happened, or has not; ``name`` is of the optimizer."""
-        self.length = self.length + 1 if happened else 0
-        if self.length == IN_A_ROW:
-            warnings.warn(self.message.format(name=name, n=IN_A_ROW), stacklevel=callers_level())
 
 
 class _Shared:
@@ -74,7 +52,8 @@ class Bearer(torch.optim.Optimizer):
         """Set what is not part of a checkpoint."""
         self._emotion = machine
         self._capture = capture
-        self._missing = Missing(on_missing_loss)
+        name = type(self).__name__
+        self._missing = Missing(on_missing_loss, name)
         self._process_group = process_group.group if isinstance(process_group, _Shared) else process_group
         self._ranks: Ranks | None = None  # who is asked in a step; None: not found out yet
         self._world: Any = None  # under this default group
@@ -82,7 +61,7 @@ class Bearer(torch.optim.Optimizer):
         self._is_calm = False
         self._calls = 0  # steps, real and skipped
         self._is_loaded = False
-        self._skipped, self._ignored, self._idle = Streak(SKIPPED), Streak(IGNORED), Streak(IDLE)
+        self._skipped, self._ignored, self._idle = (Streak(what, name) for what in (SKIPPED, IGNORED, IDLE))
         self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
@@ -302,7 +281,7 @@ class Bearer(torch.optim.Optimizer):
             found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
         checks.gradients(found.grads)
         if not found.params and not self._begun:
-            self._idle.note(True, type(self).__name__)
+            self._idle.note(True)
         return found
 
     def _follow_idle(self, moved: list[Tensor], follow: Number) -> None:
@@ -342,7 +321,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _note_skipped(self, acts: Number) -> None:
         if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
-            self._skipped.note(not acts, type(self).__name__)
+            self._skipped.note(not acts)
 
     def _feel(self, state: Any, heard: Loss | None, vector: Tensor) -> Any:
         """The state after a loss, which is taken as a number to be made small; the same where none was heard."""
@@ -352,7 +331,7 @@ class Bearer(torch.optim.Optimizer):
         value = to_home(loss, vector).detach() if isinstance(loss, Tensor) else vector.new_full((), loss)
         felt = self._emotion.feel(state, -value if self.param_groups[0]["maximize"] else value, heard.window)
         if not isinstance(felt.code, Tensor):
-            self._ignored.note(felt.ignored_losses > state.ignored_losses, type(self).__name__)
+            self._ignored.note(felt.ignored_losses > state.ignored_losses)
         return felt
 
     def _end(self, vector: Tensor, state: Any) -> None:

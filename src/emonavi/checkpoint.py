@@ -16,8 +16,8 @@ from torch.nn.parameter import is_lazy
 from emonavi import lowbit
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
-from emonavi.intake import callers_level
 from emonavi.machine import KEPT, Machine
+from emonavi.notices import callers_level
 from emonavi.presets import PRESETS
 from emonavi.spelling import FLAGS, NUMBERS
 

@@ -75,7 +75,7 @@ class EmoClan(EmoOptimizer):
         return emoclan_v3, "exp_avg_row" not in layout
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         own = adam_scalars(group, steps, step_size, self._emotion.corrects_bias)
         return own | (biases(group, steps) if self._emotion.reflects else {})

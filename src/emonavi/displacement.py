@@ -26,7 +26,7 @@ __all__ = ["MEMORIES", "SAMPLE", "compared", "reflect", "sample", "samples", "su
 
 SAMPLE = 2048  # coordinates of a tensor, at most
 BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
-MEMORIES = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor
+MEMORIES = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor, 48 of float64
 RATE = 0.01
 
 

@@ -90,7 +90,7 @@ class EmoFact(EmoOptimizer):
         return (emonavi, True) if "exp_avg" in layout else (emofact, False)
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         corrects = self._emotion.corrects_bias
         if "exp_avg" in layout:

@@ -6,11 +6,8 @@ loss stays a tensor.
 
 from __future__ import annotations
 
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +15,7 @@ from torch import Tensor
 
 from emonavi.scalars import widest
 
-__all__ = ["Intake", "Loss", "Mark", "Missing", "callers_level", "listening", "observe", "unwrapped"]
-
-UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
+__all__ = ["Intake", "Loss", "Mark", "listening", "observe", "unwrapped"]
 
 
 class Loss(NamedTuple):
@@ -135,44 +130,6 @@ class Intake:
         """Forget what was heard: the gradients that it belongs to are gone."""
         self._captured, self._window, self.freed = None, 0, 0
         self.thread = threading.get_ident()
-
-
-class Missing:
-    """What is done about steps that have no loss.
-
-    Args:
-        action: ``"warn"`` (once), ``"ignore"`` or ``"error"``.
-    """
-
-    def __init__(self, action: str) -> None:
-        self.action = action
-        self._unfed = 0
-        self._warned = False
-
-    def note(self, heard: Loss | None, name: str) -> None:
-        """Count a real step with the loss that it heard."""
-        self._unfed = 0 if heard is not None else self._unfed + 1
-        if heard is not None or self.action == "ignore":
-            return
-        remedy = "pass step(loss=loss), call optimizer.observe(loss), or leave capture='auto' on"
-        if self.action == "error":
-            raise RuntimeError(f"step() has no loss: {remedy}")
-        if self._unfed >= UNFED_STEPS and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{name} has made {UNFED_STEPS} steps without a loss. Reflection goes on, but the loss is not felt and "
-                f"should_stop cannot be told: {remedy} (on_missing_loss='ignore' silences this)",
-                stacklevel=callers_level(),
-            )
-
-
-def callers_level() -> int:
-    """How far up the stack, for a warning, the code is that is neither torch's nor ours."""
-    ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__]))
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _detached(loss: Tensor | float) -> Tensor | float:

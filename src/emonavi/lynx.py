@@ -26,7 +26,7 @@ from emonavi.active import highest
 from emonavi.emotion import Emotion
 from emonavi.optimizer import EmoOptimizer, ParamsT
 from emonavi.presets import Preset
-from emonavi.scalars import like, where
+from emonavi.scalars import Number, like, where
 from emonavi.spelling import spelled
 from emonavi.sweep import Reflected, Rule, dot
 
@@ -117,7 +117,7 @@ class EmoLynx(EmoOptimizer):
         return emolynx, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "step_size": step_size, "trust": trust}

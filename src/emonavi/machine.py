@@ -53,7 +53,7 @@ class Mood(NamedTuple):
 
     drive: Number  # multiplies lr, for the step and for weight decay
     scale: Number  # multiplies the step only
-    trust: Tensor | None  # scales what a memory takes in (v4 only)
+    trust: Number | None  # scales what a memory takes in (v4 only)
     grad_scale: Number  # outlier control
     pull: Number  # p moves this far to the shadow before the update: 1 = restored
     follow: Number  # then the shadow moves this far to p

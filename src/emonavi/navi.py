@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from emonavi.optimizer import EmoOptimizer
+from emonavi.scalars import Number
 from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoNavi", "emonavi"]
@@ -53,7 +54,7 @@ class EmoNavi(EmoOptimizer):
         return emonavi, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         return adam_scalars(group, steps, step_size, self._emotion.corrects_bias) | {"square_trust": trust}
 

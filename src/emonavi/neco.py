@@ -104,7 +104,7 @@ class EmoNeco(EmoOptimizer):
         return (emoneco if self._emotion.reflects else emoneco_v3), False
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
         published = {} if self._emotion.reflects else {"eps": group["eps"]}

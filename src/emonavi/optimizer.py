@@ -149,7 +149,7 @@ class EmoOptimizer(Bearer):
         raise NotImplementedError
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
         raise NotImplementedError
@@ -228,11 +228,11 @@ class EmoOptimizer(Bearer):
         self, found: Found, heard: Loss | None, predicated: bool
     ) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
         """Who moves, in which buckets, with the loss and the norm that all ranks agree on. Raises before a move."""
-        vector, ranks, name = self._vector(), self._peers(), type(self).__name__
+        vector, ranks = self._vector(), self._peers()
         if self._plan is not None and self._plan.fits(found, self.state, self.param_groups):
             buckets = self._plan.filled(found.grads)
             heard, norm = agreed(heard, self._plan.norms(buckets), found.params, ranks)
-            self._missing.note(heard, name)
+            self._missing.note(heard)
             return self._active(self._plan.roster, found.grads), buckets, heard, norm
         self._plan = None
         self._check_fit(found.params)
@@ -241,7 +241,7 @@ class EmoOptimizer(Bearer):
         fused = any(wanted(group, vector.device) for group in self.param_groups)
         norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
         heard, norm = agreed(heard, norms, moved.params, ranks)
-        self._missing.note(heard, name)
+        self._missing.note(heard)
         roster = self._roster(found.params, moved, fused and not predicated)
         active = self._active(roster, grads)
         buckets = self._buckets(active, predicated)

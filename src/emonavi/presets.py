@@ -37,7 +37,7 @@ HISTORY = 32
 
 
 class PresetState(NamedTuple):
-    """A preset's memory: 0-d tensors, and the ring of the last 32 scalars at the end of the vector."""
+    """A preset's memory: numbers, and the ring of the last 32 scalars at the end of the vector."""
 
     code: Number
     version: Number
@@ -96,7 +96,7 @@ class Preset:
         return PresetState._make([*(entries.tolist() if plain else entries.unbind()), vector[-HISTORY:]])
 
     def pack(self, state: PresetState) -> Tensor:
-        """One vector from named tensors."""
+        """One vector from named entries."""
         entries = state[:-1]
         plain = not isinstance(state.code, Tensor)
         first = torch.tensor(entries, dtype=torch.float64, device="cpu") if plain else torch.stack(entries)

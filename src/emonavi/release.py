@@ -148,7 +148,7 @@ class Release:
         begun, moved = self._begun, {p: self._moved[p] for p in self._groups if p in self._moved}
         optimizer = self._optimizer
         if begun is not None and moved:
-            optimizer._missing.note(heard, type(optimizer).__name__)  # may raise: the step can then be told its loss
+            optimizer._missing.note(heard)  # may raise: the step can then be told its loss
         self._begun, self._moved = None, {}
         idle, self._idle = self._idle, False
         if begun is None or not moved:

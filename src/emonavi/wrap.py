@@ -35,6 +35,8 @@ __all__ = ["Emotional"]
 # What checks.group() wants to see and the wrapped optimizer has checked by itself.
 _ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
 _NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
+# Target of trust and fall of the lr (optimizer.py), whatever the rule.
+_HOLD, _FALL = (0.0, 0.0), 2.0
 _OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")  # in each group, as the siblings have them
 
 
@@ -42,7 +44,7 @@ class Emotional(Bearer):
     """Any torch optimizer, with an emotion that listens to the loss and sets its lr.
 
     Groups, state, defaults and checkpoints are the wrapped optimizer's, which stays at hand as ``inner``. A checkpoint
-    of it loads, too, with a fresh emotion. State: at most 24 KiB more for each tensor.
+    of it loads, too, with a fresh emotion. State: at most 24 KiB more for each tensor (float64: 48).
 
     Args:
         optimizer: what moves the parameters. Its lr is the first guess; the first step is scaled so that it moves the
@@ -143,9 +145,9 @@ class Emotional(Bearer):
         self._check_fit(found.params)
         found = found.where([bool(p.numel()) for p in found.params])
         heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
-        self._missing.note(heard, type(self).__name__)
+        self._missing.note(heard)
         active = _alike(found, self.state, self.param_groups, vector)
-        options = active.options(self.param_groups, hold=(0.0, 0.0), fall=2.0, fades=False, plain=True)
+        options = active.options(self.param_groups, _HOLD, _FALL, fades=False, plain=True)
         state: Any = self._emotion.give_way(self._emotion.unpack(vector, plain=True), options)
         before = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(before, norm, options)

@@ -79,7 +79,7 @@ class EmoZeal(EmoOptimizer):
         return (emozeal if self._emotion.reflects else emozeal_v3), False
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Tensor | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
         own = adam_scalars(group, steps, step_size, self._emotion.corrects_bias)
         if "exp_avg_sq" in layout:
