@@ -46,7 +46,7 @@ class _Shared:
 
 
 class Bearer(torch.optim.Optimizer):
-    """Base of the siblings and of the wrapper: all of an optimizer with an emotion but its step."""
+    """Base of the siblings and of the wrapper: all of an optimizer with an emotion but how it moves."""
 
     def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
         """Set what is not part of a checkpoint."""
