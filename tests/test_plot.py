@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -122,6 +124,22 @@ def test_stretches_of_should_stop():
     assert stops(*range(500, 601), *range(605, 700), 900) == [(500, 699), (900, 900)]
 
 
+def test_a_mean_neither_lags_nor_leaves_the_ends():
+    steps = list(range(1, 61))
+    line, fall = [2.0 * step for step in steps], [0.5**step for step in steps]
+    assert Curve("x", steps, line).smoothed(False).values == pytest.approx(line)
+    assert Curve("x", steps, fall).smoothed(True).values == pytest.approx(fall)
+    noise = [(-1.0) ** step for step in steps]
+    assert max(map(abs, Curve("x", steps, noise).smoothed(False).values[5:-5])) < 0.2
+    long = Curve("x", list(range(3000)), [float(step >= 1500) for step in range(3000)]).smoothed(False)
+    assert sum(0 < value < 1 for value in long.values) == 60, "1 % of the run on either side"
+    line[30], line[31] = math.nan, math.inf
+    gaps = Curve("x", steps, line).smoothed(False).values
+    assert [step for step, value in enumerate(gaps) if not math.isfinite(value)] == [30, 31]
+    assert gaps[0] == 2 and gaps[-1] == 120
+    assert Curve("x", [1], [math.nan]).smoothed(True).steps == [1]
+
+
 def test_thinning_keeps_ends_and_spikes():
     values = [0.0] * 10_000
     values[3333], values[7777] = 5.0, -5.0
@@ -145,6 +163,21 @@ def test_groups_are_shown_where_they_differ():
     rates = {f"emo/lr/group_{i}": {1: 1e-3, 2: 2e-3 if i % 2 else 3e-3} for i in (0, 1, 2, 10)}
     assert [curve.name for curve in panel("effective lr").curves(Run("", rates))] == ["group 0", "group 1"]
     assert events._natural("group_10") > events._natural("group_9")
+
+
+def test_trust_begins_where_there_is_a_last_step():
+    (curve,) = panel("trust").curves(Run("", {"emo/trust": {1: 0.0, 2: 0.5, 3: 0.0}}))
+    assert (curve.steps, curve.values) == ([2, 3], [0.5, 0.0])
+    assert panel("trust").curves(Run("", {"emo/trust": {1: 0.0}})) == []
+    (resumed,) = panel("trust").curves(Run("", {"emo/trust": {7: 0.3, 8: 0.5}}))
+    assert resumed.steps == [7, 8]
+
+
+def test_the_strong_line_is_a_mean_as_the_panel_is_drawn():
+    falling = {step: 0.5**step for step in range(1, 101)}
+    faint, strong = plot._lines(panel("gradient norm"), [Run("", {"emo/grad_norm": falling})])
+    assert (faint.faint, strong.faint) == (True, False)
+    assert strong.curve.values == pytest.approx(list(falling.values()))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +215,22 @@ def test_runs_are_told_apart(trained, tmp_path):
     assert list(few.key()) == ["a", "b/navi"]
     assert len({line.colour for line in few.key().values()}) == 2
     for place in range(9):
-        write(tmp_path / f"run{place}", loss_short=[2.0, 1.0], loss_long=[2.0, 1.5])
+        write(tmp_path / f"run{place}", loss_short=[2.0, 1.0], loss_long=[2.0, 1.5], scalar=[0.0, 0.1], tension=[1, 2])
     many = plot.Scene.load(tmp_path)
     assert len({(line.colour, line.dash) for line in many.key().values()}) == 9
-    assert {line.curve.name for _, lines in many.panels for line in lines} == {"short"}
-    plot.draw(tmp_path, tmp_path / "out")
+    assert {line.curve.name for _, lines in many.panels for line in lines} == {"short", "scalar"}
+    _, page, _ = plot.draw(tmp_path, tmp_path / "out")
+    found = Page(page.read_text(encoding="utf-8"))
+    assert [figure["layout"]["title"]["text"] for figure in found.figures] == ["loss", "scalar"]
+    assert not [words for words in found.words if "tension" in words or "the long one" in words]
+
+
+def test_more_runs_than_lines_that_differ(trained, tmp_path, monkeypatch):
+    runs = [Run(str(place), {"emo/drive": {1: 1.0, 2: 2.0}}) for place in range(plot._MOST)]
+    assert len({(line.colour, line.dash) for line in plot._lines(panel("drive"), runs)}) == len(runs) == 24
+    monkeypatch.setattr(plot, "_MOST", 1)
+    with pytest.raises(ValueError, match=r"holds more than 1 runs, .*: name a folder with fewer runs"):
+        plot.draw(trained[0], tmp_path)
 
 
 class Page(HTMLParser):
@@ -236,19 +280,93 @@ def test_picture_and_page(tmp_path):
     assert "<b>" not in text[: text.index("plotly.js v")], "the name of a folder is no markup"
 
 
-def test_names_of_any_kind_are_shown_as_they_are(tmp_path, monkeypatch):
+@pytest.fixture
+def saved(monkeypatch):
+    """The pictures that were written, as matplotlib's figures."""
+    kind = pytest.importorskip("matplotlib.figure").Figure
+    figures, save = [], kind.savefig
+    monkeypatch.setattr(kind, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def test_names_of_any_kind_are_shown_as_they_are(tmp_path, saved):
     """matplotlib takes two dollars for a formula, and warns of letters that it has no font for."""
-    figures = pytest.importorskip("matplotlib.figure")
     names = ["$\\frac$", "\N{CUNEIFORM SIGN A}"]
     for name in names:
         write(tmp_path / "$HOME$" / name, drive=[1.0, 2.0])
-    keys = []
-    save = figures.Figure.savefig
-    monkeypatch.setattr(
-        figures.Figure, "savefig", lambda figure, path: (keys.append(figure.legends[0]), save(figure, path))
-    )
     plot.draw(tmp_path / "$HOME$", tmp_path / "out")
-    assert [text.get_text().replace(r"\$", "$") for text in keys[0].get_texts()] == sorted(names)
+    texts = saved[0].legends[0].get_texts()
+    assert [text.get_text().replace(r"\$", "$") for text in texts] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("lr{}", 4),
+        ("Nov30_08-02-4{}_workstation-07_lr1e-3_batch64", 3),
+        ("run {} with a rather long name: a sentence of more than 60 letters", 2),
+        ("Nov30_" * 22 + "{}", 1),
+    ],
+)
+def test_names_fit_the_picture(name, columns, tmp_path, saved):
+    runs = [Run(name.format(place), {"emo/drive": {1: 1.0, 2: 2.0 + place}}) for place in range(5)]
+    scene = plot.Scene(Path("/x" * 150), runs, [(panel("drive"), plot._lines(panel("drive"), runs))], [])
+    plot._write_png(tmp_path / "x.png", scene)
+    (figure,) = saved
+    (legend,) = figure.legends
+    assert legend._ncols == columns
+    parts = [figure._suptitle, *legend.get_texts(), *legend.get_lines()]
+    for box in (part.get_window_extent() for part in parts):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    assert len({text.get_text() for text in legend.get_texts()}) == 5
+
+
+def test_no_curve_runs_through_the_names_of_groups(tmp_path, saved):
+    write(tmp_path, **{f"lr/group_{i}": [10.0**-i, 10.0 ** (1 - i)] for i in range(8)})
+    plot.draw(tmp_path, tmp_path)
+    axis = saved[0].axes[0]
+    assert len(axis.get_legend().get_texts()) == 8
+    assert axis.get_legend().get_window_extent().y0 >= axis.get_window_extent().y1
+
+
+def test_a_run_of_one_step_is_a_point(tmp_path, saved):
+    write(tmp_path, drive=[2.0], loss_short=[1.0])
+    _, page, _ = plot.draw(tmp_path, tmp_path)
+    assert [line.get_marker() for axis in saved[0].axes for line in axis.lines] == ["o", "o"]
+    assert all(tick == int(tick) for axis in saved[0].axes for tick in axis.get_xticks())
+    assert {t["mode"] for figure in Page(page.read_text()).figures for t in figure["data"]} == {"markers"}
+
+
+# In a frame, because a window of Chromium is not narrower than 500 pixels.
+FRAME = """<iframe src="emonavi-plot.html" style="border: 0; width: 375px; height: 9000px"></iframe>
+<script>onmessage = event => document.documentElement.dataset.found = event.data</script>"""
+PROBE = """<script>addEventListener("load", () => {
+  const all = name => [...document.querySelectorAll(name)], table = all(".wide")[0];
+  const tall = all(".names span").filter(name => name.getBoundingClientRect().height > 30);
+  const broken = all("tr > td, tr + tr > th").filter(cell => cell.getBoundingClientRect().height > 40);
+  const found = [tall.length, broken.length, table.scrollWidth - table.clientWidth];
+  parent.postMessage(JSON.stringify([...found, document.documentElement.scrollWidth]), "*");
+});</script>"""
+
+
+def test_page_on_a_phone(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    rates = {f"lr/group_{i}": [1e-3 * (i + 1), 2e-3 * (i + 1)] for i in range(8)}
+    write(tmp_path / "a", loss_short=[0.5, 0.25], drive=[1.0, 5.92], trust=[0.0, 0.66], **rates)
+    _, page, _ = plot.draw(tmp_path / "a", tmp_path)
+    page.write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
+    (tmp_path / "frame.html").write_text(FRAME)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
+    command += ["--window-size=500,9100", "--virtual-time-budget=20000", "--dump-dom"]
+    command += [(tmp_path / "frame.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    tall, broken, hidden, wide = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    assert (tall, broken) == (0, 0), "a line breaks between a sample and its name"
+    assert hidden == 0, "the table of a single run scrolls"
+    assert wide <= 375
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -286,6 +404,27 @@ def test_errors_name_the_remedy(trained, tmp_path):
         said = re.sub(r"[\s│|]+", " ", result.output)
         assert words.replace(" ", "") in said.replace(" ", ""), said
         assert "Traceback" not in said
+
+
+def test_an_error_is_of_the_option_that_it_belongs_to(trained, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def said():
+        result = CliRunner().invoke(cli.build(), ["plot", str(trained[0] / "a"), "--out", str(tmp_path / "new")])
+        assert result.exit_code == 2 and "Traceback" not in result.output
+        return re.sub(r"[\s│|]+", " ", result.output)
+
+    def refuse(error):
+        def fail(*arguments, **options):
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patch:  # as below /proc
+        patch.setattr(Path, "mkdir", refuse(FileNotFoundError(2, "No such file or directory", "new")))
+        assert "--out: [Errno 2]" in said()
+    monkeypatch.setattr(EventAccumulator, "Reload", refuse(PermissionError(13, "Permission denied", b"a/events")))
+    assert "for RUN: a/events cannot be read: permission denied" in said()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,8 +164,58 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
     weights = torch.rand(6, 4)
     weights[4:] = math.nan
     torch.save({"steps": torch.arange(6), "weights": weights}, tmp_path / FILE)
-    (found,) = read(tmp_path)
+    (found,), _ = read(tmp_path)
     assert found.steps.tolist() == [0, 1, 2, 3]
+
+
+def test_runs_that_cannot_be_drawn_are_left_out(runs, tmp_path, monkeypatch):
+    """One that still trains or was killed, one that is damaged, one that may not be read."""
+    Trajectory(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)).save(runs / "trains")
+    for name, held in (("damaged", torch.ones(3)), ("flat", {"steps": torch.arange(3), "weights": torch.ones(3)})):
+        (runs / name).mkdir()
+        torch.save(held, runs / name / FILE)
+    whole = Path.read_bytes
+
+    def read_bytes(path):
+        if path.parent.name == "navi":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    result = CliRunner().invoke(cli.build(), ["plot", "--pca", str(runs), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    first, *rest, picture = result.output.splitlines()
+    assert first.startswith("adamw: ") and picture.endswith(".png")
+    assert rest == [
+        f"left out: {runs / 'damaged' / FILE} is no record of weights (TypeError): record it anew",
+        f"left out: {runs / 'flat' / FILE} is no record of weights (IndexError): record it anew",
+        f"left out: {runs / 'navi' / FILE} cannot be read: permission denied",
+        f"left out: {runs / 'trains' / FILE} holds 1 finite sample: three are needed for a plane, and most come when "
+        "the run ends",
+    ]
+    (runs / "adamw" / FILE).unlink()
+    result = CliRunner().invoke(cli.build(), ["plot", "--pca", str(runs)])
+    assert result.exit_code == 2
+    said = re.sub(r"[\s│|]+", " ", result.output)
+    assert "(TypeError): record it anew; nor can the other 3 be drawn" in said
+
+
+@pytest.mark.parametrize("name", ["Nov30_08-02-4{}_workstation-07_lr1e-3_batch64", "Nov30_" * 30 + "{}", "{}"])
+def test_titles_fit_their_panels(name, tmp_path, monkeypatch):
+    from emonavi import pca
+
+    kind = pytest.importorskip("matplotlib.figure").Figure
+    figures, save = [], kind.savefig
+    monkeypatch.setattr(kind, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    for count in (1, 5):
+        ways = [way(torch.rand(5, 3), name.format(place)) for place in range(count)]
+        pca._write_png(tmp_path / "x.png", ways, [pca.project(each) for each in ways])
+        *_, figure = figures
+        boxes = [axis.title.get_window_extent() for axis in figure.axes]
+        for box in (figure._suptitle.get_window_extent(), *boxes):
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
+        assert len({axis.get_title() for axis in figure.axes}) == count
 
 
 def test_errors_name_the_remedy(tmp_path):
@@ -174,9 +225,11 @@ def test_errors_name_the_remedy(tmp_path):
         return re.sub(r"[\s│|]+", "", result.output)
 
     pytest.importorskip("matplotlib")
+    assert "nowheredoesnotexist" in said(tmp_path / "nowhere")
     assert "emonavi.monitor.trajectory(optimizer,folder)" in said(tmp_path)
     (tmp_path / FILE).write_bytes(b"no tensor")
     assert "isnorecordofweights" in said(tmp_path)
+    assert "isafile:namethefolderthatitliesin" in said(tmp_path / FILE)
     torch.save({"steps": torch.arange(2), "weights": torch.rand(2, 4)}, tmp_path / FILE)
     assert "holds2finitesamples:threeareneeded" in said(tmp_path)
 

@@ -6,12 +6,15 @@ A step that stands there twice, as after a crash and a resume, counts as it was 
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Curve", "Run", "label", "read"]
+__all__ = ["Curve", "Run", "label", "read", "reading"]
 
 _POINTS = 300  # stretches that a curve is drawn in, each by its lowest and its highest value
 
@@ -34,6 +37,21 @@ class Curve(NamedTuple):
             kept |= {min(stretch, key=self.values.__getitem__), max(stretch, key=self.values.__getitem__)}
         at = sorted(kept)
         return Curve(self.name, [self.steps[i] for i in at], [self.values[i] for i in at])
+
+    def smoothed(self, log: bool) -> Curve:
+        """Its mean over the steps around each, of the logarithms where ``log``; gaps stay and do not enter.
+
+        As many steps before as after: the mean neither lags nor differs from the curve at the ends.
+        """
+        known = [math.log(v) if log else v for v in self.values if math.isfinite(v)]
+        reach = max(min(10, len(known) // 20), len(known) // 100)
+        means = []
+        for at in range(len(known)):
+            near = min(reach, at, len(known) - 1 - at)
+            mean = sum(known[at - near : at + near + 1]) / (2 * near + 1)
+            means.append(math.exp(mean) if log else mean)
+        in_order = iter(means)
+        return self._replace(values=[next(in_order) if math.isfinite(v) else math.nan for v in self.values])
 
 
 @dataclass(frozen=True)
@@ -64,31 +82,55 @@ class Run:
         return max(max(points) for points in self.tags.values())
 
 
-def read(folder: Path) -> list[Run]:
+def read(folder: Path, most: float = math.inf) -> list[Run]:
     """Read every folder of event files at or below ``folder`` that holds an emotion.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no event file in it.
-        ValueError: the event files hold no emotion, or lie in a folder whose name is not UTF-8.
+        ValueError: there is no such folder, or no event file in it; the event files hold no emotion, or cannot be
+            read, or lie in a folder whose name is not UTF-8; they are of more than ``most`` runs.
     """
-    if not folder.is_dir():
-        what = "is a file: name the folder that it lies in" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}")
-    homes = sorted({file.parent for file in folder.rglob("*tfevents*") if file.is_file()})
+    with reading(folder):
+        homes = sorted({file.parent for file in folder.rglob("*tfevents*") if file.is_file()})
     if not homes:
-        raise FileNotFoundError(
-            f"{folder} holds no event files (*tfevents*): name the directory that writer= writes to"
-        )
+        raise ValueError(f"{folder} holds no event files (*tfevents*): name the directory that writer= writes to")
     odd = [str(home) for home in homes if str(home).encode(errors="ignore").decode() != str(home)]
     if odd:
         raise ValueError(f"TensorBoard cannot read {odd[0]!r}, whose name is not UTF-8: rename it")
-    runs = [Run(label(home, folder), tags) for home in homes if (tags := _read(home))]
+    runs: list[Run] = []
+    for home in homes:
+        with reading(home):
+            tags = _read(home)
+        if tags:
+            runs.append(Run(label(home, folder), tags))
+        if len(runs) > most:  # before the others are read, which may take minutes
+            raise ValueError(
+                f"{folder} holds more than {most} runs, too many for lines that differ: name a folder with fewer runs"
+            )
     if not runs:
         raise ValueError(
             f"the event files in {folder} hold no tag emo/...: construct the optimizer with a writer, as in "
             f'EmoNavi(params, writer="{folder}")'
         )
     return runs
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Read a folder inside.
+
+    Raises:
+        ValueError: it is none, or something in it cannot be read.
+    """
+    try:
+        next(folder.iterdir(), None)  # a search would find nothing, and not say why
+        yield
+    except OSError as error:
+        reasons = {
+            FileNotFoundError: "does not exist",
+            NotADirectoryError: "is a file: name the folder that it lies in",
+        }
+        other = f"cannot be read: {(error.strerror or str(error)).lower()}"
+        raise ValueError(f"{os.fsdecode(error.filename or folder)} {reasons.get(type(error), other)}") from error
 
 
 def label(home: Path, folder: Path) -> str:

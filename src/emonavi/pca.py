@@ -6,7 +6,9 @@ as an arc (Antognini and Sohl-Dickstein 2018, https://arxiv.org/abs/1806.08805):
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from emonavi.bench import page
-from emonavi.events import label
+from emonavi.events import label, reading
 from emonavi.trajectory import FILE
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Way", "draw", "explained", "project", "read"]
 
 _COLUMNS = 4
+_WIDE = 32  # letters that fit over a panel
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,43 @@ class Way:
     weights: Tensor
 
 
-def read(folder: Path) -> list[Way]:
-    """Read every record of weights at or below a folder, in the order of their names.
+def read(folder: Path) -> tuple[list[Way], list[str]]:
+    """Read every record of weights at or below a folder, in the order of their names; and why others are left out.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a file is no such record, or holds fewer than three finite samples.
+        ValueError: there is no such folder, no record in it, or none that can be drawn.
     """
-    files = sorted(folder.rglob(FILE))
+    with reading(folder):
+        files = sorted(folder.rglob(FILE))
     if not files:
-        raise FileNotFoundError(
+        raise ValueError(
             f"{folder} holds no {FILE}: record it with emonavi.monitor.trajectory(optimizer, folder) around the loop"
         )
-    return [_read(file, folder) for file in files]
+    ways, reasons = [], []
+    for file in files:
+        try:
+            ways.append(_read(file, folder))
+        except ValueError as error:
+            reasons.append(str(error))
+    if not ways:
+        raise ValueError(reasons[0] + (f"; nor can the other {len(files) - 1} be drawn" if len(files) > 1 else ""))
+    return ways, reasons
 
 
 def _read(file: Path, folder: Path) -> Way:
+    with reading(file.parent):
+        data = io.BytesIO(file.read_bytes())
     try:
-        held = torch.load(file, weights_only=True)
-        steps, weights = held["steps"], held["weights"]
+        held = dict(torch.load(data, weights_only=True))
+        steps, weights = held["steps"], held["weights"].double()
+        finite = weights.isfinite().all(1)  # a run that diverged is drawn up to there
+        way = Way(label(file.parent, folder), steps[finite], weights[finite])
     except Exception as error:
-        raise ValueError(f"{file} is no record of weights ({type(error).__name__}): remove it") from error
-    finite = weights.isfinite().all(1)  # a run that diverged is drawn up to there
-    if finite.sum() < 3:
-        raise ValueError(f"{file} holds {int(finite.sum())} finite samples: three are needed for a plane")
-    return Way(label(file.parent, folder), steps[finite], weights[finite].double())
+        raise ValueError(f"{file} is no record of weights ({type(error).__name__}): record it anew") from error
+    if (count := len(way.steps)) < 3:
+        samples = f"{count} finite sample{'s' * (count != 1)}"
+        raise ValueError(f"{file} holds {samples}: three are needed for a plane, and most come when the run ends")
+    return way
 
 
 def project(way: Way) -> Tensor:
@@ -83,15 +98,16 @@ def draw(folder: Path, out: Path) -> tuple[Path, list[str]]:
     """Draw all runs at or below ``folder`` side by side; return the picture, and a line on each run.
 
     Raises:
-        FileNotFoundError: there is no record of weights.
-        ValueError: one cannot be read.
+        ValueError: there is no such folder, or no run in it that can be drawn.
+        OSError: ``out`` cannot be written.
     """
-    ways = read(folder)
+    ways, reasons = read(folder)
     planes = [project(way) for way in ways]
     out.mkdir(parents=True, exist_ok=True)
     path = out / "emonavi-pca.png"
     _write_png(path, ways, planes)
-    return path, [_said(way, points) for way, points in zip(ways, planes, strict=True)]
+    lines = [_said(way, points) for way, points in zip(ways, planes, strict=True)]
+    return path, lines + [f"left out: {reason}" for reason in reasons]
 
 
 def _said(way: Way, points: Tensor) -> str:
@@ -112,7 +128,8 @@ def _write_png(path: Path, ways: list[Way], planes: list[Tensor]) -> None:
         _draw(axis, way, points)
     for axis in axes[len(ways) :]:
         axis.remove()
-    sheet.suptitle("weights in two principal components: start grey, end green; colour is the share of the steps")
+    title = "weights in two principal components: start grey, end green; colour is the share of the steps"
+    sheet.suptitle(textwrap.fill(title, _WIDE * columns), fontsize=11)
     sheet.savefig(path)
 
 
@@ -123,7 +140,7 @@ def _draw(axis: Axes, way: Way, points: Tensor) -> None:
     axis.scatter(x, y, c=way.steps, cmap="viridis", s=5, zorder=2)
     axis.plot(0, 0, "o", color=page.GREY, ms=7, zorder=3)
     axis.plot(x[-1], y[-1], "o", color=page.PALETTE[2], ms=7, zorder=3)
-    axis.set_title(page.as_it_is(way.label), fontsize=10)
+    axis.set_title(page.as_it_is(way.label, _WIDE, 3), fontsize=9)
     axis.set(xlabel=f"first component, {one:.0%}", ylabel=f"second, {two:.0%}")
     axis.set_aspect("equal", "datalim")  # a distance is the same in both directions
     axis.grid(alpha=0.25)

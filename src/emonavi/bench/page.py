@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,9 +83,16 @@ def any_script() -> Iterator[None]:
         yield
 
 
-def as_it_is(name: str) -> str:
-    """A name for matplotlib, which would take two dollars for a formula."""
-    return name.replace("$", r"\$")
+def as_it_is(name: str, width: int = 90, lines: int = 1) -> str:
+    """A name for matplotlib, which would take two dollars for a formula, broken into lines of ``width`` letters.
+
+    What is too long for ``lines`` of them loses its middle: names of runs differ at their ends.
+    """
+    width = width if name.isascii() else width * 5 // 8  # letters of far scripts are wider
+    most = width * lines
+    if len(name) > most:
+        name = f"{name[: most // 2]}…{name[1 - (most + 1) // 2 :]}"
+    return "\n".join(textwrap.wrap(name, width)).replace("$", r"\$")
 
 
 # --- Axes and panels
