@@ -7,7 +7,6 @@ does not reach it at all, and reflection looks at where a sample of the paramete
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Iterator
@@ -20,9 +19,10 @@ from torch import Tensor
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import load_exactly, same_emotion, same_optimizer, same_shapes
+from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, compared, sample, samples
-from emonavi.distributed import Ranks, agreed, is_piece, is_sharded
+from emonavi.distributed import Ranks, agreed
+from emonavi.dress import OF_THE_RUN, OPTIONS, adaptive, check, dress, fitting, wrappable
 from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
@@ -32,12 +32,8 @@ from emonavi.sweep import all_norms, gather, wide
 
 __all__ = ["Emotional"]
 
-# What checks.group() wants to see and the wrapped optimizer has checked by itself.
-_ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
-_NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 # Target of trust and fall of the lr (optimizer.py), whatever the rule.
 _HOLD, _FALL = (0.0, 0.0), 2.0
-_OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")  # in each group, as the siblings have them
 
 
 class Emotional(Bearer):
@@ -96,20 +92,22 @@ class Emotional(Bearer):
         on_missing_loss: str = "warn",
         process_group: Any = "auto",
     ) -> None:
-        machine = _adaptive(emotion)
+        machine = adaptive(emotion)
         felt = checks.options(machine, spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         }))  # fmt: skip
         settings = checks.settings(capture, on_missing_loss, process_group)
-        _wrappable(optimizer)
+        wrappable(optimizer)
         for group in optimizer.param_groups:
-            _check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
+            check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
         self.inner = optimizer
         super().__setstate__({})  # torch's way to the hooks: groups and state are not made, they are the optimizer's
         self._setup(machine, *settings)
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
-            _dress(optimizer, group, felt)
+            for name in OF_THE_RUN:
+                group.pop(name, None)  # of a wrapper that was around it before
+            dress(optimizer, group, felt)
         self._own = felt
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
@@ -246,11 +244,11 @@ class Emotional(Bearer):
             given = group.pop(name, None)
             own[ours] = group.get(ours, own[ours]) if given is None else given
         try:
-            _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
+            check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        _dress(self.inner, group, own)
+        dress(self.inner, group, own)
 
     def _prepare(self) -> None:
         self._dress_new()
@@ -260,14 +258,14 @@ class Emotional(Bearer):
         for group in self.param_groups:
             if "lr_floor" not in group:
                 own = self._options()
-                _check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
-                _dress(self.inner, group, own)
+                check(group, own["max_norm"], own["lr_floor"], own["lr_ceiling"])
+                dress(self.inner, group, own)
 
     def _options(self) -> dict[str, Any]:
         """What the constructor was given, as the first group keeps it; as it last was where there is none."""
         first = next(iter(self.param_groups), {})
         if "lr_floor" in first:
-            self._own = {name: first[name] for name in _OPTIONS}
+            self._own = {name: first[name] for name in OPTIONS}
         return dict(self._own)
 
     def _fresh(self, anew: bool = False) -> Tensor:
@@ -293,35 +291,19 @@ class Emotional(Bearer):
         """
         self._refuse_midway("load_state_dict()")
         own = self._options()
-        load_exactly(self.inner.load_state_dict, self.inner, state_dict, self._fitting, as_placed=True)
+        load_exactly(
+            self.inner.load_state_dict, self.inner, state_dict, lambda final: fitting(final, self), as_placed=True
+        )
         name = type(self.inner).__name__
         for group in self.param_groups:
             group["inner"] = name  # an earlier version did not keep it
         if "emotion" not in self.param_groups[0]:
             for group in self.param_groups:
-                _dress(self.inner, group, own)
+                dress(self.inner, group, own)
             self.param_groups[0]["emotion"] = self._fresh()
             warnings.warn(f"the checkpoint is of {name} alone: it goes on under a fresh emotion", stacklevel=2)
         self._note_begun()
         self._intake.clear()
-
-    def _fitting(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The checkpoint; one of another emotion or of another optimizer is refused."""
-        # Flags, None among them, are what a later version may have added: torch fills them in.
-        options = {k for k, v in self.defaults.items() if v is not None and not isinstance(v, bool)}
-        saved, name = state_dict["param_groups"][0], type(self.inner).__name__
-        if "emotion" in saved:
-            same_emotion(state_dict, self._emotion)
-            # An earlier version did not keep the name; a sibling has an option that no wrapper gives a group.
-            siblings = "stochastic_rounding" in saved and "stochastic_rounding" not in self.param_groups[0]
-            if siblings or saved.get("inner", name) != name:
-                whose = "a sibling" if siblings else f"Emotional({saved['inner']})"
-                what = f"the checkpoint is of another optimizer, of {whose}"
-                raise ValueError(f"{what}: load it into the one that saved it, or start with a fresh one")
-            options |= {*_OPTIONS, "lr_start", "lr_peak"}
-        same_optimizer(state_dict, options, [])
-        same_shapes(state_dict, list(self._params()), self._shapes)
-        return state_dict
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """With the wrapped optimizer, whose dict it is; the hook is given that one."""
@@ -350,47 +332,6 @@ class Emotional(Bearer):
         self._setup(*settings)
         self._options()
         self._note_begun()
-
-
-def _adaptive(given: str | Emotion) -> Emotion:
-    machine = checks.emotion(given)
-    if not isinstance(machine, Emotion):
-        raise ValueError(
-            f"emotion={given!r}: the published generations are rules, too, and cannot be put around another one; "
-            "choose 'adaptive', pass an emonavi.Emotion, or use a sibling"
-        )
-    return machine
-
-
-def _wrappable(optimizer: Any) -> None:
-    """An optimizer that can be stepped when it is time to, at an lr that is set for it."""
-    name = type(optimizer).__name__
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{optimizer!r} is no torch optimizer: construct one, and pass it")
-    if isinstance(optimizer, Bearer):
-        raise ValueError(f"{name} has an emotion already: use it as it is")
-    if inspect.signature(optimizer.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
-        raise ValueError(f"{name} evaluates the model by itself: only what can step without a closure can be wrapped")
-    if any("lr" not in group for group in optimizer.param_groups):
-        raise ValueError(f"a group of {name} has no lr: there is nothing that a drive could multiply")
-
-
-def _check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> None:
-    """A group's lr with our options, and its parameters."""
-    checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
-    checks.parameters(group["params"])
-    if any(is_sharded(p) or is_piece(p) for p in group["params"]):
-        raise ValueError("a parameter is sharded: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
-
-
-def _dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
-    """Give a group of a wrapped optimizer what the emotion needs there."""
-    lr = group["lr"]
-    group.update(options)
-    group.setdefault("lr_start", lr.clone() if isinstance(lr, Tensor) else lr)
-    group.setdefault("lr_peak", 0.0)
-    group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
-    group["inner"] = type(optimizer).__name__
 
 
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:

@@ -1,0 +1,88 @@
+"""What a wrapped optimizer is given, and what it is looked at for: its groups, and the checkpoints that it loads."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from emonavi import checks
+from emonavi.bearer import Bearer
+from emonavi.checkpoint import same_emotion, same_optimizer, same_shapes
+from emonavi.distributed import is_piece, is_sharded
+from emonavi.emotion import Emotion
+
+if TYPE_CHECKING:
+    from emonavi.wrap import Emotional
+
+__all__ = ["OF_THE_RUN", "OPTIONS", "adaptive", "check", "dress", "fitting", "wrappable"]
+
+# In each group, as the siblings have them.
+OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")
+OF_THE_RUN = ("lr_start", "lr_peak")
+# What checks.group() wants to see and the wrapped optimizer has checked by itself.
+_ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
+_NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
+def adaptive(given: str | Emotion) -> Emotion:
+    """The adaptive emotion; the published generations are refused by a ValueError."""
+    machine = checks.emotion(given)
+    if not isinstance(machine, Emotion):
+        raise ValueError(
+            f"emotion={given!r}: the published generations are rules, too, and cannot be put around another one; "
+            "choose 'adaptive', pass an emonavi.Emotion, or use a sibling"
+        )
+    return machine
+
+
+def wrappable(optimizer: Any) -> None:
+    """Raise where an optimizer cannot be stepped when it is time to, at an lr that is set for it."""
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{optimizer!r} is no torch optimizer: construct one, and pass it")
+    if isinstance(optimizer, Bearer):
+        raise ValueError(f"{name} has an emotion already: use it as it is")
+    if inspect.signature(optimizer.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
+        raise ValueError(f"{name} evaluates the model by itself: only what can step without a closure can be wrapped")
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"a group of {name} has no lr: there is nothing that a drive could multiply")
+
+
+def check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> None:
+    """Raise where a group's lr, our options or its parameters will not do."""
+    checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
+    checks.parameters(group["params"])
+    if any(is_sharded(p) or is_piece(p) for p in group["params"]):
+        raise ValueError("a parameter is sharded: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
+
+
+def dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Give a group of a wrapped optimizer what the emotion needs there."""
+    lr = group["lr"]
+    group.update(options)
+    group.setdefault("lr_start", lr.clone() if isinstance(lr, Tensor) else lr)
+    group.setdefault("lr_peak", 0.0)
+    group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
+    group["inner"] = type(optimizer).__name__
+
+
+def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
+    """The checkpoint; one of another emotion, of another optimizer or of other shapes is refused by a ValueError."""
+    # Flags, None among them, are what a later version may have added: torch fills them in.
+    options = {k for k, v in wrapper.defaults.items() if v is not None and not isinstance(v, bool)}
+    saved, name = state_dict["param_groups"][0], type(wrapper.inner).__name__
+    if "emotion" in saved:
+        same_emotion(state_dict, wrapper._emotion)
+        # An earlier version did not keep the name; a sibling has an option that no wrapper gives a group.
+        siblings = "stochastic_rounding" in saved and "stochastic_rounding" not in wrapper.param_groups[0]
+        if siblings or saved.get("inner", name) != name:
+            whose = "a sibling" if siblings else f"Emotional({saved['inner']})"
+            what = f"the checkpoint is of another optimizer, of {whose}"
+            raise ValueError(f"{what}: load it into the one that saved it, or start with a fresh one")
+        options |= {*OPTIONS, *OF_THE_RUN}
+    same_optimizer(state_dict, options, [])
+    same_shapes(state_dict, list(wrapper._params()), wrapper._shapes)
+    return state_dict
