@@ -2,11 +2,9 @@
 
 torchrun --nproc-per-node 2 examples/autonomous.py              # on one machine
 torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29400 examples/autonomous.py
-
---small: fewer steps. --outer: DiLoCo's outer step instead of the mean.
 """
 
-import sys
+import argparse
 
 import torch
 from sklearn.datasets import load_digits
@@ -49,6 +47,10 @@ def train(model, optimizer, merger, examples, steps):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="80 steps instead of 400")
+    parser.add_argument("--outer", action="store_true", help="DiLoCo's outer step instead of the mean")
+    args = parser.parse_args()
     dist.init_process_group("gloo")  # nothing is sent before the first merge
     torch.set_num_threads(1)
     rank, workers = dist.get_rank(), dist.get_world_size()
@@ -57,10 +59,9 @@ if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
     torch.manual_seed(1 + rank)  # ... and go their own ways
     optimizer = emonavi.EmoNavi(model.parameters(), process_group=None)  # an emotion of its own
-    outer = nesterov if "--outer" in sys.argv else None
-    merger = Merger(model, optimizer, PeriodicModelAverager(period=32), outer=outer)
+    merger = Merger(model, optimizer, PeriodicModelAverager(period=32), outer=nesterov if args.outer else None)
     before, _ = evaluate(model, held_out)
-    train(model, optimizer, merger, mine, 80 if "--small" in sys.argv else 400)
+    train(model, optimizer, merger, mine, 80 if args.small else 400)
     after, right = evaluate(model, held_out)
     felt = f"loss felt last {optimizer.emotion.loss:.3f}, drive {optimizer.emotion.drive:.3f}"
     print(f"worker {rank}: held-out loss {before:.3f} -> {after:.3f}, {right:.0%} right; {felt}", flush=True)

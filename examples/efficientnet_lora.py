@@ -1,11 +1,10 @@
 """Fine-tune EfficientNet-Lite0 with LoRA on every layer, convolutions included, to tell clothes apart, on a CPU.
 
-``--small``: scikit-learn's digits, without a download. PEFT cannot merge an adapter of a depthwise convolution, and
-wants its rank a multiple of the channels; so the adapter here is a parametrization of the weight, fit for every layer.
+PEFT cannot merge an adapter of a depthwise convolution, and limits its rank; so this one is a parametrization.
 """
 
+import argparse
 import math
-import sys
 
 import torch
 from data import batches, clothes, digits
@@ -69,8 +68,10 @@ def evaluate(model, examples):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="scikit-learn's digits, without a download")
+    small = parser.parse_args().small
     torch.manual_seed(0)
-    small = "--small" in sys.argv
     (examples, held_out), model = data(small), adapted(pretrained())
     before, _ = evaluate(model, held_out)
     optimizer = emonavi.EmoNavi((p for p in model.parameters() if p.requires_grad), lr=1e-3)

@@ -16,7 +16,7 @@ from torch import nn
 
 import emonavi
 
-WAYS = {"normal": {}, "released": {}, "released, 8bit state": {"state_dtype": "8bit"}}
+WAYS = {"normal": {}, "released": {}, "released-8bit": {"state_dtype": "8bit"}}
 
 
 def peak():
@@ -51,7 +51,7 @@ def main():
         before = peak()
         count, loss = train(given.way, width, depth)
         grown = peak() - before
-        print(f"{given.way:22} {grown:7.0f} MB, {1e6 * grown / count:5.2f} bytes for each parameter; loss {loss:.4f}")
+        print(f"{given.way:13} {grown:7.0f} MB, {1e6 * grown / count:5.2f} bytes for each parameter; loss {loss:.4f}")
         return
     for way in WAYS:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], check=True)

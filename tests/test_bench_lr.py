@@ -243,8 +243,22 @@ def test_choose():
     known = ["EmoNavi", "EmoNavi v1", "Prodigy"]
     assert peers.choose("emonavi", known, "optimizer") == ["EmoNavi"]
     assert peers.choose("prodigy, EmoNavi*", known, "optimizer") == ["Prodigy", "EmoNavi", "EmoNavi v1"]
-    with pytest.raises(ValueError, match="no optimizer 'adam': choose from EmoNavi, EmoNavi v1, Prodigy"):
-        peers.choose("adam", known, "optimizer")
+    with pytest.raises(ValueError, match="no optimizer 'Adam': choose from EmoNavi, EmoNavi v1, Prodigy"):
+        peers.choose("Adam", known, "optimizer")
+
+
+@pytest.mark.parametrize("chosen", [["--tasks", "digits"], ["--quick"]])
+def test_a_split_without_a_task_is_refused(chosen, tmp_path):
+    out = tmp_path / "lr.jsonl"
+    result = CliRunner().invoke(cli.build(), ["bench", "lr", *chosen, "--split", "test", "--out", str(out)])
+    assert result.exit_code == 2 and not out.exists()
+    assert "is in the split 'test': digits is dev" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", ["lr --tasks digits", "stop"])
+def test_a_ledger_that_cannot_be_opened(command, tmp_path):
+    result = CliRunner().invoke(cli.build(), ["bench", *command.split(), "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "name another file" in result.output
 
 
 def test_a_task_of_packages_that_are_missing(monkeypatch, tmp_path):
@@ -376,7 +390,33 @@ def test_marks():
         "(d) EmoNavi raw has a geometric mean of 1.149 over the test pairs and 1.100 at its default lr, "
         "Prodigy 11 and 1.300"
     )
-    assert "no mark can be judged" in summary.marks(Study(ROWS[6:9]))[0][1]
+
+
+def test_what_cannot_be_judged_is_not_missed():
+    study = Study(ROWS[6:9])
+    assert summary.marks(study) == []
+    said = lr_report.verdicts(study)
+    assert said[0].startswith("No mark can be judged yet: that needs runs of AdamW + cosine and of EmoNavi")
+    assert not any(sentence.startswith("Missed") for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr": "x"}, "in row 2, lr is 'x'"),
+        ({"lr": 0.0}, "in row 2, lr is 0.0"),
+        ({"raw": "bad"}, "in row 2, raw is 'bad'"),
+        ({"versions": "x"}, "in row 2, versions is 'x'"),
+        ({"trace": {"step": [1.0], "lr": []}}, "in row 2, trace has no lists step, lr and loss of one length"),
+    ],
+    ids=str,
+)
+def test_a_row_that_no_bench_has_written(change, words, tmp_path):
+    file = tmp_path / "lr.jsonl"
+    file.write_text(json_line(ROWS[0]) + json_line(ROWS[3] | change))
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    assert result.exit_code == 2
+    assert f"{file} is not of `emonavi bench lr`: {words}; name another file" in " ".join(result.output.split())
 
 
 def test_table_fits_a_terminal():
@@ -390,7 +430,34 @@ def test_table_fits_a_terminal():
     assert said[-1].startswith("Incomplete: 5 of 16 figures are missing")
 
 
-# --- The page
+@pytest.mark.parametrize(("width", "figures"), [(80, 9), (54, 4), (40, 2), (30, 1)])
+def test_a_narrow_terminal_has_fewer_columns_and_all_names(width, figures):
+    name = "EmoNavi (pytorch_optimizer)"
+    table = lr_report.table(Study([*ROWS, row("alpha", name, 1e-3, 2.2), row("alpha", name, 1e-1, 2.2)]), width)
+    text = text_of(table, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    if width >= 33:  # its name and one figure
+        line = next(line for line in text.splitlines() if line.startswith(name))
+        assert line.split()[2:] == ["1.100", "100%", "100%", "100%", "1.100", "2.0", "2.0", "1.100", "1.100"][:figures]
+
+
+# --- The pictures and the page
+
+
+def test_a_picture_holds_few_curves_and_those_that_are_known_first(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    drawn = []
+    plot = axes.Axes.plot
+    monkeypatch.setattr(axes.Axes, "plot", lambda *args, **look: drawn.append(look["label"]) or plot(*args, **look))
+    many = [row("alpha", name, 1e-3, 2.0, 2.0 if c.shadow else None) for name, c in CONTENDERS.items()]
+    lr_report.write(Study(many), tmp_path, "lr.jsonl")
+    known = {"EmoNavi raw", "EmoNavi calm", "EmoFact raw", "AdamW + cosine"}
+    assert set(drawn) == known | {"AdamW", "Prodigy", "ScheduleFree AdamW", "MoMo-Adam"}
+    drawn.clear()
+    others = [r for r in many if r["optimizer"] in ("AdamW + cosine", "EmoLynx", "EmoClan", "Lion", "SGD", "Muon")]
+    lr_report.write(Study(others), tmp_path, "lr.jsonl")
+    assert set(drawn) == {entry.label for entry in Study(others).entries}, "few are all shown"
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +499,8 @@ def test_report_command(written):
     assert links.links == [] and "link" not in links.tags
     assert page.count('class="plot"') == 3 + 2 * 3
     assert "it &lt;burst&gt;" in page and "three times the steps" in page
+    assert "A mark is a bound" in page and all(f"({letter}) of" in page for letter in "abcd")
+    assert "Tinted: this library's" in page and "var(--near)" not in page.split(".ours {")[1].split("}")[0]
     for name in ("profiles", "loss-vs-lr", "effective-lr"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -439,7 +508,7 @@ def test_report_command(written):
 def test_report_of_something_else(tmp_path):
     file = tmp_path / "other.jsonl"
     for content, words in (
-        ('{"place": 1}\n', "is not of"),
+        ('{"place": 1}\n', "is not of `emonavi bench lr`: row 1 lacks 'task'"),
         ("", "has no result yet"),
         ("x\n{}\n", "line 1 is no JSON"),
     ):

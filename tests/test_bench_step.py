@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from emonavi.bench import step
+from emonavi import cli
+from emonavi.bench import page, step
 
 
 def test_every_contender_takes_its_turn(monkeypatch):
@@ -48,8 +50,38 @@ def test_report_writes_figures_and_a_picture(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "step.json").read_text())
     assert kept["lists"]["few"]["AdamW fused"]["ratio"] == 1.0 and kept["threads"] == 1
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no list of shapes many: choose from few"):
-        step.report(["many"])
+
+
+def test_lists_are_chosen_by_name(monkeypatch):
+    typer = pytest.importorskip("typer.testing")
+    measured = []
+    monkeypatch.setattr(step, "report", lambda lists, *_: measured.append(lists) or [])
+    for model in ("one,", "Tiny, lora"):
+        assert typer.CliRunner().invoke(cli.build(), ["bench", "step", "--model", model]).exit_code == 0
+    assert measured == [["one"], ["tiny", "lora"]]
+    result = typer.CliRunner().invoke(cli.build(), ["bench", "step", "--model", "one,many"])
+    assert result.exit_code == 2 and "no list of shapes 'many': choose from one, gpt2, tiny, lora" in result.output
+
+
+def test_the_picture_tells_ours_from_others_and_begins_at_1(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes")
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn, shown = {}, []
+
+    def note(axis, starts, y, ends, color=None, **look):
+        drawn[axis] = (y, starts, ends, color)
+
+    monkeypatch.setattr(axes.Axes, "hlines", lambda axis, y, *ends, **look: note(axis, ends[0], y, ends[1], **look))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda sheet, path: shown.append(sheet))
+    figures = json.loads((Path(__file__).parents[1] / "benchmarks" / "step-cpu.json").read_text())
+    step.draw(figures, tmp_path / "step.png")
+    for axis, (names, start, ratios, colours) in drawn.items():
+        assert start == 1.0 and len(names) == len(ratios)
+        blue = {name for name, colour in zip(names, colours, strict=True) if colour == page.PALETTE[0]}
+        assert blue == {name for name in names if name.startswith("Emo") and "pytorch_optimizer" not in name}
+        assert [label.get_text() for label in axis.get_xticklabels()][:4] == ["1", "2", "5", "10"]
+    assert len(drawn) == 4 and any("Emotional" in name for name in names)
+    assert [text.get_text() for text in shown[0].legends[0].get_texts()] == ["this library", "others"]
 
 
 def test_threads_are_lent_and_given_back(monkeypatch):

@@ -267,6 +267,7 @@ def test_sentences_hold_the_measured_figures(tmp_path):
     assert "without 1 run(s) of AdamW that diverged" in said
     best, worst = math.sqrt(1.0 / 0.8 * 30 / 25.5), math.sqrt(1.5 / 0.8 * 60 / 25.5)
     assert f"EmoNavi ends at {best:.2f} to {worst:.2f}" in said
+    assert "(geometric mean over 2 tasks; below 1 is better)" in said, "no range over the tasks"
     assert "on alpha AdamW (lr 1e-3) and on beta EmoFact (lr 1e-3)" in said
     assert "the steps were the same" in said, "EmoFact has three equal figures on alpha"
     other = LOSSES | {("alpha", "EmoFact"): (2.0, 2.1, 2.2)}
@@ -357,21 +358,26 @@ def test_short_figures(loss, words):
     assert report.short(result, loss).plain == words
 
 
-def test_live_picture_fits_80_columns():
+def new_board() -> tuple[demo.Board, list[runner.Run]]:
+    """A board of two workers, and its runs."""
     runs = [
         runner.Run(task, optimizer, lr, 0, task.steps)
         for task in tasks.DEMO.values()
         for optimizer in demo.OPTIMIZERS
         for lr in demo.LRS
     ]
-    board = demo.Board(runs, 2, quick=False)
+    return demo.Board(runs, 2, quick=False), runs
+
+
+def test_live_picture_fits_80_columns():
+    board, runs = new_board()
     board.begin(0, runs[30])
     board.begin(1, runs[12])
     board.progress(0, runner.Progress(123, 28364.0, 148.0, 1.234e-05, -0.12, "braking"))
     done = Result("diabetes", "EmoNavi", 1e-5, 0, 360, "done", val_loss=28364.0, seconds=2.0)
     board.begin(1, runs[24])
     board.finish(1, done)
-    picture = text_of(board._picture()).splitlines()
+    picture = text_of(board).splitlines()
     assert max(len(line.rstrip()) for line in picture) <= 80
     assert len(picture) <= 23
     text = "\n".join(picture)
@@ -379,6 +385,31 @@ def test_live_picture_fits_80_columns():
     for expected in ("1/48 runs", "28k", "braking", "-0.12", "1.2e-05", "28,364", "123/360", "148", "waiting"):
         assert expected in text
     assert "-:--" not in text, "a finished run is enough for an estimate"
+
+
+@pytest.mark.parametrize("width", [80, 64, 60, 40, 30])
+def test_live_picture_cuts_no_figure(width):
+    """Each optimizer has its three figures of each task in its own row, however narrow the terminal is."""
+    board, runs = new_board()
+    for place, run in enumerate(runs):
+        value = 10.1 + place  # as short as a figure may be: four characters
+        board.finish(0, Result(run.task.name, run.optimizer, run.lr, 0, 360, "done", val_loss=value, seconds=2.0))
+    board.begin(0, runs[30])
+    board.progress(0, runner.Progress(123, 0.0001234, 148.0, 1.234e-05, -0.12, "braking"))
+    picture = text_of(board, width).splitlines()
+    assert len(picture) <= 24 or width < 40
+    assert "…" not in "".join(picture)
+    found = {name: [] for name in demo.OPTIMIZERS}
+    for name, *figures in (line.split() for line in picture if line.strip()):
+        if name in found:
+            found[name] += figures
+    wanted = {
+        name: [f"{10.1 + place:.1f}" for place, run in enumerate(runs) if run.optimizer == name] for name in found
+    }
+    assert found == wanted
+    said = ["diabetes", "EmoLynx", "1e-5", "123/360", "0.0001234", "1.2e-05", "-0.12", "braking", "148"]
+    crew = next(line.split() for line in picture if line.startswith("diabetes"))
+    assert [word for word in crew if "━" not in word] == said[: len(crew) - (width == 80)]
 
 
 # --- The command
@@ -465,6 +496,23 @@ def test_a_folder_in_use_is_refused(tmp_path):
     assert (tmp_path / "results.jsonl").read_text() == "precious\n"
 
 
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path):
+    result = CliRunner().invoke(cli.build(), ["demo", "--seed", "99999999999999999999", "--out", str(tmp_path / "new")])
+    assert result.exit_code == 2 and "4294967295" in result.output
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", f"report {LEDGER}", "bench landscape --optimizers EmoNavi"])
+def test_a_folder_without_the_right_to_write_is_refused_before_the_work(command, tmp_path, monkeypatch):
+    for work in ("demo.run_demo", "lr_report.table", "landscape.run"):
+        monkeypatch.setattr(f"emonavi.bench.{work}", lambda *_, **__: pytest.fail("worked"))
+    allowed = os.access  # the superuser may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: allowed(path, mode) and not (mode & os.W_OK))
+    result = CliRunner().invoke(cli.build(), [*command.split(), "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"no permission to write in {tmp_path}: name another folder" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("command", [["bench", "step"], ["bench", "capture"], ["demo"]], ids=" ".join)
 def test_where_nothing_can_be_written_nothing_is_measured(command, tmp_path, monkeypatch):
     monkeypatch.setattr("emonavi.bench.step.report", lambda *_: pytest.fail("measured"))
@@ -493,6 +541,7 @@ def test_forty_columns_without_utf8(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | plain)
     assert (done.returncode, done.stderr) == (0, "")
     assert any((tmp_path / "lr").glob("*.html"))
+    assert "\nEmoNavi (pytorch_optimizer) " in done.stdout, "figures without the name of their optimizer"
 
 
 def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):

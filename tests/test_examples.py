@@ -25,6 +25,23 @@ def ran(script, *options):
     return result.stdout
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "data.py"))
+def test_each_example_says_how_it_is_used(script, monkeypatch, capsys):
+    """Without its data, and without torchrun."""
+    needs = {"minilm_lora.py": "peft", "efficientnet_lora.py": "efficientnet_lite_pytorch", "compare.py": "prodigyopt"}
+    pytest.importorskip("sklearn")
+    pytest.importorskip(needs.get(script, "sklearn"))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    assert said.startswith("usage: ") and "--small" in said
+    for choices in re.findall(r"{(.*?)}", said):
+        assert " " not in choices
+
+
 @pytest.mark.parametrize("command", ["minilm_lora.py", "minilm_lora.py --trainer", "efficientnet_lora.py"])
 def test_the_loss_falls(command):
     pytest.importorskip("peft" if "minilm" in command else "efficientnet_lite_pytorch")

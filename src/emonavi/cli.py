@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
 import sys
 from datetime import datetime
@@ -73,9 +74,11 @@ def require(command: str, packages: dict[str, str], extra: str = "demo") -> None
 
 
 def make(folder: Path) -> None:
-    """Make a folder where there is none; leave where that cannot be."""
+    """Make a folder where there is none; leave where nothing can be written in it: before the work, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"no permission to write in {folder}")
     except OSError as error:
         raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
 
@@ -105,7 +108,7 @@ def demo(
         Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/demo-YYYYmmdd-HHMMSS")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Decides initial weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides initial weights and batches.")] = 0,
 ) -> None:
     """Train four small tasks with EmoNavi, EmoFact, EmoLynx and AdamW at three learning rates, and compare."""
     require("emonavi demo", DEMO_NEEDS)
@@ -144,7 +147,7 @@ def plot(
             print("\n".join([*lines, str(picture)]))
             return
         png, page, count = draw(run, out or run)
-    except (FileNotFoundError, ValueError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="RUN") from error
     except OSError as error:
         raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
@@ -167,16 +170,19 @@ def report(
 
     folder = out or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-report"))
     try:
-        study = Study(read_rows(file))
-    except KeyError as error:
-        raise typer.BadParameter(f"{file} is not of `emonavi bench lr`: a row lacks {error}") from error
+        rows = read_rows(file)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if not study.rows:
-        raise typer.BadParameter(f"{file} has no result yet")
-    make(folder)  # before the figures, which would hide why there is no page
+        raise typer.BadParameter(str(error), param_hint="FILE") from error
+    if not rows:
+        raise typer.BadParameter(f"{file} has no result yet", param_hint="FILE")
+    try:
+        study = Study(rows)
+    except ValueError as error:
+        problem = f"{file} is not of `emonavi bench lr`: {error}; name another file"
+        raise typer.BadParameter(problem, param_hint="FILE") from error
+    make(folder)
     console = Console(highlight=False)
-    console.print(lr_report.table(study))
+    console.print(lr_report.table(study, console.width))
     for sentence in lr_report.verdicts(study):
         console.print(sentence, markup=False)
     for path in lr_report.write(study, folder, str(file)):

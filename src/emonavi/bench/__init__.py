@@ -204,7 +204,7 @@ def sentences(found: Findings) -> list[str]:
     if not tasks or not names:
         return ["There is no task at which every optimizer has all its runs and a loss: nothing to compare."]
     left_out = [n for n in found.plan["optimizers"] if n not in names]
-    over = f"geometric mean over {len(tasks)} tasks" if len(tasks) > 1 else f"on {tasks[0]}"
+    mean = over = f"geometric mean over {len(tasks)} tasks" if len(tasks) > 1 else f"on {tasks[0]}"
     diverged = [f"{found.count(n, 'diverged')} run(s) of {n}" for n in names if found.count(n, "diverged")]
     if diverged:
         over += f"; without {_and(diverged)} that diverged"
@@ -222,7 +222,7 @@ def sentences(found: Findings) -> list[str]:
             pairs.append(f"{n} ends at {best} to {worst}")
         said.append(
             f"In units of AdamW's loss at the best of its {len(lrs)} lrs, from their own best to their own worst lr "
-            f"{_and(pairs)} (below 1 is better)."
+            f"{_and(pairs)} ({mean}; below 1 is better)."
         )
     if left_out:
         said.append(f"Left out here, because runs failed: {_and(left_out)}.")

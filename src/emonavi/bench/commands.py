@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require
+
+if TYPE_CHECKING:
+    from emonavi.bench.ledger import Ledger
 
 __all__ = ["benches"]
 
@@ -51,6 +54,18 @@ def _writable(file: Path | None) -> None:
         raise typer.BadParameter(f"{error}: name another file", param_hint="--out") from error
 
 
+def _ledger(out: Path, cell: type[Any]) -> Ledger[Any]:
+    """Open a ledger; leave where that cannot be."""
+    from emonavi.bench.ledger import Ledger
+
+    try:
+        return Ledger(out, cell)
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another file", param_hint="--out") from error
+    except (RuntimeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+
+
 def step(
     model: Annotated[
         str, typer.Option(help="Lists of shapes, separated by commas: one, gpt2, tiny, lora.")
@@ -67,9 +82,11 @@ def step(
         require("emonavi bench step --out", {"matplotlib": "matplotlib"}, "bench")
     _writable(out)
     from emonavi.bench import step as bench
+    from emonavi.bench.peers import choose
 
     try:
-        print("\n".join(bench.report(model.split(","), out, rounds, device, threads)))
+        lists = choose(model, list(bench.LISTS), "list of shapes") or list(bench.LISTS)
+        print("\n".join(bench.report(lists, out, rounds, device, threads)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -131,7 +148,6 @@ def learning_rates(
     from rich.console import Console
 
     from emonavi.bench import lr
-    from emonavi.bench.ledger import Ledger
     from emonavi.bench.peers import CONTENDERS, missing
     from emonavi.bench.tasks import OPTIONAL, TASKS
 
@@ -140,7 +156,11 @@ def learning_rates(
         raise typer.BadParameter(problem)
     known = TASKS | OPTIONAL
     names = _chosen(tasks, known, "task", lr.QUICK_TASKS if quick else TASKS)
+    splits = ", ".join(f"{name} is {known[name].split}" for name in names)
     names = [name for name in names if split in ("", known[name].split)]
+    if not names:
+        problem = f"no task that was chosen is in the split {split!r}: {splits}; choose others, or leave --split out"
+        raise typer.BadParameter(problem, param_hint="--split")
     for task in (known[name] for name in names):
         needs = {module: DEMO_NEEDS.get(module, module.replace("_", "-")) for module in task.needs.split()}
         require(f"emonavi bench lr --tasks {task.name}", needs, task.extra)
@@ -148,10 +168,7 @@ def learning_rates(
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds or (3 if full else 1))
     if absent := missing(sorted({cell.optimizer for cell in cells})):
         raise typer.Exit(refuse("emonavi bench lr", absent, "bench"))
-    try:
-        ledger = Ledger(out, lr.Cell)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--out") from error
+    ledger = _ledger(out, lr.Cell)
     command = shlex.join(["emonavi", *sys.argv[1:]])
     console = Console(highlight=False)
     raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=command, console=console))
@@ -182,16 +199,13 @@ def _ledgered(name: str) -> Callable[..., None]:
         require(f"emonavi bench {name}", BENCH_NEEDS, "bench")
         from rich.console import Console
 
-        from emonavi.bench.ledger import Ledger, execute
+        from emonavi.bench.ledger import execute
         from emonavi.bench.runner import hardware
         from emonavi.registry import FAMILY
 
         bench = import_module(f"emonavi.bench.{name}")
         cells = bench.cells(_chosen(optimizers, FAMILY), seeds)
-        try:
-            ledger = Ledger(out, bench.Cell)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise typer.BadParameter(str(error), param_hint="--out") from error
+        ledger = _ledger(out, bench.Cell)
         console = Console(highlight=False)
         try:
             todo = ledger.missing(cells)

@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -35,6 +35,9 @@ __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
 
 OPTIMIZERS = ("EmoNavi", "EmoFact", "EmoLynx", "AdamW")
 LRS = (1e-5, 1e-3, 1e-1)
+# Columns of what the workers are at, and their widths.
+_CREW = {"now training": 22, "": 10, "step": 7, "loss": 9, "drive": 7, "trust": 5, "mood": 7, "/s": 4}
+_GAP = 2
 
 
 def run_demo(
@@ -175,7 +178,7 @@ class Board:
         """Draw as long as the block lasts. The picture vanishes with it: the final table says more."""
         headline = f"{len(self.runs)} runs on {len(self.slots)} worker(s){', quick' if self.quick else ''}"
         if console.is_terminal and console.file.isatty():
-            with Live(get_renderable=self._picture, console=console, refresh_per_second=5, transient=True):
+            with Live(self, console=console, refresh_per_second=5, transient=True):
                 yield
         else:
             self.console = console
@@ -221,62 +224,79 @@ class Board:
         seconds += sum(slot.seconds_left(usual.get(slot.run.task.name, unknown)) for slot in self.slots if slot)
         return _clock(seconds / len(self.slots))
 
-    def _picture(self) -> RenderableType:
-        done = sum(slot.progress.step / slot.run.steps for slot in self.slots if slot and slot.progress)
-        head = Table.grid(padding=(0, 2), expand=True)
-        head.add_column(no_wrap=True)
-        head.add_column(ratio=1)
-        head.add_column(no_wrap=True)
-        clock = f"{_clock(time.monotonic() - self.started)}  left {self._left()}"
-        bar = ProgressBar(total=len(self.runs), completed=len(self.results) + done, complete_style="cyan")
-        head.add_row(Text("emonavi demo", style="bold"), bar, f"{len(self.results)}/{len(self.runs)} runs  {clock}")
-        return Group(head, "", self._crew(), "", self._grid())
-
-    def _crew(self) -> Table:
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-        for name, width in (("now training", 22), ("", 10)):
-            table.add_column(name, width=width, no_wrap=True)
-        for name, width in (("step", 7), ("loss", 8), ("drive", 7), ("trust", 5), ("mood", 7), ("/s", 4)):
-            table.add_column(name, width=width, no_wrap=True, justify="left" if name == "mood" else "right")
-        for slot in self.slots:
-            if slot is None:
-                table.add_row(Text("waiting", style="dim"))
-                continue
-            run, at = slot.run, slot.progress or Progress(0, math.nan, 0.0)
-            table.add_row(
-                f"{run.task.name} {run.optimizer} {lr_label(run.lr)}",
-                ProgressBar(total=run.steps, completed=at.step, width=10, complete_style="cyan"),
-                f"{at.step}/{run.steps}" if at.step else Text("set-up", style="dim"),
-                "" if math.isnan(at.loss) else report.loss_text(at.loss),
-                "" if at.drive is None else f"{at.drive:.2g}",
-                "" if at.trust is None else f"{at.trust:+.2f}",
-                Text(at.mood, style=MOOD_STYLE.get(at.mood, "")),
-                f"{at.rate:.0f}" if at.rate else "",
-            )
-        return table
-
-    def _grid(self) -> RenderableType:
-        """Final val losses so far: a row for each optimizer, a block of learning rates for each task."""
-        blocks = Table.grid(padding=(0, 2, 0, 0))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The picture, as wide as the terminal: what does not fit is left out or stands below, and no figure is cut."""
+        yield self._head(options.max_width)
+        yield ""
+        yield self._crew(options.max_width)
+        blocks = [self._block(task) for task in self.seconds]
+        widest = max(console.measure(block).maximum for block in blocks)
         names = Table(box=None, padding=0, header_style="dim", title=" ")
-        names.add_column("val loss")
+        names.add_column("val loss", no_wrap=True)
         for optimizer in OPTIMIZERS:
             names.add_row(optimizer)
-        tables = [names]
-        for task in self.seconds:
-            best = min(
-                (r.val_loss for r in self.results.values() if r.task == task and r.status == "done"), default=1.0
-            )
-            table = Table(
-                box=None, padding=(0, 1, 0, 0), pad_edge=False, title=task, title_style="bold", header_style="dim"
-            )
-            for lr in LRS:
-                table.add_column(lr_label(lr), justify="right", min_width=4)
-            for optimizer in OPTIMIZERS:
-                table.add_row(*(report.short(self.results.get((task, optimizer, lr)), best) for lr in LRS))
-            tables.append(table)
-        blocks.add_row(*tables)
-        return blocks
+        beside = max(1, (options.max_width - console.measure(names).maximum) // (widest + _GAP))
+        for first in range(0, len(blocks), beside):
+            row = Table.grid(padding=(0, _GAP, 0, 0))
+            row.add_row(names, *blocks[first : first + beside])
+            yield ""
+            yield row
+
+    def _head(self, width: int) -> Table:
+        done = sum(slot.progress.step / slot.run.steps for slot in self.slots if slot and slot.progress)
+        bar = ProgressBar(total=len(self.runs), completed=len(self.results) + done, complete_style="cyan")
+        clock = f"{_clock(time.monotonic() - self.started)}  left {self._left()}"
+        count = f"{len(self.results)}/{len(self.runs)} runs  {clock}"
+        parts: list[RenderableType] = [Text("emonavi demo", style="bold"), bar, count]
+        if width < 60:
+            del parts[:2]
+        head = Table.grid(padding=(0, _GAP), expand=True)
+        for part in parts:
+            head.add_column(no_wrap=True, ratio=1 if part is bar else None)
+        head.add_row(*parts)
+        return head
+
+    def _crew(self, width: int) -> Table:
+        """What each worker is at: of a narrow terminal without the bar, then without the last columns."""
+        shown = dict(_CREW)
+        while len(shown) > 1 and sum(shown.values()) + len(shown) - 1 > width:
+            shown.pop("" if "" in shown else next(reversed(shown)))
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+        for name, wide in shown.items():
+            left = name in ("now training", "", "mood")
+            table.add_column(name, width=wide, no_wrap=True, justify="left" if left else "right")
+        for slot in self.slots:
+            cells = {"now training": Text("waiting", style="dim")} if slot is None else _cells(slot)
+            table.add_row(*(cells.get(name, "") for name in shown))
+        return table
+
+    def _block(self, task: str) -> Table:
+        """Final val losses of a task so far: a row for each optimizer, a column for each learning rate."""
+        done = [r.val_loss for r in self.results.values() if r.task == task and r.status == "done"]
+        best = min(done, default=1.0)
+        table = Table(
+            box=None, padding=(0, 1, 0, 0), pad_edge=False, title=task, title_style="bold", header_style="dim"
+        )
+        for lr in LRS:
+            table.add_column(lr_label(lr), justify="right", min_width=4, no_wrap=True)
+        for optimizer in OPTIMIZERS:
+            table.add_row(*(report.short(self.results.get((task, optimizer, lr)), best) for lr in LRS))
+        return table
+
+
+def _cells(slot: Slot) -> dict[str, RenderableType]:
+    """What is known of a run, by the columns of the crew."""
+    run, at = slot.run, slot.progress or Progress(0, math.nan, 0.0)
+    return {
+        "now training": f"{run.task.name} {run.optimizer} {lr_label(run.lr)}",
+        "": ProgressBar(total=run.steps, completed=at.step, width=_CREW[""], complete_style="cyan"),
+        "step": f"{at.step}/{run.steps}" if at.step else Text("set-up", style="dim"),
+        "loss": "" if math.isnan(at.loss) else report.loss_text(at.loss),
+        "drive": "" if at.drive is None else f"{at.drive:.2g}",
+        "trust": "" if at.trust is None else f"{at.trust:+.2f}",
+        "mood": Text(at.mood, style=MOOD_STYLE.get(at.mood, "")),
+        "/s": f"{at.rate:.0f}" if at.rate else "",
+    }
 
 
 def _clock(seconds: float) -> str:

@@ -6,7 +6,7 @@ A chart is a few curves and how its axes run; the page shows it interactively, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from emonavi.bench import lr_label, page
 from emonavi.bench.peers import YARDSTICK
 from emonavi.bench.summary import Entry, Study, share
 
-__all__ = ["STYLES", "Chart", "Style", "figure", "profile", "style", "sweep", "traces", "write_png"]
+__all__ = ["STYLES", "Chart", "Style", "figure", "pictured", "profile", "style", "sweep", "traces", "write_png"]
 
 TOP = 3.0  # times the yardstick: what is worse is drawn here
 
@@ -56,11 +56,11 @@ STYLES = {
     "Emotional(Muon) calm": Style(_RED, "dot", "square", thick=True),
     "SGD": Style(_PINK, "dashdot", "x"),
     "Muon": Style(_RED, "dashdot", "x"),
-    "AdamW": Style(page.GREY, "dot", "diamond"),
+    "AdamW": Style(page.GREY, "solid", "diamond"),
     "Prodigy": Style(_RED, "solid", "diamond"),
     "Prodigy + cosine": Style(_RED, "dash", "square"),
     "ScheduleFree AdamW": Style(_PINK, "solid", "diamond"),
-    "MoMo-Adam": Style(_PINK, "dash", "triangle-up"),
+    "MoMo-Adam": Style(_GREEN, "solid", "triangle-up"),
     "Adafactor": Style(_ORANGE, "dashdot", "triangle-down"),
     "Lion": Style(_GREEN, "dashdot", "triangle-down"),
     "EmoNavi (pytorch_optimizer)": Style(_SKY, "solid", "x"),
@@ -68,6 +68,11 @@ STYLES = {
     "EmoNavi v3": Style(_SKY, "dash", "triangle-down"),
     "EmoNavi v4": Style(_SKY, "dashdot", "diamond"),
 }
+# A PNG holds as many as these, and these before others: of more, nobody tells one line from another.
+_PICTURED = (
+    *("EmoNavi raw", "EmoNavi calm", "EmoFact raw"),
+    *(YARDSTICK, "AdamW", "Prodigy", "ScheduleFree AdamW", "MoMo-Adam"),
+)
 _MARKERS = {
     "circle": "o",
     "square": "s",
@@ -114,13 +119,20 @@ class Chart:
 # --- What is drawn
 
 
+def pictured(study: Study) -> list[str]:
+    """The labels that the PNGs show: of many, those that are asked for most."""
+    labels = [entry.label for entry in study.entries]
+    shown = sorted(labels, key=lambda label: label not in _PICTURED)[: len(_PICTURED)]
+    return [label for label in labels if label in shown]
+
+
 def profile(study: Study, split: str) -> Chart:
     """Share of the pairs that are within a factor of the tuned yardstick."""
     taus = [0.9 * (TOP / 0.9) ** (i / 80) for i in range(81)]
     chart = Chart(
         *(f"{split} tasks", f"loss / best {YARDSTICK}", "share of pairs within"),
         x_log=True,
-        x_ticks={tau: f"{tau:g}" for tau in (0.9, 1.0, 1.1, 1.25, 1.4, 1.7, 2.0, 2.5, 3.0)},
+        x_ticks={tau: f"{tau:g}" for tau in (0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 2.5, 3.0)},
         y_ticks={i / 5: f"{i / 5:.0%}" for i in range(6)},
         y_range=(-0.02, 1.02),
     )
@@ -196,38 +208,48 @@ def figure(chart: Chart, height: int = 400) -> Any:
     return made
 
 
-def write_png(charts: Sequence[Chart], path: Path, columns: int) -> None:
-    """Draw charts side by side with one legend."""
+def write_png(charts: Sequence[Chart], path: Path, columns: int, shown: Collection[str]) -> None:
+    """Draw charts side by side, of each the curves that are shown, with one legend: in a free place if there is one."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(charts) / columns)
-    sheet = Figure(figsize=(5 * columns, 3.6 * rows + 1), dpi=100, layout="constrained")
+    free, beside = rows * columns - len(charts), max(1, 4 * columns // 3)
+    below = 0.0 if free else 0.3 + 0.25 * math.ceil(len(shown) / beside)
+    sheet = Figure(figsize=(3.6 * columns, 2.8 * rows + below), dpi=110, layout="constrained")
     axes = sheet.subplots(rows, columns, squeeze=False).flatten()
     for axis, chart in zip(axes, charts, strict=False):
-        _draw(axis, chart)
+        _draw(axis, chart, shown)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
-    lines = {line.get_label(): line for axis in axes for line in axis.lines if not line.get_label().startswith("_")}
-    columns = max(2, min(len(lines), 2 * columns))
-    sheet.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, frameon=False)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines if line.get_label() in shown}
+    key: dict[str, Any] = {"handles": list(lines.values()), "labels": list(lines), "frameon": False}
+    if any(curve.label not in shown for chart in charts for curve in chart.curves):
+        key["title"] = "all others are in report.html"
+    if free:
+        axes[-1].legend(**key, loc="center", alignment="left")
+    else:
+        sheet.legend(**key, loc="outside lower center", ncols=beside)
     sheet.savefig(path)
 
 
-def _draw(axis: Any, chart: Chart) -> None:
-    for curve in chart.curves:
+def _draw(axis: Any, chart: Chart, shown: Collection[str]) -> None:
+    curves = [curve for curve in chart.curves if curve.label in shown]
+    for curve in curves:
         look = style(curve.label)
         mark = {"marker": _MARKERS[look.marker], "markersize": 4} if chart.markers else {}
-        wide, dash = 2.0 if look.thick else 1.0, page.DASHES[look.dash].matplotlib
+        wide, dash = 2.0 if look.thick else 1.2, page.DASHES[look.dash].matplotlib
         axis.plot(curve.x, curve.y, color=look.colour, lw=wide, ls=dash, label=curve.label, **mark)
     axis.set(title=chart.title, xlabel=chart.x_title, ylabel=chart.y_title)
-    xs, ys = ([v for curve in chart.curves for v in getattr(curve, name)] for name in ("x", "y"))
+    axis.tick_params("x", labelsize=9)
+    xs, ys = ([v for curve in curves for v in getattr(curve, name)] for name in ("x", "y"))
     for direction, log, ticks, values, fixed in (
         ("x", chart.x_log, chart.x_ticks, xs, None),
         ("y", chart.y_log, chart.y_ticks, ys, chart.y_range),
     ):
         low, high = fixed or (min(values, default=0.1), max(values, default=1.0))
         if not fixed:
-            low, high = (low / 1.15, high * 1.15) if log else (low, high)
+            pad = 1.02 * (high / low) ** 0.02 if log else 1.0
+            low, high = low / pad, high * pad
         page.prepare(axis, low, high, log, ticks, direction)
     if chart.line is not None:
         axis.axhline(chart.line, color=page.GREY, lw=0.8)

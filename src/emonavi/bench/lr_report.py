@@ -6,6 +6,7 @@ import html
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emonavi.bench import lr_label, page
-from emonavi.bench.lr_plots import figure, profile, style, sweep, traces, write_png
+from emonavi.bench.lr_plots import figure, pictured, profile, style, sweep, traces, write_png
 from emonavi.bench.peers import OWN_RULE, YARDSTICK
 from emonavi.bench.summary import CAP, NEAR, Line, Study, marks, times
 
@@ -31,8 +32,13 @@ _HEADS = (
 )
 # For 80 columns.
 _SHORT_HEADS = (
-    *("mean", *(f"≤{tau:.2f}" for tau in NEAR), "worst"),
-    *(*(f"decs\n≤{tau:.2f}" for tau in NEAR[:2]), "own\nlr", "best\nlr"),
+    *("mean", *(f"≤{tau:g}" for tau in NEAR), "worst"),
+    *(*(f"decs\n≤{tau:g}" for tau in NEAR[:2]), "own\nlr", "best\nlr"),
+)
+_MARKS = (
+    "A mark is a bound that ours should keep, a goal a stricter one beyond it: (a) of EmoNavi's calm weights and (b) "
+    f"of its raw ones, beside {YARDSTICK}; (c) of EmoLynx and EmoFact, beside their own rules + cosine; (d) of "
+    "EmoNavi, beside Prodigy."
 )
 
 
@@ -51,24 +57,36 @@ def _explained(study: Study) -> str:
 # --- In the terminal
 
 
-def table(study: Study) -> RenderableType:
-    """Return the summary: one block for each split."""
+def table(study: Study, width: int = 80) -> RenderableType:
+    """Return the summary: one block for each split, without the last columns where they do not fit."""
     blocks: list[RenderableType] = []
     for title, lines in _tables(study):
+        rows = [[line.entry.label, *(word for word, _ in _cells(line))] for line in lines]
+        fit = _fitting([["", *_SHORT_HEADS], *(row[: len(_SHORT_HEADS) + 1] for row in rows)], width)
         block = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="dim")
-        block.add_column("")
-        for head in _SHORT_HEADS:
+        block.add_column("", overflow="fold")
+        for head in _SHORT_HEADS[: fit - 1]:
             block.add_column(head, justify="right", no_wrap=True)
-        for line in lines:
-            words = [word for word, _ in _cells(line)]
-            block.add_row(line.entry.label, *words[: len(_SHORT_HEADS)], style="bold" if line.entry.shadow else None)
+        for row, line in zip(rows, lines, strict=True):
+            block.add_row(*row[:fit], style="bold" if line.entry.shadow else None)
         blocks += [Text(title, style="bold"), block, ""]
-    return Group(*blocks, Text(_explained(study), style="dim"), "")
+    return Group(*blocks, Text(f"{_explained(study)} {_MARKS}", style="dim"), "")
+
+
+def _fitting(rows: list[list[str]], width: int) -> int:
+    """How many columns fit, a blank between each two; two at least."""
+    spans = (1 + max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*rows, strict=True))
+    return max(2, sum(end - 1 <= width for end in accumulate(spans)))
 
 
 def verdicts(study: Study) -> list[str]:
     """Say which marks are reached, and what is missing."""
     said = [f"{'Reached' if reached else 'Missed'}: {words}." for reached, words in marks(study)]
+    if not said:
+        said = [
+            f"No mark can be judged yet: that needs runs of {YARDSTICK} and of EmoNavi, or of EmoLynx or EmoFact "
+            "and of their own rules + cosine."
+        ]
     wanted = len(study.entries) * len(study.splits) * len(study.lrs)
     there = sum(len(study.pairs(entry, list(study.splits))) for entry in study.entries)
     if there < wanted:
@@ -105,6 +123,7 @@ def write(study: Study, folder: Path, source: str) -> list[Path]:
     """Write ``report.html`` and the PNGs; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(study.splits)
+    shown = pictured(study)
     pictures = {
         "profiles": ([profile(study, split) for split in _SPLITS if study.tasks(split)], 2),
         "loss-vs-lr": ([sweep(study, task) for task in tasks], 3),
@@ -114,7 +133,7 @@ def write(study: Study, folder: Path, source: str) -> list[Path]:
     paths[0].write_text(_page(study, source), encoding="utf-8", errors="replace")  # a file may be called anything
     for name, (charts, columns) in pictures.items():
         paths.append(folder / f"{name}.png")
-        write_png(charts, paths[-1], min(columns, len(charts)))
+        write_png(charts, paths[-1], min(columns, len(charts)), shown)
     return paths
 
 
@@ -134,6 +153,7 @@ def _page(study: Study, source: str) -> str:
     }
     body = Template(_BODY).substitute(
         said=page.said(verdicts(study)),
+        marks=html.escape(_MARKS),
         explained=html.escape(_explained(study)),
         tables="".join(_html_table(title, lines) for title, lines in _tables(study)),
         key=page.legend(chips),
@@ -173,7 +193,7 @@ def _section(study: Study, task: str) -> str:
 _STYLE = """
 h3 { margin: 36px 0 0 } small { color: var(--soft); font-weight: 400 } .wide { padding-bottom: 6px }
 .sorts button { all: unset; cursor: pointer } .sorts button:focus-visible { outline: 2px solid var(--accent) }
-.sorts thead th { white-space: normal; min-width: 4.5em; vertical-align: bottom } .ours { background: var(--near) }
+.sorts thead th { white-space: normal; min-width: 4.5em; vertical-align: bottom } .ours { background: #80808026 }
 .sorts tr > :first-child { position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 9em }
 .sorts .ours > :first-child { font-weight: 600 }
 [aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
@@ -191,8 +211,9 @@ document.querySelectorAll(".sorts thead button").forEach(button => button.onclic
 """
 _BODY = """<h1>emonavi bench lr</h1><p class="soft">How well optimizers train when nobody tunes the learning rate.</p>
 $said
+<p class="soft">$marks</p>
 $tables
-<p class="soft">$explained A click on a column's head sorts.</p>
+<p class="soft">$explained Tinted: this library's optimizers. A click on a column's head sorts.</p>
 <h2>Curves</h2><p class="soft">Tap a name to hide or show it. In the tasks' first pictures what is worse than 3 is
 drawn at 3. Effective lr and train loss: ours from each lr, AdamW + cosine at its best.</p>
 $key

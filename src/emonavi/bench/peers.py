@@ -171,9 +171,10 @@ def choose(wanted: str, known: Sequence[str], what: str) -> list[str]:
         ValueError: a name is not known.
     """
     chosen: list[str] = []
-    for word in filter(None, (part.strip().lower() for part in wanted.split(","))):
+    for typed in filter(None, (part.strip() for part in wanted.split(","))):
+        word = typed.lower()
         found = [k for k in known if k.lower() == word or (word.endswith("*") and k.lower().startswith(word[:-1]))]
         if not found:
-            raise ValueError(f"no {what} {word!r}: choose from {', '.join(known)}")
+            raise ValueError(f"no {what} {typed!r}: choose from {', '.join(known)}")
         chosen += [name for name in found if name not in chosen]
     return chosen

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import re
 import statistics
@@ -236,9 +237,6 @@ def report(
 
     Returns the lines of a table, and writes figures as JSON and a picture where ``out`` says.
     """
-    unknown = [name for name in models if name not in LISTS]
-    if unknown:
-        raise ValueError(f"no list of shapes {', '.join(unknown)}: choose from {', '.join(LISTS)}")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"no device {device} to measure on: choose cpu, or cuda where torch.cuda.is_available()")
     place = hardware() if device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware()}"
@@ -267,18 +265,31 @@ def _line(name: str, figures: dict[str, Any]) -> str:
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:
-    """A picture of the ratios to AdamW fused: a panel for each list, a bar for each contender."""
+    """A picture of the ratios to AdamW fused: a panel for each list, a point for each contender."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     lists = figures["lists"]
-    picture = Figure(figsize=(4.2 * len(lists), 5.0), layout="constrained")
-    for axes, (model, result) in zip(picture.subplots(1, len(lists), squeeze=False)[0], lists.items(), strict=True):
+    columns = min(2, len(lists))
+    rows = math.ceil(len(lists) / columns)
+    picture = Figure(figsize=(2 + 4 * columns, 4.6 * rows + 0.4), dpi=100, layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axis, (model, result) in zip(axes, lists.items(), strict=False):
         names = [name for name in result if name != BANDWIDTH][::-1]
-        colours = [page.PALETTE[0] if n.startswith("Emo") and "(" not in n else page.GREY for n in names]
-        axes.barh(names, [result[name]["ratio"] for name in names], color=colours)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_title(LISTS[model][0])
-        axes.set_xlabel("time of a step over AdamW fused")
-        axes.label_outer()
-    picture.savefig(path, dpi=100)
+        ratios = [result[name]["ratio"] for name in names]
+        colours = [page.PALETTE[0] if _is_ours(name) else page.GREY for name in names]
+        axis.hlines(names, 1.0, ratios, color=colours, linewidth=1.5)  # from 1: a length has to mean something
+        axis.scatter(ratios, names, color=colours, zorder=3)
+        low, high = min(ratios) / 1.15, max(ratios) * 1.15
+        page.prepare(axis, low, high, True, page.ticks(low, high, plain=True), "x")
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set(title=LISTS[model][0], xlabel="time of a step over AdamW fused")
+    for axis in axes[len(lists) :]:
+        axis.set_axis_off()
+    key = [Patch(color=page.PALETTE[0], label="this library"), Patch(color=page.GREY, label="others")]
+    picture.legend(handles=key, loc="outside lower center", ncols=2, frameon=False)
+    picture.savefig(path)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("Emo") and "pytorch_optimizer" not in name

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from emonavi.bench import lr_label
+from emonavi.bench import loss_of, lr_label
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK
 
 __all__ = ["CAP", "NEAR", "Entry", "Line", "Study", "marks", "width"]
@@ -25,6 +25,12 @@ NEAR = (1.10, 1.25, 1.40)  # times the yardstick: what is counted
 CAP = 100.0  # a run that exploded counts as this in a mean: otherwise one decides them all
 
 Pair = tuple[str, float]  # task, lr
+
+_NUMBER, _LOSS = (int, float), (int, float, type(None))  # a loss that was no finite number is null
+_HOLDS: dict[str, Any] = {
+    **dict.fromkeys(("task", "optimizer", "split", "reason", "made_by", "hardware"), str),
+    **{"lr": _NUMBER, "seed": int, "steps": int, "raw": _LOSS, "calm": _LOSS, "versions": dict, "trace": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,15 @@ class Line:
 
 
 class Study:
-    """The rows of a ledger, of the latest budget of each task."""
+    """The rows of a ledger, of the latest budget of each task.
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    Raises:
+        ValueError: a row is not what ``bench lr`` writes.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for number, row in enumerate(rows, start=1):
+            _check(row, number)
         latest = {(r["task"], r["optimizer"], r["lr"], r["seed"], r["steps"]): r for r in rows}
         self.steps: dict[str, int] = {r["task"]: r["steps"] for r in latest.values()}
         self.rows = [r for r in latest.values() if r["steps"] == self.steps[r["task"]]]
@@ -85,8 +97,7 @@ class Study:
         found: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows:
             for figure in ("raw", "calm"):
-                loss = math.inf if row[figure] is None else row[figure]  # no number was written as null
-                found[row["task"], row["optimizer"], figure][row["lr"]].append(loss)
+                found[row["task"], row["optimizer"], figure][row["lr"]].append(loss_of(row[figure]))
         return {key: {lr: statistics.fmean(some) for lr, some in sorted(by_lr.items())} for key, by_lr in found.items()}
 
     def losses(self, task: str, entry: Entry) -> dict[float, float]:
@@ -159,6 +170,20 @@ class Study:
         return [line for line in found if line is not None]
 
 
+def _check(row: Mapping[str, Any], number: int) -> None:
+    """Refuse a row in which what is read here is missing, or of another kind."""
+    for name, kind in _HOLDS.items():
+        if name not in row:
+            raise ValueError(f"row {number} lacks {name!r}")
+        if not isinstance(row[name], kind):
+            raise ValueError(f"in row {number}, {name} is {row[name]!r}")
+    if not 0 < row["lr"] < math.inf:
+        raise ValueError(f"in row {number}, lr is {row['lr']}")
+    columns = [row["trace"].get(name) for name in ("step", "lr", "loss")] if row["trace"] else []
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        raise ValueError(f"in row {number}, trace has no lists step, lr and loss of one length")
+
+
 def share(ratios: Sequence[float], tau: float) -> float:
     """Share of the ratios that are at most tau."""
     return sum(ratio <= tau for ratio in ratios) / len(ratios) if ratios else math.nan
@@ -185,7 +210,7 @@ def _mean(ratios: Sequence[float]) -> float:
 
 
 def marks(study: Study) -> list[tuple[bool, str]]:
-    """Say of each mark that was set whether it is reached, in a sentence with the figures."""
+    """Say of each mark whether it is reached, in a sentence with the figures; only of those that can be judged."""
     split = "test" if study.tasks("test") else "dev"
     tasks = study.tasks(split)
     said = []
@@ -208,8 +233,6 @@ def marks(study: Study) -> list[tuple[bool, str]]:
                 f"{len(ratios)} {split} pairs (mark: 75 %)"
             )
             said.append((near >= 0.75, words))
-    if not said:
-        return [(False, f"no mark can be judged without runs of {YARDSTICK} and of ours")]
     for rival in ("Prodigy", "Prodigy + cosine"):
         said += _against(study, rival, tasks, split)
     return said
