@@ -123,7 +123,7 @@ def measure(cell: Cell) -> Row:
 
 
 def _optimizer(cell: Cell, problem: Problem) -> Any:
-    params = [p for p in problem.model.parameters() if p.requires_grad]
+    params = problem.params
     if cell.optimizer == PEER:
         return torch.optim.AdamW(params, lr=cell.lr)
     return emonavi.create(cell.optimizer, params, lr=cell.lr, process_group=None)

@@ -64,9 +64,8 @@ def measure(cell: Cell) -> Row:
     problem = task.build(cell.seed)
     if cell.storage.startswith(_WEIGHTS):
         in_bfloat16(problem.model)
-    params = [p for p in problem.model.parameters() if p.requires_grad]
     options = STORAGE[cell.storage] | ({"use_trust": False} if cell.lr == _CAREFUL else {})
-    optimizer = emonavi.create(cell.optimizer, params, lr=cell.lr, **options)
+    optimizer = emonavi.create(cell.optimizer, problem.params, lr=cell.lr, **options)
     before = problem.val()
     for step in range(task.steps):
         optimizer.zero_grad()

@@ -60,7 +60,7 @@ def train(cell: Cell) -> Row:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peers, about their own options
-            optimizer = contender.build([p for p in problem.model.parameters() if p.requires_grad], cell.lr)
+            optimizer = contender.build(problem.params, cell.lr)
             figures["reason"] = _loop(cell, contender, problem, optimizer, losses, rates)
             figures |= _evaluate(contender, problem, optimizer)
     except Exception as error:

@@ -107,9 +107,8 @@ def train(run: Run, folder: Path) -> Iterator[Progress | Result]:
 
 def _optimizer(run: Run, problem: Problem, board: SummaryWriter) -> torch.optim.Optimizer:
     """Build the optimizer with its defaults, so that the learning rate is all that differs."""
-    weights = [p for p in problem.model.parameters() if p.requires_grad]
     source, extra = (emonavi, {"writer": board}) if run.optimizer in FAMILY else (torch.optim, {})
-    made: torch.optim.Optimizer = getattr(source, run.optimizer)(weights, lr=run.lr, **extra)
+    made: torch.optim.Optimizer = getattr(source, run.optimizer)(problem.params, lr=run.lr, **extra)
     return made
 
 

@@ -66,8 +66,7 @@ def measure(cell: Cell) -> Row:
     task = TASKS[cell.task]
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
-    params = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = emonavi.create(cell.optimizer, params, lr=cell.lr, use_shadow=True)
+    optimizer = emonavi.create(cell.optimizer, problem.params, lr=cell.lr, use_shadow=True)
     schedule = SCHEDULES[cell.schedule](optimizer, task.steps)
     for step in range(task.steps):
         optimizer.zero_grad()

@@ -115,7 +115,7 @@ def measure(cell: Cell) -> Row:
     task = TASKS[cell.task]
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
-    params = [p for p in problem.model.parameters() if p.requires_grad]
+    params = problem.params
     optimizer: Any = (
         torch.optim.AdamW(params, lr=cell.lr)
         if cell.optimizer in PEERS

@@ -47,8 +47,7 @@ def measure(cell: Cell) -> Row:
     """Train to the end of the budget; what each rule says after every step, and the loss on held-out data."""
     torch.manual_seed(cell.seed)
     problem = TASKS[cell.task].build(cell.seed)
-    params = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = emonavi.create(cell.optimizer, params, use_shadow=True)
+    optimizer = emonavi.create(cell.optimizer, problem.params, use_shadow=True)
     published = PRESETS["v3"]
     state = published.unpack(torch.tensor(published.initial(), dtype=torch.float64), plain=True)
     said: dict[str, list[bool]] = {"should_stop": [], "published": []}

@@ -36,6 +36,11 @@ class Problem:
     held_out: Batch
     score: Callable[[nn.Module, Any, Any], Tensor] | None = None
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """What is to be trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def loss(self, step: int) -> Tensor:
         """Training loss of the fresh batch of this step; call ``backward()`` on it."""
         return self._criterion(*self.batch(step))
