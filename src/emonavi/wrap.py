@@ -32,7 +32,8 @@ from emonavi.sweep import all_norms, gather, wide
 
 __all__ = ["Emotional"]
 
-# Target of trust and fall of the lr (optimizer.py), whatever the rule.
+# Target of trust and fall of the lr (optimizer.py), whatever the rule. EmoNavi's fall of 1.5 is no better around AdamW
+# and worse around SGD (docs/benchmarks.md).
 _HOLD, _FALL = (0.0, 0.0), 2.0
 
 
