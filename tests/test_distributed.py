@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from emonavi import EmoFact, EmoLynx, EmoNavi
+from emonavi.distributed import Ranks
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -345,6 +346,19 @@ def test_two_ranks_train_as_one_process_with_the_same_batches(ranks):
         for a, b in zip(found["tensors"], single["tensors"], strict=True):
             # drive and trust of a tensor are float32; a cosine that rounds the other way there moves the rest a little
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("group", ["auto", None])
+def test_whom_to_ask_is_found_out_once(group, monkeypatch):
+    """Where the answer is nobody, too: to look takes a walk over all parameters."""
+    model, asked, find = net(), [], Ranks.of.__func__
+    monkeypatch.setattr(Ranks, "of", classmethod(lambda cls, *args: asked.append(1) or find(cls, *args)))
+    optimizer = EmoNavi(model.parameters(), process_group=group)
+    for batch in batches(4, 8):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert len(asked) == 1
 
 
 def test_in_a_single_process_no_group_is_needed():
