@@ -11,6 +11,7 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ try:
 except ModuleNotFoundError:  # the command is installed without the extra, too
     typer = None  # type: ignore[assignment]
 
-__all__ = ["BENCH_NEEDS", "DEMO_NEEDS", "app", "build", "make", "refuse", "require"]
+__all__ = ["BENCH_NEEDS", "DEMO_NEEDS", "app", "build", "make", "refuse", "require", "writing"]
 
 # Module -> the package that brings it.
 DEMO_NEEDS = {
@@ -73,14 +74,21 @@ def require(command: str, packages: dict[str, str], extra: str = "demo") -> None
         raise typer.Exit(refuse(command, missing, extra))
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Leave where inside the ``with`` block ``--out``, which is a file or a folder, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(f"{error}: name another {what}", param_hint="--out") from error
+
+
 def make(folder: Path) -> None:
     """Make a folder where there is none; leave where nothing can be written in it: before the work, not after."""
-    try:
+    with writing("folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"no permission to write in {folder}")
-    except OSError as error:
-        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
 
 
 def _version(wanted: bool) -> None:
@@ -142,15 +150,14 @@ def plot(
     from emonavi.plot import draw
 
     try:
-        if pca:
-            picture, lines = draw_ways(run, out or run)
-            print("\n".join([*lines, str(picture)]))
-            return
-        png, page, count = draw(run, out or run)
+        with writing("folder"):
+            if pca:
+                picture, lines = draw_ways(run, out or run)
+                print("\n".join([*lines, str(picture)]))
+                return
+            png, page, count = draw(run, out or run)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="RUN") from error
-    except OSError as error:
-        raise typer.BadParameter(f"{error}: name another folder", param_hint="--out") from error
     print(f"{count} run{'s' * (count > 1)}\n{png}\n{page}")
 
 

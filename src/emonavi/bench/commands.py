@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require
+from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require, writing
 
 if TYPE_CHECKING:
     from emonavi.bench.ledger import Ledger
@@ -46,12 +46,10 @@ def _writable(file: Path | None) -> None:
     """Leave where a file cannot be written: before what is to be in it has been measured, not after."""
     if file is None:
         return
-    try:
+    with writing("file"):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} cannot be written")
-    except OSError as error:
-        raise typer.BadParameter(f"{error}: name another file", param_hint="--out") from error
 
 
 def _ledger(out: Path, cell: type[Any]) -> Ledger[Any]:
@@ -59,9 +57,8 @@ def _ledger(out: Path, cell: type[Any]) -> Ledger[Any]:
     from emonavi.bench.ledger import Ledger
 
     try:
-        return Ledger(out, cell)
-    except OSError as error:
-        raise typer.BadParameter(f"{error}: name another file", param_hint="--out") from error
+        with writing("file"):
+            return Ledger(out, cell)
     except (RuntimeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
 
