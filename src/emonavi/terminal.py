@@ -80,14 +80,11 @@ class Line:
         self._live: Live | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
-    def _begin(self) -> None:
-        self._shown = -math.inf
-        self._seen: deque[tuple[float, int]] = deque(maxlen=12)  # when, and at which step: the speed of three seconds
-
     def __enter__(self) -> Line:
         if self._hook is not None:
             raise RuntimeError("this line is shown already: leave its with block first, or make another with live()")
-        self._begin()
+        self._shown = -math.inf
+        self._seen: deque[tuple[float, int]] = deque(maxlen=12)  # when, and at which step: the speed of three seconds
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return self
         if self._console.is_terminal and not self._console.is_dumb_terminal:
