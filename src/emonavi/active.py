@@ -108,7 +108,7 @@ class Active(NamedTuple):
             if count:  # the lr of a group in which nothing moves says nothing
                 lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
                 lrs.append(lr)
-                # Not half: a cosine is there in its middle, and its last bit would decide.
+                # Not half: a cosine is there in its middle, and its last bit would decide. At 0 so far it has no say.
                 decayed.append((lr < 0.4999 * peak) | (peak == 0))
                 # From the highest lr, not today's: a dip must not move the drive.
                 low, wall = group["lr_floor"], group["lr_ceiling"]

@@ -23,7 +23,7 @@ from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak
-from emonavi.scalars import Number, like
+from emonavi.scalars import Number, exp, like
 from emonavi.sweep import all_norms, to_home, wide, widest
 
 __all__ = ["Bearer"]
@@ -104,25 +104,25 @@ class Bearer(torch.optim.Optimizer):
     @property
     def effective_lr(self) -> list[float]:
         """Lr times drive for each group, within ``min_lr`` and ``max_lr``. Waits for the device."""
-        return self._effective_lr(self._vector()).tolist()
+        self._prepare()
+        vector = self._vector()
+        if not self._begun:
+            return self._effective_lr(vector, 0.0).tolist()
+        # A schedule may have raised lr since the last step.
+        lr = torch.stack([like(vector[0], g["lr"]) for g in self._training()]).max()
+        state = self._emotion.give_way(self._emotion.unpack(vector), lr, bool(self.param_groups[0]["use_trust"]))
+        return self._effective_lr(vector, state.log_drive).tolist()
 
-    def _effective_lr(self, vector: Tensor) -> Tensor:
+    def _effective_lr(self, vector: Tensor, log_drive: Number) -> Tensor:
         one_each = [1] * len(self.param_groups)
         lr, low, wall = (
             per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
         )
-        if not self._begun:
-            return bounded(lr, 1.0, low, wall)
-        state = self._emotion.unpack(vector)
-        log_drive = state.log_drive
-        if self.param_groups[0]["use_trust"]:  # a schedule may have raised lr since the last step
-            log_drive = log_drive - self._emotion.above(state, torch.stack([lr[i] for i in self._training()]).max())
-        return bounded(lr, log_drive.exp(), low, wall)
+        return bounded(lr, exp(log_drive), low, wall)
 
-    def _training(self) -> list[int]:
-        """Places of the groups in which something trains; of all, where nothing does."""
-        found = [i for i, g in enumerate(self.param_groups) if any(p.requires_grad for p in g["params"])]
-        return found or list(range(len(self.param_groups)))
+    def _training(self) -> list[dict[str, Any]]:
+        """The groups in which something trains; all, where nothing does."""
+        return [g for g in self.param_groups if any(p.requires_grad for p in g["params"])] or self.param_groups
 
     # What can be told -------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class Bearer(torch.optim.Optimizer):
         return returned
 
     def _prepare(self) -> None:
-        """What is to be in order before a closure runs."""
+        """Bring in order what is to be read or moved."""
 
     def _end_release(self, heard: Loss | None) -> bool:
         """End a step that backward has made. Returns whether it was one."""
@@ -340,7 +340,7 @@ class Bearer(torch.optim.Optimizer):
         self._calls += 1
         self._intake.clear()
         if self._recorder is not None:
-            self._recorder.record(vector, self._effective_lr(vector))
+            self._recorder.record(vector, self._effective_lr(vector, state.log_drive))
 
     # The state vector -------------------------------------------------------------------------------------------
 
@@ -356,11 +356,12 @@ class Bearer(torch.optim.Optimizer):
 
     def _fresh(self, anew: bool = False) -> Tensor:
         """The state vector before anything was felt; ``anew`` in a new stage, which knows its own lr only."""
+        self._prepare()
         device = self._home()
         vector = torch.tensor(self._emotion.initial(), dtype=widest(device), device=device)
         # Of what trains. Where a schedule has lowered the lr already, that of the constructor is the user's.
-        groups = [self.param_groups[i] for i in self._training()]
-        rates = [like(vector[0], g[k]) for g in groups for k in (("lr",) if anew else ("lr", "lr_start", "lr_peak"))]
+        names = ("lr",) if anew else ("lr", "lr_start", "lr_peak")
+        rates = [like(vector[0], g[name]) for g in self._training() for name in names]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 

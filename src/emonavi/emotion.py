@@ -232,20 +232,18 @@ class Emotion(Reflection):
             log_drive = log(clamp(self.start * rms + 1e-8, high=user) / lr_ref)
         return state._replace(lr_ref=lr_ref, free=free, log_drive=self._bounded(log_drive, options))
 
-    def above(self, state: State, lr: Number) -> Number:
-        """By how much the log of an lr is above all that it was, where that is known."""
-        known = (state.lr_ref > 0) & (state.steps + state.skipped_steps > 0)
-        return log(clamp(like(state.code, lr) / where(known, state.lr_ref, math.inf), 1.0))
-
-    def give_way(self, state: State, options: Options) -> State:
+    def give_way(self, state: State, lr: Number, use_trust: bool) -> State:
         """Take from the drive what the lr has risen above all that it was.
 
         A scheduler scales what the drive found, and above the highest lr so far nothing was found. So a warm-up, or a
         peak of any height, changes nothing: it is trust that warms the run up.
         """
-        above = self.above(state, options.lr) if options.use_trust else like(state.code, 0.0)
+        lr = like(state.code, lr)
+        known = (state.lr_ref > 0) & (state.steps + state.skipped_steps > 0) & use_trust
+        above = log(clamp(lr / where(known, state.lr_ref, math.inf), 1.0))
         peak, goal = state.log_drive_peak, state.goal
         return state._replace(
+            lr_ref=clamp(state.lr_ref, lr),
             log_drive=state.log_drive - above,
             free=state.free - above,
             log_drive_peak=where(peak > NEVER, peak - above, peak),

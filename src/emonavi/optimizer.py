@@ -258,7 +258,7 @@ class EmoOptimizer(Bearer):
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
-        return self._emotion.give_way(state, options), options
+        return self._emotion.give_way(state, options.lr, options.use_trust), options
 
     def _is_predicated(self, device: torch.device) -> bool:
         """Whether no value may be branched on. On the CPU none has to be waited for: there the emotion is numbers."""

@@ -128,12 +128,8 @@ class Preset:
         mild = 0.3 * number(abs(s) > 0.3)
         return where(s > 0.6, 0.7 + 0.2 * s, where(s < -0.6, 0.1, mild))
 
-    def above(self, state: PresetState, lr: Number) -> Number:
+    def give_way(self, state: PresetState, lr: Number, use_trust: bool) -> PresetState:
         """The published drives are factors on whatever lr there is."""
-        return like(state.code, 0.0)
-
-    def give_way(self, state: PresetState, options: Options) -> PresetState:
-        """See :meth:`above`."""
         return state
 
     def look_back(self, state: PresetState, norm: Number, options: Options) -> tuple[PresetState, Number]:

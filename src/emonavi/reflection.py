@@ -108,7 +108,6 @@ class Reflection:
             log_drive=log_drive,
             log_drive_peak=peak,
             rest=where(acted, clamp(state.rest - 1, 0.0), state.rest),
-            lr_ref=clamp(state.lr_ref, like(state.code, options.lr)),
             goal=where(resting | healing, state.goal, NEVER),
         )
 

@@ -147,7 +147,8 @@ class Emotional(Bearer):
         self._missing.note(heard)
         active = _alike(found, self.state, self.param_groups, vector)
         options = active.options(self.param_groups, _HOLD, _FALL, fades=False, plain=True)
-        state: Any = self._emotion.give_way(self._emotion.unpack(vector, plain=True), options)
+        state: Any = self._emotion.unpack(vector, plain=True)
+        state = self._emotion.give_way(state, options.lr, options.use_trust)
         before = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(before, norm, options)
         if not acts and not state.steps:
@@ -252,9 +253,6 @@ class Emotional(Bearer):
         dress(self.inner, group, own)
 
     def _prepare(self) -> None:
-        self._dress_new()
-
-    def _dress_new(self) -> None:
         """Take in groups that were given to the wrapped optimizer itself."""
         for group in self.param_groups:
             if "lr_floor" not in group:
@@ -268,14 +266,6 @@ class Emotional(Bearer):
         if "lr_floor" in first:
             self._own = {name: first[name] for name in OPTIONS}
         return dict(self._own)
-
-    def _fresh(self, anew: bool = False) -> Tensor:
-        self._dress_new()
-        return super()._fresh(anew)
-
-    def _effective_lr(self, vector: Tensor) -> Tensor:
-        self._dress_new()
-        return super()._effective_lr(vector)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; the emotion is in the first group."""
@@ -324,7 +314,7 @@ class Emotional(Bearer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")
-        self._dress_new()
+        self._prepare()
         return {"inner": self.inner, "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -338,7 +328,9 @@ class Emotional(Bearer):
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
     own = {name: torch.tensor(value, device=vector.device) for name, value in KEPT.items()}
-    roster = Roster.of(found, {p: states.get(p, {}) | own for p in found.params}, len(groups), fused=False)
+    shadows = {p: state["shadow"] for p in found.params if "shadow" in (state := states.get(p, {}))}
+    kept = {p: own | {"shadow": shadows[p]} if p in shadows else own for p in found.params}
+    roster = Roster.of(found, kept, len(groups), fused=False)
     return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
 
 
