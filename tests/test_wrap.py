@@ -5,24 +5,29 @@ import functools
 import io
 import math
 import pickle
+import shutil
 import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
 from cases import Valley, contents, differences, drive, train, vector, weights, write
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 
 import emonavi
-from emonavi import displacement
+from emonavi import displacement, kernels
 from emonavi.displacement import SAMPLE, sample
 
 SHAPES = ((6, 4), (5, 3), (90, 64))  # matrices, which all that is wrapped here can move; the last one is sampled
+compiled = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,51 @@ def test_sums_of_reflection_equal_a_reference_in_float64():
         np.testing.assert_allclose(terms, expected, rtol=1e-12)
         assert (t == 0) == (expected[1] == 0)
         grad_sq, step_sq, last = grad_sq * 0.99 + 0.01 * grad**2, step_sq * 0.99 + 0.01 * step**2, step
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+def several_steps(params, steps=3):
+    """Samples, memories and sums as the wrapper has them, over steps that move each parameter by its own rate."""
+    kept = [torch.zeros(3, len(sample(p)), dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+    rates, found = torch.linspace(0.0, 0.1, len(params), dtype=torch.float64), []
+    for t in range(steps):
+        grads = [torch.cos(torch.arange(p.numel()) + t).view_as(p).to(p) for p in params]
+        grads[0].fill_(0.0)  # it knows no metric
+        seen = [displacement.samples(tensors, rates) for tensors in (params, grads)]
+        for p, grad, rate in zip(params, grads, rates.tolist(), strict=True):
+            p.sub_(grad.sign() * (1 + grad), alpha=rate)
+        found += [*seen, displacement.compared(kept, params, *seen, rates)]
+    return found + kept
+
+
+@compiled
+@given(
+    sizes=st.lists(st.integers(1, 40) | st.sampled_from([2048, 2049, 5000, 70_001]), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_the_kernel_of_samples_does_what_torch_does(sizes, dtype):
+    by_kernel = several_steps([torch.linspace(-1, 1, n).to(dtype) for n in sizes])
+    assert kernels.sampled([torch.ones(3, dtype=dtype)], torch.device("cpu")) is not None
+    with mock.patch.multiple(kernels, sampled=mock.DEFAULT, compared=mock.DEFAULT) as none:
+        for function in none.values():
+            function.return_value = None
+        expected = several_steps([torch.linspace(-1, 1, n).to(dtype) for n in sizes])
+    assert [t.dtype for t in by_kernel if t.dim() == 1] == [t.dtype for t in expected if t.dim() == 1]
+    for one, other in zip(by_kernel, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=2e-5, atol=2e-5)
+
+
+def test_what_the_kernel_of_samples_leaves_to_torch():
+    plain, home = torch.ones(3, 4), torch.device("cpu")
+    odd = [torch.ones(4, 3).t(), plain.to(torch.complex64), plain.as_subclass(Odd), torch.ones(3, 4, device="meta")]
+    assert [kernels.sampled([p], home) for p in odd] == [None] * 4
+    assert kernels.sampled([plain, plain.double()], home) is kernels.sampled([], home) is None
+    kept, row, rate = [torch.zeros(3, 12, dtype=torch.float64)], torch.ones(12), torch.ones(1)
+    assert kernels.compared(kept, [plain], row, row, rate) is None  # memories of another dtype than the parameter's
+    assert kernels.compared([torch.zeros(12, 3).t()], [plain], row, row, rate) is None
 
 
 class Seeing(emonavi.Emotion):

@@ -88,9 +88,10 @@ class Active(NamedTuple):
         groups: Sequence[dict[str, Any]],
         decay_rate: Callable[[dict[str, Any]], float],
         home: Tensor,
+        kept: Sequence[Tensor] | None = None,
     ) -> Active:
-        """From a roster and its gradients; ``home`` is the emotion's vector."""
-        step, drive, trust = roster.kept(home)
+        """From a roster and its gradients; ``home`` is the emotion's vector, ``kept`` what each tensor keeps."""
+        step, drive, trust = roster.kept(home) if kept is None else kept
         of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
         of_groups.append([decay_rate(g) for g in groups])
         lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from emonavi import kernels
 from emonavi.sweep import wide
 
-__all__ = ["MEMORIES", "SAMPLE", "compared", "reflect", "sample", "samples", "sums_of_each"]
+__all__ = ["MEMORIES", "RATE", "SAMPLE", "compared", "places", "reflect", "sample", "samples", "sums_of_each"]
 
 SAMPLE = 2048  # coordinates of a tensor, at most
 BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
@@ -38,19 +39,34 @@ def sample(tensor: Tensor) -> Tensor:
         (torch.Size([24]), torch.Size([2048]))
     """
     flat = tensor.detach().reshape(-1)
-    size = flat.numel()
-    if size <= SAMPLE:
+    blocks, length, apart = places(flat.numel())
+    if blocks == 1:
         return flat
+    # One view of all blocks: where there are many tensors, calls are what sampling costs.
+    step = flat.stride(0)
+    return flat.as_strided((blocks, length), (apart * step, step)).reshape(-1)
+
+
+def places(size: int) -> tuple[int, int, int]:
+    """Of the sample of a tensor of this size: how many blocks, their length, and from start to start of one.
+
+    Example:
+        >>> places(24), places(1 << 20)
+        ((1, 24, 0), (128, 16, 8208))
+    """
+    if size <= SAMPLE:
+        return 1, size, 0
     blocks = size // BLOCK
     # An odd stride does not run down one column of a matrix whose width is a power of two.
     stride = -(-blocks * BLOCK // SAMPLE) | 1
-    # One view of all blocks: where there are many tensors, calls are what sampling costs.
-    apart = flat.stride(0)
-    return flat.as_strided((-(-blocks // stride), BLOCK), (stride * BLOCK * apart, apart)).reshape(-1)
+    return -(-blocks // stride), BLOCK, stride * BLOCK
 
 
 def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
     """The samples of all tensors, one after the other: a copy, on the emotion's device, in float32 or wider."""
+    gathered = kernels.sampled(tensors, home.device)
+    if gathered is not None:
+        return gathered
     parts = [sample(t) for t in tensors]
     return wide(torch.cat(parts if all(p.device == home.device for p in parts) else [p.to(home.device) for p in parts]))
 
@@ -69,15 +85,18 @@ def compared(kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, g
         The sums of reflection over each whole tensor, shape (3, tensors), in the dtype of ``rates``.
     """
     sizes = [memories.shape[1] for memories in kept]
-    counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
-    inverse = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
-    steps = before - samples(params, rates)
-    steps *= inverse.repeat_interleave(counts, output_size=len(steps))
-    memories = torch.cat([m.to(rates.device) for m in kept], 1)
-    terms = reflect(memories, grads.to(memories), steps.to(memories))
-    torch._foreach_copy_(list(kept), list(memories.split(sizes, 1)))
+    per_rate = torch.where(rates > 0, 1 / rates, 0.0).to(before.dtype)
+    sums = kernels.compared(kept, params, before, grads, per_rate)
+    if sums is None:
+        counts = torch.tensor(sizes, device="cpu").to(rates.device, non_blocking=True)
+        steps = before - samples(params, rates)
+        steps *= per_rate.repeat_interleave(counts, output_size=len(steps))
+        memories = torch.cat([m.to(rates.device) for m in kept], 1)
+        terms = reflect(memories, grads.to(memories), steps.to(memories))
+        torch._foreach_copy_(list(kept), list(memories.split(sizes, 1)))
+        sums = sums_of_each(terms, counts)
     whole = rates.new_tensor([p.numel() / size for p, size in zip(params, sizes, strict=True)])
-    return sums_of_each(terms, counts).to(rates.dtype) * whole
+    return sums.to(rates.dtype) * whole
 
 
 def sums_of_each(terms: Tensor, sizes: Tensor) -> Tensor:

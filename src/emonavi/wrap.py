@@ -143,7 +143,7 @@ class Emotional(Bearer):
         vector = self._vector()
         self._check_fit(found.params)
         found = found.where([bool(p.numel()) for p in found.params])
-        heard, norm = agreed(heard, all_norms(found.grads, vector), found.params, self._peers())
+        heard, norm = agreed(heard, all_norms(found.grads, vector, fused=vector.is_cpu), found.params, self._peers())
         self._missing.note(heard)
         active = _alike(found, self.state, self.param_groups, vector)
         options = active.options(self.param_groups, _HOLD, _FALL, fades=False, plain=True)
@@ -327,11 +327,10 @@ class Emotional(Bearer):
 
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
-    own = {name: torch.tensor(value, device=vector.device) for name, value in KEPT.items()}
-    shadows = {p: state["shadow"] for p in found.params if "shadow" in (state := states.get(p, {}))}
-    kept = {p: own | {"shadow": shadows[p]} if p in shadows else own for p in found.params}
-    roster = Roster.of(found, kept, len(groups), fused=False)
-    return Active.of(roster, found.grads, groups, lambda group: 0.0, vector)
+    shadows = {p: {k: v for k, v in states.get(p, {}).items() if k == "shadow"} for p in found.params}
+    roster = Roster.of(found, shadows, len(groups), fused=False)
+    kept = [vector.new_full((len(found.params),), value) for value in KEPT.values()]
+    return Active.of(roster, found.grads, groups, lambda group: 0.0, vector, kept)
 
 
 def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
     from emonavi.kernels.plan import Plan
 
-__all__ = ["Kernel", "choose", "numbers", "planned", "squares", "wanted"]
+__all__ = ["Kernel", "choose", "compared", "numbers", "planned", "sampled", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts, seeds) as Bucket.move has them, for a whole bucket; returns the sums of reflection
 # of each of its tensors, or None where the scalars do not ask for them. One that was chosen for some lists may be
@@ -107,6 +107,26 @@ def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
     from emonavi.kernels import cpu
 
     return cpu.Numbers.of(tensors)
+
+
+def sampled(tensors: Sequence[Tensor], home: torch.device) -> Tensor | None:
+    """The samples of all tensors, one after the other (``displacement.py``); None where there is no kernel for it."""
+    if not tensors or home.type != "cpu" or not tensors[0].is_cpu:
+        return None
+    from emonavi.kernels import samples
+
+    return samples.samples(tensors)
+
+
+def compared(
+    kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, per_rate: Tensor
+) -> Tensor | None:
+    """Gradients compared with the step before (``displacement.py``); None where there is no kernel for it."""
+    if not params or not before.is_cpu or not params[0].is_cpu:
+        return None
+    from emonavi.kernels import samples
+
+    return samples.compared(kept, params, before, grads, per_rate)
 
 
 def planned(

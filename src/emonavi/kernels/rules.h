@@ -530,6 +530,56 @@ int NAME(squares)(const bucket *b)
     return sweep_elements(b, NAME(square_piece));
 }
 
+/* Samples, for a rule that nobody knows (displacement.py) ------------------------------------------------------------*/
+
+void NAME(gather_samples)(const sampling *s, const STORED *const *tensors, WIDE *out)
+{
+    for (int64_t i = 0; i < s->count; i++)
+        for (int64_t block = 0; block < s->blocks[i]; block++)
+            for (int64_t k = 0; k < s->length[i]; k++)
+                *out++ = GET(tensors[i][block * s->apart[i] + k]);
+}
+
+/* At most LANES coordinates. The second and the third memory lie behind the first, each `size` after the one before. */
+static inline void NAME(compare_some)(const STORED *param, const WIDE *before, const WIDE *grad, WIDE *last, int64_t size,
+                                      int64_t n, WIDE per_rate, double rate, WIDE lanes[SUMS][LANES])
+{
+    WIDE *grad_sq = last + size, *step_sq = last + 2 * size;
+#pragma omp simd
+    for (int64_t k = 0; k < n; k++) {
+        const WIDE gg = grad_sq[k], uu = step_sq[k], known = gg > 0 && uu > 0 ? 1 : 0;
+        const WIDE g = known > 0 ? grad[k] : 0, u = known > 0 ? last[k] : 0;
+        const WIDE metric = ROOT((known > 0 ? gg : 1) / (known > 0 ? uu : 1));
+        lanes[0][k] = MULTIPLY_ADD(g, u, lanes[0][k]);
+        lanes[1][k] = MULTIPLY_ADD(g, g / metric, lanes[1][k]);
+        lanes[2][k] = MULTIPLY_ADD(u, u * metric, lanes[2][k]);
+        const WIDE step = (before[k] - GET(param[k])) * per_rate;
+        grad_sq[k] = MULTIPLY_ADD((WIDE)rate, grad[k] * grad[k] - gg, gg);
+        step_sq[k] = MULTIPLY_ADD((WIDE)rate, step * step - uu, uu);
+        last[k] = step;
+    }
+}
+
+/* Samples of the parameters before a step, and of the gradients it was taken on, lie one after the other. */
+void NAME(compare_samples)(const sampling *s, const STORED *const *params, WIDE *const *memories, const WIDE *before,
+                           const WIDE *grad, const WIDE *per_rate, double rate, double *sums)
+{
+    for (int64_t i = 0; i < s->count; i++) {
+        const int64_t size = s->blocks[i] * s->length[i], whole = s->length[i] / LANES * LANES;
+        WIDE *last = memories[i], lanes[SUMS][LANES] = {{0}};
+        for (int64_t block = 0; block < s->blocks[i]; block++) {
+            const STORED *param = params[i] + block * s->apart[i];
+            int64_t k = 0;
+            for (; k < whole; k += LANES)
+                NAME(compare_some)(param + k, before + k, grad + k, last + k, size, LANES, per_rate[i], rate, lanes);
+            NAME(compare_some)(param + k, before + k, grad + k, last + k, size, s->length[i] - k, per_rate[i], rate, lanes);
+            before += s->length[i], grad += s->length[i], last += s->length[i];
+        }
+        for (int k = 0; k < SUMS; k++)
+            sums[s->count * k + i] = NAME(total)(lanes[k]);
+    }
+}
+
 #undef NAME
 #undef STORED
 #undef WIDE

@@ -38,6 +38,12 @@ typedef struct {
     const int64_t *place; /* and where that of each begins */
 } bucket;
 
+/* Which elements of each tensor are looked at, as displacement.py has it: so many blocks of a length, so far apart. */
+typedef struct {
+    int64_t count; /* of tensors */
+    const int64_t *blocks, *length, *apart;
+} sampling;
+
 /* Sweeps what one piece is, from `start` on: n elements, or rows. */
 typedef void piece_body(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums);
 

@@ -1,0 +1,84 @@
+"""Samples by C: what ``displacement.py`` does, without several calls of torch for each tensor."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emonavi.displacement import MEMORIES, RATE, places
+from emonavi.kernels.build import library
+from emonavi.kernels.cpu import DTYPES, in_one_order, plain
+
+__all__ = ["compared", "samples"]
+
+
+class _Sampling(ctypes.Structure):
+    """The ``sampling`` of sweep.c."""
+
+    _fields_ = (("count", ctypes.c_int64), *((name, ctypes.c_void_p) for name in ("blocks", "length", "apart")))
+
+
+class _Places:
+    """Where the samples of tensors of given sizes lie."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self._columns = [array("q", column) for column in zip(*map(places, sizes), strict=True)]
+        self.c = ctypes.byref(_Sampling(len(sizes), *map(_at, self._columns)))
+        self.total = sum(blocks * length for blocks, length, _ in map(places, sizes))
+
+
+_places = lru_cache(maxsize=16)(_Places)  # from step to step the sizes stay
+
+
+def samples(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The samples of all tensors, one after the other; None where there is no kernel for them."""
+    function = _function("gather_samples", tensors)
+    if function is None or not in_one_order(tensors, tensors):
+        return None
+    found = _places(tuple(map(Tensor.numel, tensors)))
+    gathered = torch.empty(found.total, dtype=DTYPES[tensors[0].dtype], device="cpu")
+    where = _pointers(tensors)
+    function(found.c, _at(where), ctypes.c_void_p(gathered.data_ptr()))
+    return gathered
+
+
+def compared(
+    kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, per_rate: Tensor
+) -> Tensor | None:
+    """The sums over each tensor's sample, shape (3, tensors), in float64; None where there is no kernel for it.
+
+    As :func:`emonavi.displacement.compared` has them, with one over each effective lr.
+    """
+    function, dtype = _function("compare_samples", params), DTYPES.get(params[0].dtype)
+    same = (before.dtype, grads.dtype, per_rate.dtype) == (dtype, dtype, dtype)
+    if function is None or not same or not plain(kept, dtype) or not in_one_order([*params, *kept], params):
+        return None
+    found = _places(tuple(map(Tensor.numel, params)))
+    sums = torch.empty(MEMORIES, len(params), dtype=torch.float64, device="cpu")
+    moved, memories = _pointers(params), _pointers(kept)
+    before_at, grads_at, per_rate_at, sums_at = (ctypes.c_void_p(t.data_ptr()) for t in (before, grads, per_rate, sums))
+    function(found.c, _at(moved), _at(memories), before_at, grads_at, per_rate_at, ctypes.c_double(RATE), sums_at)
+    return sums
+
+
+def _function(name: str, tensors: Sequence[Tensor]) -> Any:
+    """A function of the C library for tensors of one dtype; None where there is none."""
+    loaded, dtype = library(), tensors[0].dtype
+    if isinstance(loaded, str) or not plain(tensors, dtype):
+        return None
+    return getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}", None)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> array[int]:
+    return array("Q", list(map(Tensor.data_ptr, tensors)))
+
+
+def _at(numbers: array[int]) -> ctypes.c_void_p:
+    """Where an array lies, which must not go as long as that is used."""
+    return ctypes.c_void_p(numbers.buffer_info()[0])
