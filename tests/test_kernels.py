@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -28,10 +29,12 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of libraries, and no library loaded yet; afterwards the usual one again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", "cc -O0")  # soon done
-    build.library.cache_clear()
+    for found in (build.library, kernels._say_missing):
+        found.cache_clear()
     yield tmp_path / "cache" / "emonavi"
     monkeypatch.undo()
-    build.library.cache_clear()
+    for found in (build.library, kernels._say_missing):
+        found.cache_clear()
 
 
 def lists(dtype=torch.float32, state=torch.float32):
@@ -96,7 +99,10 @@ def test_without_a_compiler_everything_works_by_foreach(case, cache, monkeypatch
     for foreach in (None, True):
         params = weights()
         runs.append(case.make(params, foreach=foreach))
-        train(runs[-1], params, 5)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(runs[-1], params, 5)
+        assert ["no C compiler '/nowhere/cc'" in str(w.message) for w in said] == ([] if foreach else [True])  # once
         runs[-1].param_groups[0]["foreach"] = None
     assert not differences(*map(contents, runs))
     with pytest.raises(RuntimeError, match=r"fused=True: there is no C compiler '/nowhere/cc': install one .* in CC"):

@@ -5,11 +5,15 @@ A kernel has the rule's name and does what the rule does, tensor by tensor; the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from emonavi.notices import callers_level
 
 if TYPE_CHECKING:
     from emonavi.active import Roster
@@ -59,7 +63,19 @@ def choose(
         return kernel
     if group["fused"]:
         raise RuntimeError(f"fused=True: {kernel}; leave fused at None, and foreach is used where there is no kernel")
+    _say_missing()
     return None
+
+
+@lru_cache(maxsize=1)
+def _say_missing() -> None:
+    """Warn, once, where there could be kernels and are none."""
+    from emonavi.kernels.build import library
+
+    why = library()
+    if isinstance(why, str):
+        slower = "without kernels steps are slower (fused=False silences this)"
+        warnings.warn(f"{why}; {slower}", stacklevel=callers_level())
 
 
 def wanted(group: Mapping[str, Any], device: torch.device) -> bool:
