@@ -30,7 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import emonavi
+from emonavi.active import Active
 from emonavi.emotion import State
+from emonavi.machine import Mood
 
 ADAPTIVE = configured(lambda c: c.adaptive)
 COUNTERS = ("group 0: emotion",)  # compared entry by entry where a test is about them
@@ -821,6 +823,74 @@ def test_the_shadow_of_what_does_not_move_follows(make):
 
 
 @pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+def test_a_shadow_that_was_off_begins_at_todays_weights(make):
+    """A NaN would else throw the run back to where it was switched off."""
+    params = weights()
+    if make == "Emotional":
+        optimizer = emonavi.Emotional(torch.optim.AdamW(params), use_shadow=True)
+    else:
+        optimizer = make.make(params, use_shadow=True)
+    train(optimizer, params, 5)
+    optimizer.param_groups[0]["use_shadow"] = False
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with (
+        pytest.raises(RuntimeError, match=r"set param_groups\[0\]\['use_shadow'\] = True and make a step"),
+        optimizer.calm(),
+    ):
+        pass
+    optimizer.step(loss=1.0)
+    assert not any("shadow" in s for s in optimizer.state.values())
+    for p in params:
+        p.data += 10.0
+    optimizer.param_groups[0]["use_shadow"] = True
+    with pytest.raises(RuntimeError, match="no shadow to show: the next step makes it"), optimizer.calm():
+        pass
+    optimizer.step(loss=1.0)
+    for p in params:
+        assert (optimizer.state[p]["shadow"] - p).abs().max() < 1
+
+
+@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+@pytest.mark.parametrize("bounds", [{"lr": 1e-6}, {"lr": 1e-3, "max_lr": 1e-5}], ids=["floor", "wall"])
+def test_a_step_without_a_group_does_not_move_its_lr(make, bounds):
+    """The bounds of the others would force the drive that all share to where it suits only them."""
+    params = weights()
+    groups = [{"params": params[:2], "lr": 1e-3}, {"params": params[2:], **bounds}]
+    if make == "Emotional":
+        optimizer = emonavi.Emotional(torch.optim.AdamW([{k: g[k] for k in ("params", "lr")} for g in groups]))
+        optimizer.param_groups[1]["lr_ceiling"] = bounds.get("max_lr")
+    else:
+        optimizer = make.make(groups)
+    train(optimizer, params, 15)
+    before = optimizer.effective_lr[0]
+    for p in params[:2]:
+        p.grad = None
+    optimizer.step(loss=1.0)
+    assert 0.8 < optimizer.effective_lr[0] / before < 1.25
+
+
+@siblings
+def test_groups_of_another_optimizer_bring_no_past(case):
+    """Their options, not what a schedule once made of their lr."""
+    params = weights()
+    old = case.make(params, lr=1e-3)
+    old.param_groups[0]["lr"] = 1.0
+    train(old, params, 3)
+    old.param_groups[0]["lr"] = 1e-3
+    new = case.cls([{**group} for group in old.param_groups])
+    assert (new.param_groups[0]["lr_start"], new.param_groups[0]["lr_peak"]) == (1e-3, 0.0)
+    assert new.emotion.steps == 0
+
+
+def test_bounds_hold_for_each_tensors_own_drive():
+    own, one = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    active = Active(None, [], one, 0.5 * one, 2 * one, 0 * one, one, own, one)
+    rates = active.rates(Mood(1.0, 1.0, None, 1.0, 0.0, 0.0, 0.0, 0.0))[0]
+    assert rates.tolist() == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
 def test_a_panic_moves_no_group_at_lr_zero(make):
     params = weights()
     groups = [{"params": params[:2]}, {"params": params[2:]}]
@@ -1330,8 +1400,8 @@ def test_losses_that_are_never_finite_are_warned_of_once(case):
 
 
 @siblings
-def test_parameters_that_never_have_a_gradient_are_warned_of_once(case):
-    """An optimizer that was made from another model, or too early, would train nothing and say nothing."""
+def test_parameters_without_a_gradient_are_warned_of_each_time_that_it_begins(case):
+    """Made from another model, or too early; or the model was wrapped, copied or frozen since: nothing would move."""
     params = weights()
     optimizer = case.make(params)
     with warnings.catch_warnings(record=True) as heard:
@@ -1345,5 +1415,5 @@ def test_parameters_that_never_have_a_gradient_are_warned_of_once(case):
         optimizer.zero_grad()
         for _ in range(50):
             optimizer.step(loss=1.0)
-    assert ["no parameter of this" in str(w.message) for w in heard] == [True]
-    assert heard[0].filename == __file__
+    assert ["no parameter of this" in str(w.message) for w in heard] == [True, True]
+    assert heard[0].filename == heard[1].filename == __file__

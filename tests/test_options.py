@@ -106,6 +106,17 @@ def test_a_writers_directory(kind, tmp_path):
     assert emonavi.create("emonavi", weights(), writer="None").writer is None
 
 
+@pytest.mark.parametrize("given", [{"start": 1e-3}, " {'start': 1e-3}", '{"start": 1e-3}'], ids=["dict", "sd", "json"])
+def test_constants_of_the_emotion_as_a_command_line_has_them(given):
+    assert emonavi.EmoNavi(weights(), emotion=given)._emotion == emonavi.Emotion(start=1e-3)
+    assert emonavi.Emotional(torch.optim.AdamW(weights()), emotion=given)._emotion == emonavi.Emotion(start=1e-3)
+
+
+def test_the_model_itself_is_no_list_of_parameters():
+    with pytest.raises(TypeError, match=r"pass model\.parameters\(\)"):
+        emonavi.EmoNavi(torch.nn.Linear(2, 1))
+
+
 NONSENSE = [
     *((o, s, rf"{o}='?{s}'?: give True or False") for o in FLAGS for s in ("yes", "off", "", "2", "truee", 2, 0.5)),
     *((o, None, rf"{o}=None: give True or False") for o in ("maximize", "capturable", "decoupled_weight_decay")),

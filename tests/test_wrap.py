@@ -315,6 +315,37 @@ def test_sums_stand_for_the_whole_tensor_and_the_first_step_has_none():
     assert second.weight.tolist() == pytest.approx([1e-4] * 2)
 
 
+def published(params):
+    return pytorch_optimizer.EmoNavi(params, use_shadow=True)
+
+
+class Decaying(torch.optim.SGD):
+    """Has a schedule of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.5
+
+
+def test_a_schedule_inside_the_optimizer_is_heard():
+    params = weights()
+    optimizer = emonavi.Emotional(Decaying(params, lr=0.1))
+    train(optimizer, params, 3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+
+
+def test_a_second_wrapper_does_not_take_over_what_the_first_one_saw():
+    """The optimizer may have gone on alone in between."""
+    params = weights()
+    inner = torch.optim.AdamW(params)
+    train(emonavi.Emotional(inner, use_shadow=True), params, 3)
+    again = emonavi.Emotional(inner, use_shadow=True)
+    assert not any({"shadow", "step_sample"} & set(state) for state in inner.state.values())
+    with again.calm():
+        pass
+
+
 def metric_of(optimizer, p):
     _, grad_sq, step_sq = optimizer.state[p]["step_sample"]
     return (grad_sq / step_sq).sqrt()
@@ -887,6 +918,13 @@ def weight():
     ("build", "options", "error", "match"),
     [
         (lambda: torch.optim.AdamW, {}, TypeError, "is no torch optimizer: construct one"),
+        (
+            lambda: pytorch_optimizer.Lookahead(SGD.bare(weight())),
+            {},
+            ValueError,
+            "Lookahead does not load state dicts",
+        ),
+        (lambda: published(weight()), {}, ValueError, "EmoNavi has use_shadow of its own"),
         (lambda: emonavi.EmoNavi(weight()), {}, ValueError, "EmoNavi has an emotion already"),
         (lambda: emonavi.Emotional(SGD.bare(weight())), {}, ValueError, "Emotional has an emotion already"),
         (lambda: torch.optim.LBFGS(weight()), {}, ValueError, "LBFGS evaluates the model by itself"),

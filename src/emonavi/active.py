@@ -106,11 +106,13 @@ class Active(NamedTuple):
         lows, walls, decayed, lrs = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
             group["lr_peak"] = highest(group["lr"], group["lr_peak"])
+            lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
             if count:  # the lr of a group in which nothing moves says nothing
-                lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
                 lrs.append(lr)
                 # Not half: a cosine is there in its middle, and its last bit would decide. At 0 so far it has no say.
                 decayed.append((lr < 0.4999 * peak) | (peak == 0))
+            # But its bounds do: a step without it must not move the drive to where it will not want it.
+            if count or any(p.requires_grad for p in group["params"]):
                 # From the highest lr, not today's: a dip must not move the drive.
                 low, wall = group["lr_floor"], group["lr_ceiling"]
                 low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
@@ -133,7 +135,7 @@ class Active(NamedTuple):
     def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """For each tensor: its own effective lr, its step size, and its factor of weight decay, ``keeps`` at least."""
         effective = bounded(self.lr, mood.drive, self.low, self.wall)
-        own = torch.minimum(effective * self.drive, self.wall)
+        own = bounded(effective, self.drive, torch.minimum(self.lr, self.low), self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=keeps)
 
     def buckets(

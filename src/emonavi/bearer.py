@@ -183,9 +183,15 @@ class Bearer(torch.optim.Optimizer):
             ...     evaluated = model(torch.ones(1, 2))
         """
         self._refuse_midway("calm()")
-        pairs = [(p, s["shadow"]) for p in self._params() if "shadow" in (s := self.state.get(p, {}))]
-        if not pairs and (self._begun or not self.param_groups[0]["use_shadow"]):
-            remedy = "construct with use_shadow=True; a checkpoint that is loaded brings its own options"
+        wanted = self.param_groups[0]["use_shadow"]
+        pairs = [(p, s["shadow"]) for p in self._params() if wanted and "shadow" in (s := self.state.get(p, {}))]
+        if not pairs and (self._begun or not wanted):
+            remedy = (
+                "the next step makes it"
+                if wanted
+                else "construct with use_shadow=True; in a run that was loaded, and brought its own options, set "
+                "param_groups[0]['use_shadow'] = True and make a step"
+            )
             raise RuntimeError(f"calm() has no shadow to show: {remedy}")
         shown, shadows = ([local(pair[i].detach()) for pair in pairs] for i in (0, 1))
         held = [p.clone() for p in shown]
@@ -280,9 +286,13 @@ class Bearer(torch.optim.Optimizer):
             away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
             found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
         checks.gradients(found.grads)
-        if not found.params and not self._begun:
-            self._idle.note(True)
+        self._idle.note(not found.params)
         return found
+
+    def _drop_shadows(self) -> None:
+        """Where they are switched off: one that stood still would be taken for today's when it is switched on again."""
+        for p in self._params():
+            self.state.get(p, {}).pop("shadow", None)
 
     def _follow_idle(self, moved: list[Tensor], follow: Number) -> None:
         """Let the shadow of what did not move follow, too.

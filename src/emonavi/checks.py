@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -42,8 +45,16 @@ CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_grou
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def emotion(given: str | Emotion | Preset, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
-    """The emotion of a name, or the one given. ``generations`` are those for which the rule was published."""
+def emotion(given: Any, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
+    """The emotion of a name or of constants, or the one given. For ``generations`` the rule was published."""
+    if isinstance(given, str) and given.strip().startswith("{"):  # a dict from a command line
+        with contextlib.suppress(ValueError, SyntaxError):
+            given = ast.literal_eval(given.strip())
+    if isinstance(given, Mapping):
+        constants = [field.name for field in dataclasses.fields(Emotion)]
+        if not constants or not set(given) <= set(constants):
+            raise ValueError(f"emotion={given!r}: the constants of an emotion are {', '.join(constants)}")
+        given = Emotion(**given)
     if isinstance(given, Emotion):
         for constant, value in vars(given).items():
             if not 0 <= _as_float(value) < math.inf:
@@ -56,7 +67,9 @@ def emotion(given: str | Emotion | Preset, generations: Sequence[str] = tuple(PR
     if isinstance(given, (Emotion, Preset)):
         return given
     if not isinstance(given, str) or given not in known:
-        raise ValueError(f"unknown emotion {given!r}: choose from {names}, or pass an emonavi.Emotion")
+        raise ValueError(
+            f"unknown emotion {given!r}: choose from {names}, or pass an emonavi.Emotion or a dict of its constants"
+        )
     return known[given]
 
 

@@ -27,7 +27,7 @@ _ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
 _NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
-def adaptive(given: str | Emotion) -> Emotion:
+def adaptive(given: Any) -> Emotion:
     """The adaptive emotion; the published generations are refused by a ValueError."""
     machine = checks.emotion(given)
     if not isinstance(machine, Emotion):
@@ -47,6 +47,14 @@ def wrappable(optimizer: Any) -> None:
         raise ValueError(f"{name} has an emotion already: use it as it is")
     if inspect.signature(optimizer.step).parameters.get("closure", _NO_CLOSURE).default is inspect.Parameter.empty:
         raise ValueError(f"{name} evaluates the model by itself: only what can step without a closure can be wrapped")
+    if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+        remedy = "wrap the optimizer inside it, and put it around that"
+        raise ValueError(f"{name} does not load state dicts as torch.optim does, so that no run could resume: {remedy}")
+    for group in optimizer.param_groups:
+        clash = [option for option in OPTIONS if option in group and "inner" not in group]  # that is a wrapper's
+        if clash:
+            what = f"{name} has {', '.join(clash)} of its own, where the emotion keeps its options"
+            raise ValueError(f"{what}: it cannot be wrapped; use it as it is, or a sibling")
     if any("lr" not in group for group in optimizer.param_groups):
         raise ValueError(f"a group of {name} has no lr: there is nothing that a drive could multiply")
 
@@ -63,7 +71,7 @@ def dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict
     """Give a group of a wrapped optimizer what the emotion needs there."""
     lr = group["lr"]
     group.update(options)
-    group.setdefault("lr_start", lr.clone() if isinstance(lr, Tensor) else lr)
+    group.setdefault("lr_start", lr.detach().clone() if isinstance(lr, Tensor) else lr)
     group.setdefault("lr_peak", 0.0)
     group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
     group["inner"] = type(optimizer).__name__

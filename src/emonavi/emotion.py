@@ -15,7 +15,7 @@ Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
     log drive -= min(0.05, 2/n) clip((tension - 1) / 2, 0, 1)    the brake, while the loss rises: x > short + dev / 2
 
 For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
-asymmetry. Nothing acts on them: two attempts at it were no better (``docs/watching.md``).
+asymmetry. Nothing acts on them: two attempts at it were no better (``docs/benchmarks.md``).
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -372,7 +372,7 @@ class Emotion(Reflection):
         lean = values["trust"]
         words = {
             "done": stop,
-            "resting": values["rest"] > 0,
+            "resting": values["rest"] > 0 or values["goal"] > NEVER,  # until the drive is back
             "braking": values["tension"] > 1.5 and values["scalar"] > 0,
             "growing": lean > 0.03,
             "easing": lean < -0.03,

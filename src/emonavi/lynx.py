@@ -17,6 +17,7 @@ Sources: Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675); the emotion 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class EmoLynx(EmoOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        emotion: str | Emotion | Preset = "adaptive",
+        emotion: str | Mapping[str, float] | Emotion | Preset = "adaptive",
         use_shadow: bool | None = None,
         use_trust: bool | None = None,
         max_norm: float | None = None,

@@ -23,6 +23,7 @@ muooon/EmoNavi.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class EmoNeco(EmoOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        emotion: str | Emotion | Preset = "adaptive",
+        emotion: str | Mapping[str, float] | Emotion | Preset = "adaptive",
         use_shadow: bool | None = None,
         use_trust: bool | None = None,
         max_norm: float | None = None,

@@ -7,7 +7,7 @@ numbers only and a rule knows tensors and ready scalars only; this is the one pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -47,9 +47,9 @@ class EmoOptimizer(Bearer):
         betas: decay rates of the first and the second memory.
         eps: added to the denominator (EmoLynx has no use for it).
         weight_decay: decoupled weight decay; it follows the drive, up to a thousandth of the weights in a step.
-        emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``, where the sibling has it), or an
-            :class:`~emonavi.Emotion`. Where one of the next five options is None, it is the emotion's own; adaptive:
-            False, True, 1.0, 1e-6 and no wall.
+        emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``, where the sibling has it), an
+            :class:`~emonavi.Emotion`, or a dict of its constants, ``{"start": 1e-3}``. Where one of the next five
+            options is None, it is the emotion's own; adaptive: False, True, 1.0, 1e-6 and no wall.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
             :meth:`calm` evaluates with it. 4 bytes per parameter.
         use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
@@ -88,7 +88,7 @@ class EmoOptimizer(Bearer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        emotion: str | Emotion | Preset = "adaptive",
+        emotion: str | Mapping[str, float] | Emotion | Preset = "adaptive",
         use_shadow: bool | None = None,
         use_trust: bool | None = None,
         max_norm: float | None = None,
@@ -105,6 +105,8 @@ class EmoOptimizer(Bearer):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = True,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError("params is the model itself: pass model.parameters()")
         machine = checks.emotion(emotion, self._generations)
         felt = spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
@@ -117,6 +119,8 @@ class EmoOptimizer(Bearer):
         settings = checks.settings(capture, on_missing_loss, process_group)
         self._emotion = machine  # a group that asks for kernels needs it
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            group |= {"lr_start": _own(group["lr"]), "lr_peak": 0.0}  # where the groups are another optimizer's
         self._setup(machine, *settings)
         # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
         self.param_groups[0]["emotion"] = self._fresh()
@@ -236,6 +240,8 @@ class EmoOptimizer(Bearer):
             return self._active(self._plan.roster, found.grads), buckets, heard, norm
         self._plan = None
         self._check_fit(found.params)
+        if not self.param_groups[0]["use_shadow"]:
+            self._drop_shadows()
         moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
         grads = [local_grad(p) for p in moved.params]
         fused = any(wanted(group, vector.device) for group in self.param_groups)
@@ -365,7 +371,7 @@ class EmoOptimizer(Bearer):
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group.setdefault("lr_start", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
+        group.setdefault("lr_start", _own(group["lr"]))
         group.setdefault("lr_peak", 0.0)
         # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
         group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
@@ -428,3 +434,8 @@ class EmoOptimizer(Bearer):
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()
+
+
+def _own(lr: float | Tensor) -> float | Tensor:
+    """An lr as it is now, whatever becomes of the tensor that it may be."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr

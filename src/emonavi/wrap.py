@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,8 @@ class Emotional(Bearer):
     Args:
         optimizer: what moves the parameters. Its lr is the first guess; the first step is scaled so that it moves the
             weights by a third of a percent at most.
-        emotion: ``"adaptive"`` or an :class:`~emonavi.Emotion`. The published generations are rules as well, and stay
-            with the siblings.
+        emotion: ``"adaptive"``, an :class:`~emonavi.Emotion`, or a dict of its constants. The published generations are
+            rules as well, and stay with the siblings.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
             :meth:`calm` evaluates with it. 4 bytes per parameter.
         use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
@@ -82,7 +82,7 @@ class Emotional(Bearer):
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        emotion: str | Emotion = "adaptive",
+        emotion: str | Mapping[str, float] | Emotion = "adaptive",
         use_shadow: bool | None = None,
         use_trust: bool | None = None,
         max_norm: float | None = None,
@@ -106,8 +106,12 @@ class Emotional(Bearer):
         self._setup(machine, *settings)
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
+            # Of a wrapper that was around it before, and did not see where it went since.
             for name in OF_THE_RUN:
-                group.pop(name, None)  # of a wrapper that was around it before
+                group.pop(name, None)
+            for p in group["params"]:
+                for name in ("step_sample", "shadow"):
+                    optimizer.state.get(p, {}).pop(name, None)
             dress(optimizer, group, felt)
         self._own = felt
         self.param_groups[0]["emotion"] = self._fresh()
@@ -157,6 +161,8 @@ class Emotional(Bearer):
         if options.use_shadow:
             active.lean(mood, predicated=False)
             self._follow_idle(active.roster.whole, mood.follow)
+        else:
+            self._drop_shadows()
         sums = gather((), active.lr)  # nothing to reflect on
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
@@ -202,7 +208,10 @@ class Emotional(Bearer):
             yield
         finally:
             for i, lr in lrs.items():
-                self.param_groups[i]["lr"] = lr
+                written = self.param_groups[i]["lr"]
+                changed = not isinstance(lr, Tensor) and written != acting[i] != 0
+                # Some optimizers have a schedule of their own: what it does to the lr, it does to the user's.
+                self.param_groups[i]["lr"] = lr * written / acting[i] if changed else lr
             for p, grad in scaled:
                 p.grad = grad
 
