@@ -439,12 +439,26 @@ class Lightning:
         return self._optimizer.step(closure, **kwargs)
 
 
+def within(name):
+    """A wrapper that keeps the optimizer under this name."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            vars(self)[name] = optimizer
+            self.step = optimizer.step
+
+    return Wrapper
+
+
 WRAPPERS = {
     "bare": lambda o: o,
     "accelerate": Accelerated,
     "proxy": Proxy,
     "lightning": Lightning,
     "nested": lambda o: Accelerated(Proxy(Accelerated(o))),
+    "timm's Lookahead": within("_base_optimizer"),
+    "SAM": within("base_optimizer"),
+    "Opacus": within("original_optimizer"),
 }
 
 
@@ -488,6 +502,13 @@ DEAF = {
 def test_observe_refuses_what_does_not_listen_and_names_the_remedy(deaf):
     with pytest.raises(TypeError, match=rf"{type(deaf).__name__} .*pass the emonavi optimizer"):
         emonavi.observe(deaf, 1.0)
+
+
+def test_the_refusal_names_what_the_wrapper_holds():
+    with pytest.raises(TypeError, match=r"^Accelerated around SGD holds no optimizer that listens"):
+        emonavi.observe(DEAF["wrapped SGD"], 1.0)
+    with pytest.raises(TypeError, match=r"^int holds no optimizer that listens"):
+        emonavi.observe(DEAF["number"], 1.0)
 
 
 def test_observe_ends_where_wrappers_go_in_circles():

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-import emonavi
+import emonavi.integrations
 from emonavi.integrations import readings
 from emonavi.integrations.timm import register
 
@@ -26,13 +28,29 @@ def test_nothing_is_imported_unasked(module):
 
 @pytest.mark.parametrize("package", ["transformers", "lightning", "timm"])
 def test_a_missing_package_is_named_with_the_remedy(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in (package, "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
     for name in [n for n in sys.modules if n.startswith((f"{package}.", f"emonavi.integrations.{package}"))]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(
         ImportError, match=rf'emonavi\.integrations\.{package} needs {package}.*: pip install "{package}'
     ):
         import_module(f"emonavi.integrations.{package}").register()
+
+
+def test_lightning_under_its_old_name_alone(monkeypatch):
+    """A stand-in; the module is loaded under a name of its own, so that no other test gets this one."""
+    alone = ModuleType("pytorch_lightning")
+    for name in ("Callback", "LightningModule", "Trainer"):
+        setattr(alone, name, type(name, (), {}))
+    for name in [n for n in sys.modules if n.startswith("lightning.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", alone)
+    spec = spec_from_file_location("bridge", Path(emonavi.integrations.__file__).with_name("lightning.py"))
+    bridge = module_from_spec(spec)
+    spec.loader.exec_module(bridge)
+    assert issubclass(bridge.EmotionCallback, alone.Callback)
 
 
 @dataclass(frozen=True)

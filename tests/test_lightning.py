@@ -12,6 +12,7 @@ from torch import nn
 pytest.importorskip("lightning")
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -263,18 +264,20 @@ def test_fabric_resumes_exactly(tmp_path):
 class Notebook(DummyLogger):
     def __init__(self):
         super().__init__()
-        self.rows = []
+        self.rows, self.steps = [], {}
 
     def log_metrics(self, metrics, step=None):
         if any(key.startswith("emo/") for key in metrics):
             self.rows.append((step, metrics))
+        for key in metrics:
+            self.steps.setdefault(key, []).append(step)
 
 
 def test_the_emotion_reaches_the_loggers(tmp_path):
     model, one = Net(), Notebook()
     two = CSVLogger(str(tmp_path), name="csv", version=0)
     fit(model, tmp_path, callbacks=[EmotionCallback()], logger=[one, two], log_every_n_steps=5)
-    assert [step for step, _ in one.rows] == [5, 10]
+    assert [step for step, _ in one.rows] == [4, 9]
     last = one.rows[-1][1]
     assert last["emo/drive"] == model.inner.emotion.drive
     assert last["emo/lr/group_0"] == pytest.approx(model.inner.effective_lr[0])
@@ -287,17 +290,58 @@ def test_nothing_is_logged_inside_an_accumulation_window(tmp_path):
     notebook = Notebook()
     how = {"logger": notebook, "log_every_n_steps": 1, "accumulate_grad_batches": 4}
     fit(Net(), tmp_path, callbacks=[EmotionCallback()], **how)
-    assert [step for step, _ in notebook.rows] == [1, 2, 3]
+    assert [step for step, _ in notebook.rows] == [0, 1, 2]
 
 
 def test_each_of_several_has_its_own_tags(tmp_path):
     model, notebook = Pair(), Notebook()
     fit(model, tmp_path, callbacks=[EmotionCallback()], logger=notebook, log_every_n_steps=5)
-    assert [step for step, _ in notebook.rows] == [6, 10, 16, 20]  # two steps in each batch
+    assert [step for step, _ in notebook.rows] == [4, 9]  # of batches, with two steps in each
     one, two = model.optimizers()
     last = notebook.rows[-1][1]
     assert last["emo/drive"] == one.optimizer.emotion.drive
     assert last["emo/1/drive"] == two.optimizer.emotion.drive
+
+
+class Logged(Net):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+
+class LoggedPair(Pair):
+    """Steps in every other batch only."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 2 == 0:
+            super().training_step(batch, batch_idx)
+        self.log("train_loss", self.true[-1][0])
+
+
+@pytest.mark.parametrize("kind, accumulated", [(Logged, 1), (Logged, 4), (LoggedPair, 1)])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_the_emotion_is_logged_where_the_losses_are(kind, accumulated, every, tmp_path):
+    notebook = Notebook()
+    callbacks = [EmotionCallback(), LearningRateMonitor()] if accumulated == 1 else [EmotionCallback()]
+    how = {"logger": notebook, "log_every_n_steps": every, "accumulate_grad_batches": accumulated}
+    fit(kind(), tmp_path, epochs=2, callbacks=callbacks, **how)
+    steps = {key: at for key, at in notebook.steps.items() if key == "train_loss" or key.startswith(("emo/", "lr-"))}
+    whole = 20 if accumulated == 1 else 6
+    assert steps["emo/drive"] == steps["train_loss"] == list(range(every - 1, whole, every))
+    assert len(steps) > 3
+    # LearningRateMonitor also looks at the beginning of an epoch, which is no concern of ours.
+    assert all(set(steps["emo/drive"]) <= set(at) for at in steps.values())
+
+
+def test_a_resumed_run_goes_on_along_the_same_axis(tmp_path):
+    first, again = Notebook(), Notebook()
+    trainer = fit(Logged(), tmp_path, callbacks=[EmotionCallback()], logger=first, log_every_n_steps=4)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    callbacks, last = [EmotionCallback()], str(tmp_path / "half.ckpt")
+    fit(Logged(), tmp_path, 2, last, callbacks=callbacks, logger=again, log_every_n_steps=4)
+    assert [first.steps[key] for key in ("emo/drive", "train_loss")] == [[3, 7]] * 2
+    assert [again.steps[key] for key in ("emo/drive", "train_loss")] == [[11, 15, 19]] * 2
 
 
 def test_it_stops_where_it_was_asked_to(tmp_path):
@@ -307,8 +351,12 @@ def test_it_stops_where_it_was_asked_to(tmp_path):
             return self.emotion.steps >= 3
 
     for stop, steps in ((True, 3), (False, 10)):
-        trainer = fit(Net(Done), tmp_path, callbacks=[EmotionCallback(stop=stop)])
+        notebook = Notebook()
+        how = {"logger": notebook, "log_every_n_steps": 10}
+        trainer = fit(Logged(Done), tmp_path, callbacks=[EmotionCallback(stop=stop)], **how)
         assert trainer.global_step == steps
+        # Lightning logs the losses of the batch at which it is told to stop.
+        assert notebook.steps["emo/drive"] == notebook.steps["train_loss"] == [steps - 1]
 
 
 def test_another_optimizer_is_refused(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +154,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(cls, at, tmp_path):
     assert differences(everything(whole), everything(without)) != []
 
 
+@pytest.mark.parametrize("scheduler", ["written into", "as it is", "removed"])
+def test_a_checkpoint_of_adamw(scheduler, tmp_path):
+    """As docs/migrating.md has it; the other two ways are there so that it is known when they change."""
+    before = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, learning_rate=5e-5)
+    Trainer(llama(), before, train_dataset=DATA).train()
+    file = tmp_path / "checkpoint-2" / "scheduler.pt"
+    if scheduler == "removed":
+        file.unlink()
+    if scheduler == "written into":
+        page = (Path(__file__).parents[1] / "docs/migrating.md").read_text(encoding="utf-8")
+        code = re.search(r"```python\n(file = .*?)```", page, re.S)[1]
+        exec(code.replace("out/checkpoint-500/scheduler.pt", file.as_posix()), {"torch": torch})
+    settings = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": 3}
+    trainer = trainer_of(tmp_path, EmoNavi, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(file.parent))
+    told = [str(w.message) for w in caught if "an optimizer without an emotion" in str(w.message)]
+    steps = {float(state["step"]) for state in inner(trainer).state.values()}
+    assert steps == ({1.0} if scheduler == "removed" else {3.0})  # with the memories, and without
+    assert len(told) == (scheduler != "removed")
+    assert all("a scheduler that is resumed as well puts its own lr back" in text for text in told)
+    assert {g["lr"] for g in inner(trainer).param_groups} == {5e-5 if scheduler == "as it is" else 1e-3}
+
+
 def test_a_save_at_every_step_changes_nothing(tmp_path):
     plain, saving = trainer_of(tmp_path / "a"), trainer_of(tmp_path / "b", save_strategy="steps", save_steps=1)
     plain.train(), saving.train()
@@ -245,5 +273,14 @@ def test_it_stops_where_it_was_asked_to(tmp_path):
 
 def test_another_optimizer_is_refused(tmp_path):
     trainer = Trainer(llama(), arguments(tmp_path), train_dataset=DATA, callbacks=[EmotionCallback()])
-    with pytest.raises(TypeError, match="holds no optimizer that listens"):
+    remedy = r"optimizer_cls_and_kwargs=optimizer_cls_and_kwargs\(\"emonavi\", args\), or optimizers=\("
+    with pytest.raises(TypeError, match=rf"AdamW is not an emonavi optimizer; give the Trainer {remedy}"):
         trainer.train()
+
+
+def test_a_trainer_that_only_logs_is_left_alone(tmp_path):
+    trainer = trainer_of(tmp_path, EmoNavi)
+    EmotionCallback().attach(trainer)
+    trainer.log({"loss": 1.0})
+    assert [entry["loss"] for entry in trainer.state.log_history] == [1.0]
+    assert "emo/drive" not in trainer.state.log_history[0]

@@ -124,7 +124,8 @@ def _taken_over(
     names = ", ".join(dict.fromkeys(name for layout in layouts for name in layout))
     warnings.warn(
         f"the checkpoint is of an optimizer without an emotion: {names} of {len(state)} parameters were taken over, "
-        "the emotion begins afresh, and all options, lr among them, stay as they were constructed",
+        "the emotion begins afresh, and all options, lr among them, stay as they were constructed; a scheduler that is "
+        "resumed as well puts its own lr back",
         stacklevel=callers_level(),
     )
     return {"state": state, "param_groups": groups}

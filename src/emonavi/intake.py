@@ -155,11 +155,15 @@ def _mean_of_finite(losses: Sequence[Tensor | float]) -> Tensor | float:
     return stacked.where(stacked.isfinite(), torch.nan).nanmean()
 
 
+# Under what name wrappers keep the optimizer: accelerate and many more; Lightning; timm's Lookahead; SAM; Opacus.
+_WITHIN = ("optimizer", "_optimizer", "_base_optimizer", "base_optimizer", "original_optimizer")
+
+
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer at the bottom of a trainer's wrappers."""
     inner = optimizer
     for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
-        below = next((vars(inner)[k] for k in ("optimizer", "_optimizer") if k in getattr(inner, "__dict__", {})), None)
+        below = next((vars(inner)[k] for k in _WITHIN if k in getattr(inner, "__dict__", {})), None)
         if below is None:
             break
         inner = below
@@ -169,8 +173,8 @@ def unwrapped(optimizer: Any) -> Any:
 def observe(optimizer: Any, loss: Tensor | float) -> None:
     """Tell an optimizer, or anything that wraps one, the loss of its next step.
 
-    ``AcceleratedOptimizer``, ``LightningOptimizer``, DeepSpeed and Lookahead-like wrappers hold the real optimizer in
-    an attribute; it is found there.
+    ``AcceleratedOptimizer``, ``LightningOptimizer``, DeepSpeed, Lookahead, SAM and Opacus hold the real optimizer in an
+    attribute; it is found there.
 
     Args:
         optimizer: an :class:`~emonavi.EmoOptimizer` or a wrapper around one.
@@ -199,7 +203,10 @@ def listening(optimizer: Any) -> Any:
     """
     inner = unwrapped(optimizer)
     if not isinstance(getattr(inner, "_intake", None), Intake):
+        # A trainer's wrapper says little to a user who made none: what is in it, too.
+        around = "" if inner is optimizer else f" around {type(inner).__name__}"
         raise TypeError(
-            f"{type(optimizer).__name__} holds no optimizer that listens to a loss: pass the emonavi optimizer itself"
+            f"{type(optimizer).__name__}{around} holds no optimizer that listens to a loss: pass the emonavi optimizer "
+            "itself"
         )
     return inner

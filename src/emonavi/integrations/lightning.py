@@ -13,19 +13,22 @@ from emonavi.intake import listening
 from emonavi.integrations import missing, readings
 
 try:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError as error:
-    raise missing(__name__, "lightning") from error
+    try:  # the same under its old name, which may be there alone
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    except ModuleNotFoundError:
+        raise missing(__name__, "lightning") from error
 
 __all__ = ["EmotionCallback"]
 
 
 class EmotionCallback(Callback):
-    """Logs what each emonavi optimizer feels to the Trainer's loggers, every ``log_every_n_steps``.
+    """Logs what each emonavi optimizer feels to the Trainer's loggers, on the steps on which the losses are logged.
 
-    Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed over. Under
-    a schedule the effective lr is that of the step to come.
+    That is every ``log_every_n_steps`` batches, or windows of accumulated ones, from 0 on, however many optimizers step
+    in each. Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed
+    over. Under a schedule the effective lr is that of the step to come.
 
     Args:
         stop: end the training once all of them say ``should_stop``; looked at after each step, which waits for the
@@ -47,19 +50,22 @@ class EmotionCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, and stop where it was asked for; nothing inside an accumulation window."""
-        # With several optimizers the step goes up by more than one in a batch, and may pass over the logging step.
         before, self._step = self._step, trainer.global_step
-        every = getattr(trainer, "log_every_n_steps", 0)
-        if every and self._step // every > before // every:
+        stepped = self._step > before
+        if self.stop and stepped and all(o.should_stop for o in _ours(trainer)):
+            trainer.should_stop = True
+        # Lightning's losses go by batches: global_step counts each of several optimizers. In manual optimization any
+        # batch may be their turn, whether it stepped or not.
+        turn = stepped or not pl_module.automatic_optimization
+        if turn and trainer._logger_connector.should_update_logs:
             felt = {
                 tag if not i else tag.replace("emo/", f"emo/{i}/", 1): value
                 for i, optimizer in enumerate(_ours(trainer))
                 for tag, value in readings(optimizer).items()
             }
             for logger in trainer.loggers:
-                logger.log_metrics(felt, step=self._step)
-        if self.stop and self._step > before and all(o.should_stop for o in _ours(trainer)):
-            trainer.should_stop = True
+                # Counted up only after this hook: still the number of the batch that has just ended.
+                logger.log_metrics(felt, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _ours(trainer: Trainer) -> list[Any]:

@@ -13,7 +13,7 @@ import re
 import warnings
 from typing import Any
 
-from emonavi.intake import listening
+from emonavi.intake import listening, unwrapped
 from emonavi.integrations import missing, readings
 from emonavi.optimizer import EmoOptimizer
 from emonavi.registry import named
@@ -92,7 +92,15 @@ class EmotionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look whether there is an emonavi optimizer."""
-        listening(kwargs["optimizer"])
+        try:
+            listening(kwargs["optimizer"])
+        except TypeError:
+            name = type(unwrapped(kwargs["optimizer"])).__name__
+            raise TypeError(
+                f"EmotionCallback has nothing to log: {name} is not an emonavi optimizer; give the Trainer "
+                'optimizer_cls_and_kwargs=optimizer_cls_and_kwargs("emonavi", args), or optimizers=(an emonavi '
+                "optimizer, None)"
+            ) from None
         if args.report_to and not self._comes_first:
             warnings.warn(
                 f"EmotionCallback in callbacks=[...] runs after the reports to {', '.join(args.report_to)}, which "
@@ -103,7 +111,7 @@ class EmotionCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the logs of training; those of evaluation stay as they are."""
         logs = kwargs["logs"]
-        if "loss" in logs:
+        if "loss" in logs and kwargs.get("optimizer") is not None:  # a Trainer that has not trained has none
             felt = readings(kwargs["optimizer"])
             logs.update(felt)
             state.log_history[-1].update(felt)
