@@ -14,11 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import emonavi
-from emonavi.bench import lr_label, page, running_mean
+from emonavi.bench import page, running_mean
 from emonavi.bench.tasks import TASKS
 from emonavi.pca import draw
 
-LRS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+LRS = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "1")
 
 
 def train(optimizer, problem, steps, spoilt=-1):
@@ -59,13 +59,18 @@ def curve(axis, values, colour, label=None, width=1.2):
 
 
 def any_lr(out, steps):
-    """Draw the effective lr and the loss of the same run from six first guesses."""
+    """Draw the effective lr and the loss of a training from six first guesses; those that give the same run once."""
     figure, (rates, losses) = sheet(("effective lr", "training loss"))
-    for place, (lr, colour) in enumerate(zip(LRS, page.PALETTE, strict=True)):
-        felt = train(*build("digits", lr=lr), steps)
-        width = 4.5 - 0.7 * place  # the curves lie on each other: those below show at the sides
-        curve(rates, (rate for _, rate in felt), colour, f"lr {lr_label(lr)}", width)
-        curve(losses, running_mean([feeling.loss for feeling, _ in felt]), colour, width=width)
+    names, runs = {}, {}
+    for lr in LRS:
+        felt = train(*build("digits", lr=float(lr)), steps)
+        heard = tuple(feeling.loss for feeling, _ in felt)
+        names.setdefault(heard, []).append(lr)
+        runs[heard] = [rate for _, rate in felt]
+    for (heard, rate), colour in zip(runs.items(), page.PALETTE, strict=False):
+        first, *others = names[heard]
+        curve(rates, rate, colour, f"lr {first} to {others[-1]} (the same run)" if others else f"lr {first}", 1.6)
+        curve(losses, running_mean(list(heard)), colour, width=1.6)
     rates.set_yscale("log")
     losses.set_yscale("log")
     figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)

@@ -63,11 +63,17 @@ def test_each_optimizer_of_the_picture_has_its_own_points(tmp_path, monkeypatch)
         drawn[look["label"]] = list(y), look["color"]
         return plot(axis, x, y, **look)
 
+    above = []
     monkeypatch.setattr(axes.Axes, "plot", keep)
+    secondary = axes.Axes.secondary_xaxis
+    monkeypatch.setattr(
+        axes.Axes, "secondary_xaxis", lambda axis, *where: above.append(secondary(axis, *where)) or above[-1]
+    )
     others = [row("sync", 1.0, period=1, optimizer="EmoZeal", times=320), row("mean", 1.3, optimizer="EmoZeal")]
     bench.draw([SYNC, row("mean", 2.2), *others], tmp_path / "a.png")
     assert drawn["EmoNavi, mean"][0] == [pytest.approx(1.1)] and drawn["EmoZeal, mean"][0] == [pytest.approx(1.3)]
     assert drawn["EmoNavi, mean"][1] != drawn["EmoZeal, mean"][1] and "EmoFact, mean" not in drawn
+    assert [label.get_text() for label in above[0].get_xticklabels()] == ["64"], "H"
 
 
 def test_every_cell_is_there_once():

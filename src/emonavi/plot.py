@@ -149,7 +149,12 @@ class Scene:
     @classmethod
     def load(cls, folder: Path) -> Scene:
         """Read a folder."""
-        runs = read(folder, _MOST)
+        try:
+            runs = read(folder, _MOST)
+        except ValueError as error:
+            if str(error).endswith("fewer runs") and (part := _part(folder)):
+                raise ValueError(f"{error}, such as {part}") from error
+            raise
         panels = PANELS if len(runs) <= _FEW else [panel.of_many() for panel in PANELS]
         shown = [(panel, lines) for panel in panels if (lines := _lines(panel, runs))]
         marks = [(*stretch, _colour(runs, place)) for place, run in enumerate(runs) for stretch in run.stops()]
@@ -169,6 +174,13 @@ class Scene:
         """A line for each curve of a panel that has several; grey, where the colours stand for runs."""
         drawn = {x.curve.name: x if self.alone else x._replace(colour=page.GREY) for x in lines if not x.faint}
         return drawn if len(drawn) > 1 else {}
+
+
+def _part(folder: Path) -> Path | None:
+    """A folder right below that holds some runs, and no more than can be told apart."""
+    homes = {file.parent for file in folder.rglob("*tfevents*")}
+    counts = {part: sum(home.is_relative_to(part) for home in homes) for part in sorted(folder.iterdir())}
+    return next((part for part, count in counts.items() if 0 < count <= _MOST), None)
 
 
 def draw(folder: Path, out: Path) -> tuple[Path, Path, int]:

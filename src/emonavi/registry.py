@@ -40,12 +40,12 @@ class Sibling:
 SIBLINGS = {
     s.name: s
     for s in (
-        Sibling("emonavi", EmoNavi, "Adam", "the default: from scratch and for fine-tuning"),
+        Sibling("emonavi", EmoNavi, "Adam", "the default, also for fine-tuning"),
         Sibling("emofact", EmoFact, "Adafactor", "when memory is short"),
-        Sibling("emolynx", EmoLynx, "Lion", "half of EmoNavi's memory"),
-        Sibling("emoclan", EmoClan, "Adam", "as EmoNavi, with steps of one size while the loss rises"),
-        Sibling("emozeal", EmoZeal, "Adafactor", "near EmoNavi's losses at half of its memory"),
-        Sibling("emoneco", EmoNeco, "Lion", "no reason was found: EmoZeal needs no more and ends lower"),
+        Sibling("emolynx", EmoLynx, "Lion", "half of emonavi's memory"),
+        Sibling("emoclan", EmoClan, "Adam", "as emonavi; steps of one size in a bad stretch"),
+        Sibling("emozeal", EmoZeal, "Adafactor", "near emonavi's losses in half its memory"),
+        Sibling("emoneco", EmoNeco, "Lion", "for completeness: emozeal ends lower"),
     )
 }
 

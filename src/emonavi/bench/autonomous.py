@@ -292,32 +292,39 @@ def _verdicts(best: dict[tuple[Any, ...], Row]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw what merging costs and saves, a panel for each task: the loss and the bytes of four workers over sync's."""
+    """Draw what merging costs and saves, a panel for each task: the loss and the bytes of four workers over DDP's."""
     from matplotlib.figure import Figure
 
     best = _best([row for row in rows if row["workers"] == 4])
     tasks, names = (list(dict.fromkeys(row[what] for row in best.values())) for what in ("task", "optimizer"))
     if not tasks:
         return
-    figure = Figure(figsize=(4.2 * len(tasks), 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(tasks), 4.4), dpi=110, layout="constrained")
     for axis, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
-        axis.set(title=task, xlabel="bytes sent, over sync's")
+        axis.set(title=task, xlabel="bytes sent, over DDP's")
         page.prepare(axis, 0.002, 1.5, True, {share: f"{share:.1%}" for share in (0.003, 0.016, 0.06, 1)}, "x")
         page.prepare(axis, 0.8, 3, True, page.ticks(0.8, 3, plain=True) | {1.1: "1.1", 1.5: "1.5"})
         axis.axhspan(0.8, NEAR, color=page.GREY, alpha=0.15, lw=0)
         axis.axvline(FEW, color=page.GREY, lw=0.8, ls=":")
+        periods: dict[str, float] = {}
         for (name, colour), (scheme, mark) in product(_COLOURS.items(), _MARKS.items()):
             if name not in names:
                 continue
             some = [r for r in best.values() if (r["task"], r["optimizer"], r["scheme"]) == (task, name, scheme)]
-            found = [(traffic(r)[0] / traffic(s)[0], loss_of(r["val"]) / loss_of(s["val"]))
-                     for r in some if (s := _against(r, best))]  # fmt: skip
+            both = [(r, s) for r in some if (s := _against(r, best))]
+            found = [(traffic(r)[0] / traffic(s)[0], loss_of(r["val"]) / loss_of(s["val"])) for r, s in both]
+            for (row, _), (share, _) in zip(both, found, strict=True):
+                periods[str(row["period"]) if row["period"] < row["steps"] else "end"] = share
             axis.plot(
                 *zip(*sorted(found), strict=True) if found else ((), ()),
                 label=f"{name}, {scheme}",
                 color=colour,
                 **mark,
             )
+        above = axis.secondary_xaxis("top")
+        above.set_xticks(list(periods.values()), list(periods))
+        above.set_xticks([], minor=True)
+        above.set_xlabel("H: steps between two merges")
     axis.legend(frameon=False)
-    figure.supylabel("held-out loss, over sync's")
+    figure.supylabel("held-out loss, over DDP's")
     figure.savefig(path)

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,18 +18,27 @@ from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require, writing
 if TYPE_CHECKING:
     from emonavi.bench.ledger import Ledger
 
-__all__ = ["benches"]
+__all__ = ["Names", "benches"]
+
+
+class Names(typer.core.TyperGroup):
+    """Commands that are all named where what was typed is like none of them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not get_close_matches(args[0], self.commands):
+            ctx.fail(f"No such command {args[0]!r}: choose from {', '.join(self.commands)}.")
+        return super().resolve_command(ctx, args)
 
 
 def benches() -> typer.Typer:
     """Return the commands as a typer application."""
-    commands = typer.Typer(no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
-    commands.command()(landscape)
-    commands.command()(step)
-    commands.command()(capture)
-    commands.command("lr")(learning_rates)
-    for name in _LEDGERED:
-        commands.command(name)(_ledgered(name))
+    commands = typer.Typer(cls=Names, no_args_is_help=True, help="Measure, and compare with torch's own optimizers.")
+    commands.command(short_help="Paths in two variables.")(landscape)
+    commands.command(short_help="Time one step beside AdamW.")(step)
+    commands.command(short_help="Time what hearing costs.")(capture)
+    commands.command("lr", short_help="Final losses over tasks and lrs.")(learning_rates)
+    for name, (brief, _) in _LEDGERED.items():
+        commands.command(name, short_help=brief)(_ledgered(name))
     return commands
 
 
@@ -171,12 +181,28 @@ def learning_rates(
     raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=command, console=console))
 
 
+# In the list of commands, and on a page of its own.
 _LEDGERED = {
-    "stop": "When should_stop speaks on a budget four times too long, and what running on would bring: ten minutes.",
-    "shock": "Spikes, NaN, wrong labels and another task in the middle of a run: does it recover? Fifteen minutes.",
-    "lowbit": "What memories and weights in bfloat16 and 8 bits cost in the final loss: four minutes a seed.",
-    "autonomous": "Workers that train alone and merge now and then, beside data-parallel ones: an hour and a half.",
-    "schedules": "The same runs under a constant lr and five schedules: does a scheduler matter? Five minutes.",
+    "stop": (
+        "When should_stop speaks.",
+        "When should_stop speaks on a budget four times too long, and what running on would bring: ten minutes.",
+    ),
+    "shock": (
+        "Bad steps in a run.",
+        "Spikes, NaN, wrong labels and another task in the middle of a run: does it recover? Fifteen minutes.",
+    ),
+    "lowbit": (
+        "What fewer bits cost.",
+        "What memories and weights in bfloat16 and 8 bits cost in the final loss: four minutes a seed.",
+    ),
+    "autonomous": (
+        "Workers that merge now and then.",
+        "Workers that train alone and merge now and then, beside data-parallel ones: an hour and a half.",
+    ),
+    "schedules": (
+        "Constant lr and five schedules.",
+        "The same runs under a constant lr and five schedules: does a scheduler matter? Five minutes.",
+    ),
 }
 
 
@@ -222,5 +248,5 @@ def _ledgered(name: str) -> Callable[..., None]:
             console.print(f"Stopped; the same command goes on. Everything finished is in {ledger.path}.")
         raise typer.Exit(130 if outcome.stopped else 1 if outcome.failures else 0)
 
-    command.__doc__ = _LEDGERED[name]
+    command.__doc__ = _LEDGERED[name][1]
     return command

@@ -83,7 +83,8 @@ def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
     if found.results:
         with console.status("writing the report") if console.is_terminal else contextlib.nullcontext():
             report.write(found)
-        console.print(report.table(found, console.width))
+        coloured = console.color_system is not None and not console.no_color
+        console.print(report.table(found, console.width, coloured))
         for sentence in sentences(found):
             console.print(sentence, style="bold" if not stopped else None)
             console.print()
@@ -200,7 +201,7 @@ class Board:
         self.seconds[result.task].append(result.seconds)
         self.results[result.task, result.optimizer, result.lr] = result
         if self.console is not None:
-            outcome = f"val loss {result.val_loss:<10.5g} train loss {result.train_loss:<10.5g} {result.seconds:.1f} s"
+            outcome = f"val loss {result.val_loss:<10.5g} train {result.train_loss:<10.5g} {result.seconds:.1f} s"
             if result.status == "failed":
                 outcome = f"failed: {result.reason}"
             where = f"{result.task:<9}{result.optimizer:<8} lr {lr_label(result.lr)}"

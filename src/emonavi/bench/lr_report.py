@@ -60,9 +60,11 @@ def _explained(study: Study) -> str:
 def table(study: Study, width: int = 80) -> RenderableType:
     """Return the summary: one block for each split, without the last columns where they do not fit."""
     blocks: list[RenderableType] = []
+    least = len(_SHORT_HEADS)
     for title, lines in _tables(study):
         rows = [[line.entry.label, *(word for word, _ in _cells(line))] for line in lines]
         fit = _fitting([["", *_SHORT_HEADS], *(row[: len(_SHORT_HEADS) + 1] for row in rows)], width)
+        least = min(least, fit - 1)
         block = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="dim")
         block.add_column("", overflow="fold")
         for head in _SHORT_HEADS[: fit - 1]:
@@ -70,6 +72,9 @@ def table(study: Study, width: int = 80) -> RenderableType:
         for row, line in zip(rows, lines, strict=True):
             block.add_row(*row[:fit], style="bold" if line.entry.shadow else None)
         blocks += [Text(title, style="bold"), block, ""]
+    if least < len(_SHORT_HEADS):
+        absent = ", ".join(head.replace("\n", " ") for head in _SHORT_HEADS[least:])
+        blocks.append(f"Columns that do not fit everywhere: {absent} (a wider terminal, or report.html).\n")
     return Group(*blocks, Text(f"{_explained(study)} {_MARKS}", style="dim"), "")
 
 

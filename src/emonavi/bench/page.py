@@ -30,6 +30,7 @@ __all__ = [
 # the two backgrounds.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 GREY = "#808080"  # of a baseline, and of what belongs to nobody
+_FEW_CHIPS = 6  # that may take two lines of a phone; of more there is one line, which scrolls
 
 MEANINGS = {
     "scalar": "what the loss feels like, -1 to 1: above 0 it rises beyond its own noise, below 0 it improves",
@@ -196,11 +197,11 @@ def sample(colour: str, dash: str = "solid") -> str:
 
 def legend(chips: Iterable[Chip]) -> str:
     """Return the key of all plots, which stays in sight; a click on a name hides its lines, or shows them again."""
-    buttons = (
+    buttons = [
         f'<button aria-pressed="true">{sample(chip.colour, chip.dash)}{html.escape(chip.name)}</button>'
         for chip in chips
-    )
-    return f'<div class="key">{"".join(buttons)}</div>'
+    ]
+    return f'<div class="key{" many" if len(buttons) > _FEW_CHIPS else ""}">{"".join(buttons)}</div>'
 
 
 _HTML = """<!doctype html>
@@ -226,7 +227,7 @@ tr > :first-child { text-align: left; padding-left: 0; color: var(--ink) } .miss
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)) }
 .plots > * { min-width: 0 } dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px }
 dd { margin: 0; overflow-wrap: anywhere } @media (max-width: 600px) {
-  .key { flex-wrap: nowrap; overflow-x: auto }
+  .many { flex-wrap: nowrap; overflow-x: auto }
   td, th { padding: 5px 4px; font-size: 14px } th { white-space: normal } }
 $style</style></head><body><main>
 $body</main><script>$plotly</script><script>

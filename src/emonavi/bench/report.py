@@ -48,7 +48,7 @@ def short(result: Result | None, best: float) -> Text:
     return Text(words, style=_cell(result, best).style)
 
 
-def table(found: Findings, width: int = 80) -> RenderableType:
+def table(found: Findings, width: int = 80, coloured: bool = True) -> RenderableType:
     """Return the result table: one block per task. Of less than 75 columns it takes 40, and leaves the last one out."""
     wide = width >= 75
     blocks: list[RenderableType] = []
@@ -67,9 +67,10 @@ def table(found: Findings, width: int = 80) -> RenderableType:
             block.add_row(optimizer, *cells, *spread)
         blocks += [Text(_title(found, task), style="bold"), block, ""]
     blocks += [Text(reason, style="red") for reason in _reasons(found)]
+    colours = ", green: near the best of its task, red: far" if coloured else ""
     legend = (
-        "Final loss on held-out data, lower is better; * best of its row, green: near the best of its task, red: far, "
-        "nan: diverged. Short runs with one seed: differences of a few per cent may be chance."
+        f"Final loss on held-out data, lower is better; * best of its row{colours}, nan: diverged. Short runs with one "
+        "seed: differences of a few per cent may be chance."
     )
     return Group(*blocks, Text(legend, style="dim"), "")
 
@@ -115,11 +116,13 @@ def contents(found: Findings) -> RenderableType:
         ("report.html", "tables and curves; opens in a browser, needs no network"),
         ("*.png", "the curves, one picture a task"),
         ("results.jsonl", "one line a finished run; every step of each run is in history/"),
-        ("tb/", "what the optimizers felt, for TensorBoard:"),
+        ("tb/", "what the optimizers felt, for TensorBoard or, of one task, emonavi plot:"),
     ):
         listing.add_row(name, what)
-    command = Text(shlex.join(["tensorboard", "--logdir", str(found.folder / "tb")]), style="cyan")
-    return Group(Text(f"Run folder: {found.folder}", style="bold"), listing, command)
+    felt = found.folder / "tb"
+    commands = (["tensorboard", "--logdir", str(felt)], ["emonavi", "plot", str(felt / found.begun()[0]["name"])])
+    shown = (Text(shlex.join(command), style="cyan") for command in commands)
+    return Group(Text(f"Run folder: {found.folder}", style="bold"), listing, *shown)
 
 
 # --- Curves

@@ -106,6 +106,6 @@ def _mlxtend_table(name: str, columns: range | tuple[int, ...]) -> np.ndarray[tu
 
 def _missing(package: str, what: str, extra: str) -> ImportError:
     return ImportError(
-        f'this task needs {package}\'s data ({what}): run `pip install "emonavi[{extra}]"`, '
-        "or choose the task 'charlm', which needs nothing"
+        f'this task needs {package}\'s data ({what}): run `pip install ".[{extra}]"` in a clone of '
+        "emonavi, or choose the task 'charlm', which needs nothing"
     )
