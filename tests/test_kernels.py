@@ -285,6 +285,25 @@ def test_random_rounding_takes_the_same_bits(case, dtype, how):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", list(cpu.DTYPES), ids=str)
+@pytest.mark.parametrize("rate", [0.01, 0.7, 1.0])
+def test_the_shadow_follows_as_torch_has_it(dtype, rate):
+    params = weights(dtype, [(70_001,), (3, 5), ()])
+    shadows = [torch.sin(torch.arange(p.numel())).view(p.shape).to(cpu.DTYPES[dtype]) for p in params]
+    expected = [torch.lerp(s, p.detach().to(s.dtype), rate) for p, s in zip(params, shadows, strict=True)]
+    assert kernels.follow(params, shadows, rate)
+    for found, wanted in zip(shadows, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    before = [s.clone() for s in shadows]
+    for other in (
+        [torch.stack([s, s], -1)[..., 0] for s in shadows], [s.to(torch.complex64) for s in shadows],
+        [s[:1] if s.dim() else s for s in shadows],
+    ):  # fmt: skip
+        assert not kernels.follow(params, other, rate)
+    assert all(map(torch.equal, shadows, before))
+
+
+@compiled
 @kernels_of
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_change_no_bit(case, dtype):

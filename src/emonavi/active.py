@@ -15,7 +15,7 @@ from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
 from emonavi.scalars import Number, clamp, like, where
-from emonavi.sweep import Bucket, to_home
+from emonavi.sweep import Bucket, lean, to_home
 
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
@@ -159,14 +159,17 @@ class Active(NamedTuple):
         lists |= {name: [states[i][name] for i in places] for name in names}
         return Bucket(places, lists, **how)
 
-    def lean(self, mood: Mood, predicated: bool) -> None:
+    def lean(self, mood: Mood, predicated: bool, fused: bool) -> None:
         """Move the tensors that have a shadow to it, and the shadows to them, as the mood says; at lr 0 none moves."""
-        for places in self.buckets(lambda p: (), alone=lambda p: False).values():
-            kept = [i for i in places if "shadow" in self.roster.states[i]]
-            if kept:
-                bucket = self.bucket(kept, (), cut=True, foreach=True, predicated=predicated)
-                pull = where(like(mood.pull, self.lr[kept[0]]) > 0, mood.pull, 0.0)
-                bucket.lean([self.roster.states[i]["shadow"] for i in kept], pull, mood.follow)
+        _, params, states, groups, *_ = self.roster
+        kinds: dict[Any, list[int]] = {}
+        for i, (p, state) in enumerate(zip(params, states, strict=True)):
+            if "shadow" in state:
+                kinds.setdefault((groups[i], p.device, p.dtype), []).append(i)
+        for places in kinds.values():
+            pull = where(like(mood.pull, self.lr[places[0]]) > 0, mood.pull, 0.0)
+            some, shadows = [params[i] for i in places], [states[i]["shadow"] for i in places]
+            lean(some, shadows, pull, mood.follow, predicated, fused)
 
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.

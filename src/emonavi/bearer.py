@@ -24,7 +24,7 @@ from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak
 from emonavi.scalars import Number, exp, like
-from emonavi.sweep import all_norms, to_home, wide, widest
+from emonavi.sweep import all_norms, lean, to_home, widest
 
 __all__ = ["Bearer"]
 
@@ -294,17 +294,22 @@ class Bearer(torch.optim.Optimizer):
         for p in self._params():
             self.state.get(p, {}).pop("shadow", None)
 
-    def _follow_idle(self, moved: list[Tensor], follow: Number) -> None:
+    def _follow_idle(self, moved: list[Tensor], follow: Number, fused: bool) -> None:
         """Let the shadow of what did not move follow, too.
 
         Else a weight that seldom has a gradient, or is frozen by now, would be seen by calm() as it was long ago.
         """
         busy = set(moved)
+        kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for p in self._params():
             shadow = self.state.get(p, {}).get("shadow") if p not in busy else None
             if shadow is not None and not p.is_meta:
                 own, here = local(shadow), local(p.detach())
-                own.lerp_(wide(here).to(own.device, own.dtype), like(own, follow))
+                here = here.to(own.device)
+                kinds.setdefault((here.device, here.dtype, own.dtype), []).append((here, own))
+        for pairs in kinds.values():
+            params, shadows = map(list, zip(*pairs, strict=True))
+            lean(params, shadows, 0.0, follow, isinstance(follow, Tensor), fused)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Of what is kept of a parameter, as it is stored."""

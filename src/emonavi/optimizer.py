@@ -220,7 +220,7 @@ class EmoOptimizer(Bearer):
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
         if options.use_shadow:
-            self._follow_idle(active.roster.whole, mood.follow)
+            self._follow_idle(active.roster.whole, mood.follow, self._fuses(predicated))
         if self._emotion.reflects and options.use_trust:
             sums = Sums._make([*ranks.whole(torch.stack(sums[:3]), active.roster.whole), sums.weight])
         state = self._emotion.reflect(state, sums, acts, options)
@@ -269,6 +269,10 @@ class EmoOptimizer(Bearer):
     def _is_predicated(self, device: torch.device) -> bool:
         """Whether no value may be branched on. On the CPU none has to be waited for: there the emotion is numbers."""
         return device.type != "cpu" or bool(self.param_groups[0]["capturable"])
+
+    def _fuses(self, predicated: bool) -> bool:
+        """Whether what is not one group's own may be done by a kernel."""
+        return not predicated and all(wanted(group, torch.device("cpu")) for group in self.param_groups)
 
     def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
         """Who moves, with the state of all of ``params`` made where it is missing."""
@@ -320,7 +324,7 @@ class EmoOptimizer(Bearer):
         weight = torch.where(active.steps > 1, own_lr, 0.0)
         predicated = self._is_predicated(weight.device)
         if options.use_shadow:
-            active.lean(mood, predicated)
+            active.lean(mood, predicated, self._fuses(predicated))
         if not predicated and not acts:
             return gather((), weight)
         reflect = self._emotion.reflects and options.use_trust

@@ -104,6 +104,8 @@ class Release:
         if not optimizer._moves(everything):
             return None
         optimizer._check_fit(params)
+        if not optimizer.param_groups[0]["use_shadow"]:
+            optimizer._drop_shadows()
         for p in params:
             optimizer._make_state(p)
         active = self._active(everything)
@@ -163,8 +165,9 @@ class Release:
         state, acts, _ = emotion.guard(state, norm, begun.options)
         if begun.options.use_shadow:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
-            active.lean(mood._replace(follow=0.0), begun.predicated)
-            optimizer._follow_idle(active.roster.whole, mood.follow)
+            fused = optimizer._fuses(begun.predicated)
+            active.lean(mood._replace(follow=0.0), begun.predicated, fused)
+            optimizer._follow_idle(active.roster.whole, mood.follow, fused)
         sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)

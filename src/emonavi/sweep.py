@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from emonavi import lowbit
+from emonavi import kernels, lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like, widest
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide", "widest"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "lean", "to_home", "wide", "widest"]
 
 T = TypeVar("T")
 
@@ -38,18 +38,6 @@ class Bucket(NamedTuple):
     predicated: bool  # never branch on a value
     kernel: Kernel | None = None  # moves the whole bucket in the rule's place
 
-    def lean(self, shadows: list[Tensor], pull: Number, follow: Number) -> None:
-        """Move the parameters by ``pull`` to the shadow, then the shadow by ``follow`` to the parameters."""
-        pulls, follows = (self.predicated or bool(rate) for rate in (pull, follow))
-        for piece in self._pieces({"param": self.lists["param"], "shadow": shadows}, cut=True):
-            param, shadow = piece.batch["param"], piece.batch["shadow"]
-            if pulls:
-                param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
-                piece.write_back(["param"])
-            if follows:
-                shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
-                piece.write_back(["shadow"])
-
     def move(
         self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
@@ -66,7 +54,7 @@ class Bucket(NamedTuple):
         # next, and a step could come to take several times the parameters' own memory.
         device, reflects = self.lists["param"][0].device, False
         sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
-        for piece in self._pieces(self.lists, self.cut):
+        for piece in pieces(self.lists, cut=self.cut and self.foreach, stack=self.foreach):
             index: slice | Tensor
             if len(piece.owners) == 1:
                 at = piece.owners[0]
@@ -102,8 +90,25 @@ class Bucket(NamedTuple):
         piece.write_back(written)
         return reflected
 
-    def _pieces(self, lists: dict[str, list[Tensor]], cut: bool) -> Any:
-        return pieces(lists, cut=cut and self.foreach, stack=self.foreach)
+
+def lean(
+    params: list[Tensor], shadows: list[Tensor], pull: Number, follow: Number, predicated: bool, fused: bool
+) -> None:
+    """Move parameters by ``pull`` to their shadows, then the shadows by ``follow`` to them.
+
+    The parameters share a device and a dtype, and so do the shadows; ``fused`` is by a kernel where there is one.
+    """
+    pulls, follows = (predicated or bool(rate) for rate in (pull, follow))
+    if not (pulls or follows) or (fused and not pulls and kernels.follow(params, shadows, float(follow))):
+        return
+    for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
+        param, shadow = piece.batch["param"], piece.batch["shadow"]
+        if pulls:
+            param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
+            piece.write_back(["param"])
+        if follows:
+            shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
+            piece.write_back(["shadow"])
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ class Emotional(Bearer):
             state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
         if options.use_shadow:
-            active.lean(mood, predicated=False)
-            self._follow_idle(active.roster.whole, mood.follow)
+            active.lean(mood, predicated=False, fused=True)
+            self._follow_idle(active.roster.whole, mood.follow, fused=True)
         else:
             self._drop_shadows()
         sums = gather((), active.lr)  # nothing to reflect on

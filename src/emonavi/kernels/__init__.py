@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
     from emonavi.kernels.plan import Plan
 
-__all__ = ["Kernel", "choose", "compared", "numbers", "planned", "sampled", "squares", "wanted"]
+__all__ = ["Kernel", "choose", "compared", "follow", "numbers", "planned", "sampled", "squares", "wanted"]
 
 # (lists, scalars, grad_scale, acts, seeds) as Bucket.move has them, for a whole bucket; returns the sums of reflection
 # of each of its tensors, or None where the scalars do not ask for them. One that was chosen for some lists may be
@@ -114,6 +114,15 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
 
         return cuda.squares(tensors)
     return None
+
+
+def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> bool:
+    """Move each shadow by ``rate`` to its parameter. Returns whether there is a kernel for them; else nothing moved."""
+    if not params[0].is_cpu:
+        return False
+    from emonavi.kernels import cpu
+
+    return cpu.follow(params, shadows, rate)
 
 
 def numbers(tensors: Sequence[Tensor]) -> Numbers | None:

@@ -19,7 +19,7 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 
-__all__ = ["Numbers", "Sweep", "in_one_order", "kernel", "plain", "squares", "wanted_size"]
+__all__ = ["Numbers", "Sweep", "follow", "in_one_order", "kernel", "plain", "squares", "wanted_size"]
 
 # Of parameters and gradients, with that of their states.
 DTYPES = {
@@ -40,7 +40,7 @@ class _Bucket(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("size", "rows", "samples", "stride", "tensors")),
         *((name, ctypes.c_void_p) for name in ("step_size", "decay", "root", "last_root", "bias")),
         *((name, ctypes.c_double) for name in ("grad_scale", "beta1", "beta2", "eps", "floor")),
-        *((name, ctypes.c_double) for name in ("grad_trust", "square_trust", "sample_rate")),
+        *((name, ctypes.c_double) for name in ("grad_trust", "square_trust", "sample_rate", "follow")),
         ("reflect", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("seeds", "sums", "scratch", "place")),
     )
@@ -155,6 +155,20 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
         if held:
             sums[torch.tensor(places, device="cpu")] = _squares(function, _Arrays([held], matrices=bool(kind)))
     return sums
+
+
+def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> bool:
+    """Move each shadow by ``rate`` to its parameter. Returns whether there is a kernel for them; else nothing moved."""
+    dtype = params[0].dtype
+    function = _function("follow", dtype)
+    if isinstance(function, str) or not plain(params, dtype) or not plain(shadows, DTYPES[dtype]):
+        return False
+    if not in_one_order([*params, *shadows], params) or list(map(Tensor.numel, params)) != list(
+        map(Tensor.numel, shadows)
+    ):
+        return False
+    _call(function, _Arrays([params, shadows]), follow=rate)
+    return True
 
 
 class Numbers:

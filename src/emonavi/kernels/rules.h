@@ -530,6 +530,30 @@ int NAME(squares)(const bucket *b)
     return sweep_elements(b, NAME(square_piece));
 }
 
+/* The shadow follows the parameters, as torch's lerp has it ---------------------------------------------------------*/
+
+static void NAME(follow_piece)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
+{
+    const STORED *param = (const STORED *)b->tensors[tensor] + start;
+    WIDE *shadow = (WIDE *)b->tensors[b->count + tensor] + start;
+    const WIDE rate = (WIDE)b->follow, rest = 1 - rate;
+    (void)sums;
+    if (rate < (WIDE)0.5) {
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++)
+            shadow[k] = MULTIPLY_ADD(rate, GET(param[k]) - shadow[k], shadow[k]);
+    } else {
+#pragma omp simd
+        for (int64_t k = 0; k < n; k++)
+            shadow[k] = MULTIPLY_ADD(rest, shadow[k] - GET(param[k]), GET(param[k]));
+    }
+}
+
+int NAME(follow)(const bucket *b)
+{
+    return sweep_elements(b, NAME(follow_piece));
+}
+
 /* Samples, for a rule that nobody knows (displacement.py) ------------------------------------------------------------*/
 
 void NAME(gather_samples)(const sampling *s, const STORED *const *tensors, WIDE *out)

@@ -30,7 +30,7 @@ typedef struct {
     const int64_t *rows, *samples, *stride;                    /* of each matrix; samples[i] lie stride[i] apart */
     void *const *tensors;                                      /* parameters, gradients, then each state in turn */
     const double *step_size, *decay, *root, *last_root, *bias; /* of each; decay: NULL for none */
-    double grad_scale, beta1, beta2, eps, floor, grad_trust, square_trust, sample_rate;
+    double grad_scale, beta1, beta2, eps, floor, grad_trust, square_trust, sample_rate, follow;
     int64_t reflect;
     const uint32_t *seeds; /* of each tensor, where parameters of 16 bits are rounded at random; else NULL */
     double *sums;         /* SUMS for each tensor */
