@@ -60,6 +60,9 @@ def compared(
     if function is None or not same or not plain(kept, dtype) or not in_one_order([*params, *kept], params):
         return None
     found = _places(tuple(map(Tensor.numel, params)))
+    held = sum(map(Tensor.numel, kept)), before.numel(), grads.numel(), per_rate.numel()
+    if held != (MEMORIES * found.total, found.total, found.total, len(params)):
+        return None  # torch says what does not fit: a kernel would read and write past the end
     sums = torch.empty(MEMORIES, len(params), dtype=torch.float64, device="cpu")
     moved, memories = _pointers(params), _pointers(kept)
     before_at, grads_at, per_rate_at, sums_at = (ctypes.c_void_p(t.data_ptr()) for t in (before, grads, per_rate, sums))
