@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import emonavi
 from emonavi import EmoFact, EmoLynx, EmoNavi
 
-torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
 # Ten micro-batches in an epoch, so that with 4 in a window the last one has 2.
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import X, Y, close, loss_of, net
 from torch import nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from emonavi import EmoFact, EmoLynx, EmoNavi
-
-torch.set_num_threads(1)
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def loss_of(model, x=X, y=Y):
-    return (model(x) - y).square().mean()
-
-
-def close(value, rel=1e-6):
-    return pytest.approx(float(value.detach() if isinstance(value, torch.Tensor) else value), rel=rel)
 
 
 @pytest.fixture(params=["GradScaler", "ShardedGradScaler", "disabled"])

@@ -13,6 +13,7 @@ from types import FunctionType
 
 import pytest
 import torch
+from cases import X, Y, close, loss_of, net
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -21,10 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emonavi import EmoFact, EmoLynx, EmoNavi, Emotional, capture, intake
 
-torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.randn(8, 3, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +43,10 @@ def alone():
     torch.autograd.backward = backward  # a failed test may have left its own
 
 
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def loss_of(model, x=X, y=Y):
-    return (model(x) - y).square().mean()
-
-
 def heard(optimizer):
     """The loss that a step returns, as a number; None where nothing was heard."""
     loss = optimizer.step()
     return None if loss is None else float(loss)
-
-
-def close(value, rel=1e-6):
-    return pytest.approx(float(value.detach() if isinstance(value, torch.Tensor) else value), rel=rel)
 
 
 # Every way to run backward ----------------------------------------------------------------------------------------

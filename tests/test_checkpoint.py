@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import io
 import pickle
 import warnings
 
@@ -12,10 +11,12 @@ from cases import (
     CASES,
     Valley,
     both_emotions,
+    check_twin,
     configured,
     contents,
     differences,
     siblings,
+    through_file,
     train,
     vector,
     weights,
@@ -32,15 +33,6 @@ from emonavi import lowbit
 
 STEPS, EVERY = 32, 10
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-MAY_DIFFER = ("lr_peak",)  # a number either way
-
-
-def through_file(state_dict):
-    """torch.save and torch.load as a careful user does it."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def through_accelerate(state_dict):
@@ -101,13 +93,7 @@ def test_pickle_and_deepcopy_of_the_optimizer(case, config, way):
     params = weights(torch.bfloat16)
     optimizer = case.make(params, **config.kwargs)
     train(optimizer, params, 12)
-    twin = way(optimizer)
-    copies = [p for g in twin.param_groups for p in g["params"]]
-    assert not {id(p) for p in copies} & {id(p) for p in params}
-    assert differences(contents(twin), contents(optimizer)) == []
-    train(twin, copies, 5, start=12)
-    train(optimizer, params, 5, start=12)
-    assert differences(contents(twin), contents(optimizer)) == []
+    check_twin(way(optimizer), optimizer, params, start=12)
 
 
 @siblings

@@ -29,6 +29,8 @@ CONSTRUCTOR = [
     ({"betas": 0.9}, ValueError, r"betas=0\.9"),
     ({"betas": (0.9, math.nan)}, ValueError, r"betas="),
     ({"eps": -1e-8}, ValueError, r"eps=-1e-08"),
+    ({"eps": torch.ones(2)}, ValueError, r"eps=tensor\(\[1., 1.\]\): give a finite number of at least 0"),
+    ({"betas": (torch.ones(2), 0.9)}, ValueError, r"betas=\(tensor"),
     ({"weight_decay": -0.1}, ValueError, r"weight_decay=-0\.1"),
     ({"weight_decay": math.inf}, ValueError, r"weight_decay=inf"),
     ({"max_norm": -1.0}, ValueError, r"max_norm=-1\.0"),
@@ -115,6 +117,11 @@ GROUP = [
 def test_parameters_and_groups(case, bad, kind, words):
     with pytest.raises(kind, match=words):
         case.make(bad(weights()))
+
+
+def test_the_base_class_is_no_optimizer():
+    with pytest.raises(TypeError, match=r"EmoOptimizer is the base class .*: use one of EmoNavi, .*emonavi\.create"):
+        emonavi.EmoOptimizer(weights())
 
 
 @siblings

@@ -8,24 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from cases import X, Y, close, loss_of, net
 
 import emonavi
 from emonavi import EmoFact, EmoLynx, EmoNavi
 
-torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
-X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.tanh(X @ torch.randn(4, 3, generator=torch.Generator().manual_seed(2)))
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-def loss_of(model, x=X, y=Y):
-    return (model(x) - y).square().mean()
 
 
 def give_gradients(model):
@@ -34,10 +22,6 @@ def give_gradients(model):
     for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
         p.grad = g
     return float(loss.detach())
-
-
-def close(value, rel=1e-6):
-    return pytest.approx(float(value.detach() if isinstance(value, torch.Tensor) else value), rel=rel)
 
 
 def felt(optimizer, **step):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CASES, contents, differences, train, weights
+from cases import CASES, Odd, contents, differences, train, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,10 +54,6 @@ def lists(dtype=torch.float32, state=torch.float32):
 def test_which_flags_take_the_kernel(fused, foreach, taken):
     kernel = kernels.choose(emonavi, lists(), GROUP | {"fused": fused, "foreach": foreach}, False)
     assert (kernel is not None) == taken
-
-
-class Odd(torch.Tensor):
-    pass
 
 
 @compiled

@@ -22,7 +22,6 @@ import emonavi
 from emonavi import EmoFact, EmoLynx, EmoNavi
 from emonavi.integrations.lightning import EmotionCallback
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning")
 # Ten batches an epoch: with 4 accumulated the last window has 2.
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,6 @@ import torch
 from emonavi import EmoNavi, monitor, terminal
 
 rich_console = pytest.importorskip("rich.console")
-torch.set_num_threads(1)
 
 
 class Clock:

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from emonavi import EmoFact, EmoLynx, EmoNavi
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft and transformers among themselves
 TOKENS = torch.randint(0, 32, (6, 9), generator=torch.Generator().manual_seed(3))
 

@@ -12,7 +12,6 @@ from torch.optim import lr_scheduler as schedules
 
 from emonavi import EmoFact, EmoLynx, EmoNavi, Emotional
 
-torch.set_num_threads(1)
 SIBLINGS = [EmoNavi, EmoFact, EmoLynx]
 STEPS = 150
 X = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from emonavi import EmoFact, EmoLynx, EmoNavi
 from emonavi.integrations.transformers import EmotionCallback, optimizer_cls_and_kwargs
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data", "ignore::FutureWarning")
 # 22 samples in batches of 2: eleven micro-batches, so that with 4 in a group the last group of an epoch has 3.
 TOKENS = torch.randint(0, 32, (22, 9), generator=torch.Generator().manual_seed(3))

@@ -15,7 +15,6 @@ from torch import nn
 from emonavi import EmoFact, EmoLynx, EmoNavi
 from emonavi.monitor import LAYOUT, Recorder
 
-torch.set_num_threads(1)
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 TAGS = {
     *("emo/lr/group_0", "emo/lr/group_1", "emo/scalar", "emo/trust", "emo/drive", "emo/tension"),

@@ -1,4 +1,4 @@
-"""The tensors that one step moves, with a vector for each number that differs from tensor to tensor."""
+"""The tensors that one step moves, and vectors of the numbers that differ from tensor to tensor."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Found(NamedTuple):
     """Parameters that are to move, in the order of the groups: parallel lists."""
 
     params: list[Tensor]
-    groups: list[int]  # place of the group of each
+    groups: list[int]  # index of each one's group
     grads: list[Tensor]  # as they lie in ``.grad``
 
     def where(self, keeps: Sequence[bool]) -> Found:
-        """Some of them."""
+        """Those for which ``keeps`` is True."""
         params, groups, grads = self
         return Found(list(compress(params, keeps)), list(compress(groups, keeps)), list(compress(grads, keeps)))
 
 
 class Roster(NamedTuple):
-    """All tensors that a step moves, in the order of the groups, with what does not change from step to step.
+    """All tensors that a step moves, in the order of the groups, and what does not change from step to step.
 
-    Of a sharded one the lists hold what lies here, which may be nothing.
+    For a sharded tensor the lists hold the local part, which may be empty.
     """
 
     whole: list[Tensor]  # the parameters themselves
@@ -47,7 +47,7 @@ class Roster(NamedTuple):
     states: list[dict[str, Any]]
     groups: list[int]
     counts: list[int]  # of tensors in each group
-    numbers: Numbers | None  # what each tensor keeps, where a kernel reads and writes it
+    numbers: Numbers | None  # the scalars of each tensor's state, if a kernel reads and writes them
 
     @classmethod
     def of(cls, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: int, fused: bool) -> Roster:
@@ -58,20 +58,20 @@ class Roster(NamedTuple):
         return cls(found.params, [local(p) for p in found.params], own, found.groups, counts, numbers)
 
     def kept(self, home: Tensor) -> Sequence[Tensor]:
-        """A vector of each of the numbers that every tensor keeps, in the order of :data:`KEPT`."""
+        """The scalars of every tensor's state, one vector for each name in :data:`KEPT`."""
         if self.numbers is None:
             return [to_home(_stack([s[k] for s in self.states]), home) for k in KEPT]
         return to_home(self.numbers.read(), home).view(len(KEPT), -1).unbind()
 
 
 class Active(NamedTuple):
-    """The roster of one step with a vector for each number that differs from tensor to tensor.
+    """The roster of one step, its gradients, and one vector for each number that differs from tensor to tensor.
 
-    Each vector has one entry for each tensor; of sharded ones they are equal on all ranks.
+    Each vector has one entry for each tensor, the same on all ranks.
     """
 
     roster: Roster
-    grads: list[Tensor]  # what lies here of them
+    grads: list[Tensor]  # local parts
     lr: Tensor
     low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
     wall: Tensor  # nor rise above this
@@ -90,7 +90,7 @@ class Active(NamedTuple):
         home: Tensor,
         kept: Sequence[Tensor] | None = None,
     ) -> Active:
-        """From a roster and its gradients; ``home`` is the emotion's vector, ``kept`` what each tensor keeps."""
+        """From a roster and its gradients; ``home`` is the emotion's vector, ``kept`` as :meth:`Roster.kept` has it."""
         step, drive, trust = roster.kept(home) if kept is None else kept
         of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
         of_groups.append([decay_rate(g) for g in groups])
@@ -100,7 +100,7 @@ class Active(NamedTuple):
     def options(
         self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
     ) -> Options:
-        """What the emotion has to know of the options, ``plain`` as it is. Notes each group's peak lr on the way."""
+        """Build the emotion's ``Options``, as Python numbers if ``plain``. Also updates each group's ``lr_peak``."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
         lows, walls, decayed, lrs = [], [], [], []
@@ -109,11 +109,11 @@ class Active(NamedTuple):
             lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
             if count:  # the lr of a group in which nothing moves says nothing
                 lrs.append(lr)
-                # Not half: a cosine is there in its middle, and its last bit would decide. At 0 so far it has no say.
+                # Not 0.5: a cosine is at half in its middle, and its last bit would decide. A peak of 0 does not count.
                 decayed.append((lr < 0.4999 * peak) | (peak == 0))
-            # But its bounds do: a step without it must not move the drive to where it will not want it.
+            # But its bounds count: a step without it must not move the drive beyond them.
             if count or any(p.requires_grad for p in group["params"]):
-                # From the highest lr, not today's: a dip must not move the drive.
+                # Relative to the highest lr, not today's: a dip must not move the drive.
                 low, wall = group["lr_floor"], group["lr_ceiling"]
                 low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
                 some = where(peak > 0, peak, 1.0)
@@ -133,7 +133,7 @@ class Active(NamedTuple):
         )
 
     def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """For each tensor: its own effective lr, its step size, and its factor of weight decay, ``keeps`` at least."""
+        """For each tensor: its effective lr, its step size, and its factor of weight decay, at least ``keeps``."""
         effective = bounded(self.lr, mood.drive, self.low, self.wall)
         own = bounded(effective, self.drive, torch.minimum(self.lr, self.low), self.wall)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=keeps)
@@ -141,7 +141,7 @@ class Active(NamedTuple):
     def buckets(
         self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
     ) -> dict[tuple[Any, ...], list[int]]:
-        """Places of the tensors that share a group, a device, dtypes and a layout, unless one is to be alone."""
+        """Places of the tensors that share a group, a device, dtypes and a layout; those to be ``alone`` do not."""
         buckets: dict[tuple[Any, ...], list[int]] = {}
         whole, params, states, groups, *_ = self.roster
         for place, (p, group) in enumerate(zip(params, groups, strict=True)):
@@ -152,7 +152,7 @@ class Active(NamedTuple):
         return buckets
 
     def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
-        """The bucket of the tensors at the given places, with the state tensors that their layout names, and scales."""
+        """The bucket of the tensors at these places, with the state tensors of their layout and the scales of those."""
         params, states = self.roster.params, self.roster.states
         lists = {"param": [params[i] for i in places], "grad": [self.grads[i] for i in places]}
         names = [k for name in layout for k in (name, scale_of(name)) if k in states[places[0]]]
@@ -160,7 +160,7 @@ class Active(NamedTuple):
         return Bucket(places, lists, **how)
 
     def lean(self, mood: Mood, predicated: bool, fused: bool) -> None:
-        """Move the tensors that have a shadow to it, and the shadows to them, as the mood says; at lr 0 none moves."""
+        """Move tensors and their shadows towards each other, as the mood says; at lr 0 only the shadows move."""
         _, params, states, groups, *_ = self.roster
         kinds: dict[Any, list[int]] = {}
         for i, (p, state) in enumerate(zip(params, states, strict=True)):
@@ -172,9 +172,9 @@ class Active(NamedTuple):
             lean(some, shadows, pull, mood.follow, predicated, fused)
 
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
-        """Multiply the first gradient by a factor in what the memories keep of it, where a tensor's second step is due.
+        """Before a tensor's second step, scale by a factor what its memories hold: its first gradient.
 
-        Memories of squares, named so, by its square; of those in eight bits the scales.
+        Memories of squares (with ``_sq`` in their names) by its square. Of 8-bit memories the scales are multiplied.
         """
         factors = torch.where(self.steps == 2, factor, 1.0).unbind()
         for p, state, own in zip(self.roster.params, self.roster.states, factors, strict=True):
@@ -184,7 +184,7 @@ class Active(NamedTuple):
                     state[name].mul_((own.square() if "_sq" in name else own).to(state[name]))
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:
-        """Write the scalars that each tensor keeps, where the update was not skipped."""
+        """Write the scalars of each tensor's state, unless the update was skipped."""
         new = ((self.steps, self.steps - 1), (drive, self.drive), (trust, self.trust))
         values = [where(acts, after, before) for after, before in new]
         if self.roster.numbers is not None:
@@ -195,7 +195,7 @@ class Active(NamedTuple):
 
 
 def highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    """The higher lr of two, on a device where one of them is."""
+    """The higher of two lrs; a tensor if one of them is."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return max(a, b)
     device = (a if isinstance(a, Tensor) else b).device  # type: ignore[union-attr]
@@ -203,24 +203,24 @@ def highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:
 
 
 def _fold(numbers: Sequence[Number], tensors: Callable[[Tensor], Tensor], plain: Callable[[Any], Any]) -> Number:
-    """One number of several of one kind."""
+    """Reduce several numbers of one kind to one."""
     return tensors(torch.stack(list(numbers))) if isinstance(numbers[0], Tensor) else plain(numbers)
 
 
 def _stack(scalars: Sequence[Tensor]) -> Tensor:
-    """One vector, also where a model's layers lie on several devices."""
+    """One vector, even if the scalars are on several devices."""
     device = scalars[0].device
     same = all([s.device == device for s in scalars])
     return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])
 
 
 def bounded(lr: Tensor, drive: Number, low: Tensor, wall: Tensor) -> Tensor:
-    """The effective lr."""
+    """The effective lr: lr times drive, at least ``low`` (or lr, if lower), at most ``wall``."""
     return torch.clamp(lr * drive, torch.minimum(lr, low), wall)
 
 
 def per_tensor(values: Sequence[float | Tensor | None], counts: Sequence[int], home: Tensor) -> Tensor:
-    """Each group's value as often as it has tensors, without a copy from the host that would wait; None is no bound."""
+    """Each group's value, once for each of its tensors, without a copy that waits for the device; None is no bound."""
     spread = [
         to_home(v, home).expand(n) if isinstance(v, Tensor) else home.new_full((n,), torch.inf if v is None else v)
         for v, n in zip(values, counts, strict=True)

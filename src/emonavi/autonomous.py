@@ -1,18 +1,17 @@
-"""Autonomous training: workers that share nothing while they train, and whose weights are merged now and then.
+"""Autonomous training: workers train independently, and their weights are merged now and then.
 
-Each worker has its own part of the data and an optimizer of its own (``process_group=None``: its emotion is its own,
-too). After every H steps, or only at the end, the weights become the mean of all workers' weights, or take an outer
-step towards it::
+Each worker has its own part of the data, and its own optimizer and emotion (``process_group=None``). After every H
+steps, or only at the end, the weights become the mean of all workers' weights, or take an outer step towards it::
 
     mean   = sum_k n_k w_k / sum_k n_k            n_k: steps that worker k has made since its last merge
     w      = mean                                 without an outer optimizer
     w      = outer step from the last merged weights, with the gradient (last merged weights - mean)
 
-So a worker that has just joined (n = 0) takes the mean and gives nothing, and so does one whose weights are not finite.
-torch's own averagers decide when it is time, and send.
+So a worker that has just joined (n = 0) takes the mean and contributes nothing, as does one whose weights are not
+finite. torch's own averagers decide when to merge, and communicate.
 
-What the emotion does at a merge: it rests for a step, since the loss may jump for a reason that is not the worker's
-own. Its drive, its memories and the moments stay as they are; nothing of them is sent.
+At a merge the emotion rests for a step, since the loss may jump for reasons outside the worker. Its drive, its memories
+and the moments stay as they are, and are not sent.
 
 Sources: local SGD (Stich 2019, https://arxiv.org/abs/1805.09767); the outer step is that of DiLoCo (Douillard et al.
 2023, https://arxiv.org/abs/2311.08105).
@@ -34,37 +33,51 @@ from emonavi.sweep import wide
 
 __all__ = ["Merger", "nesterov"]
 
-# Steps alone before a merge is worth a rest: a drive that rests after every step never moves.
+# Rest only after this many steps alone: a drive that rests after every step never moves.
 _REST_AFTER = 16
 
 
 def nesterov(params: Sequence[Tensor], lr: float = 0.7, momentum: float = 0.9) -> torch.optim.Optimizer:
-    """The outer optimizer of DiLoCo, at its published values."""
+    """The outer optimizer of DiLoCo, with its published constants; for the ``outer`` of a :class:`Merger`.
+
+    Args:
+        params: the last merged weights, as the merger passes them.
+        lr: outer learning rate.
+        momentum: Nesterov momentum.
+
+    Example:
+        >>> import torch, emonavi
+        >>> from emonavi.autonomous import Merger, nesterov
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = emonavi.EmoNavi(model.parameters(), process_group=None)
+        >>> merger = Merger(model, optimizer, outer=nesterov)
+    """
     return torch.optim.SGD(list(params), lr=lr, momentum=momentum, nesterov=True)
 
 
 class Merger:
     """Merges a worker's weights with those of the others: call :meth:`step` after each ``optimizer.step()``.
 
-    What travels is what the optimizer trains, the model's floating-point buffers (BatchNorm's statistics) and the
-    shadow where there is one: 4 bytes for each number (8 where a parameter is float64). Frozen weights, moments and the
-    emotion stay at home.
+    Each worker sends the parameters that train, the model's floating-point buffers (BatchNorm's statistics) and the
+    shadow if there is one: 4 bytes for each number (8 if a parameter is float64). Frozen weights, moments and the
+    emotion are not sent.
 
     Args:
-        model: what is trained. All workers begin with the same weights, for example those of the same seed.
-        optimizer: what trains it; any of torch's. A sibling is built with ``process_group=None``, or with the group of
-            the worker's own replicas.
-        averager: one of ``torch.distributed.algorithms.model_averaging``; at which steps which workers merge is its
-            business. None: nothing is merged before :meth:`merge`.
-        outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean. Who
-            joins later loads another's :meth:`state_dict` first: the step begins at the last merged weights.
+        model: the model. All workers begin with the same weights, for example from the same seed.
+        optimizer: its optimizer, any torch optimizer. A sibling needs ``process_group=None``, or the group of the
+            worker's own replicas.
+        averager: one of ``torch.distributed.algorithms.model_averaging``; it decides at which steps which workers
+            merge. None: nothing is merged before :meth:`merge`.
+        outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean. A
+            worker that joins later first loads another's :meth:`state_dict`: the outer step begins at the last merged
+            weights.
 
     Raises:
-        ValueError: the optimizer averages its loss with the other workers at every step, or an outer step is asked for
-            where the averager merges a part of the workers.
+        ValueError: the optimizer averages its loss with the other workers at every step, or there is an outer
+            optimizer and the averager merges only a part of the workers.
 
     Example:
-        Without processes; whatever carries one tensor will do. With processes: ``examples/autonomous.py``.
+        Without processes, since any means of sending a tensor will do. With processes: ``examples/autonomous.py``.
 
         >>> import torch, emonavi
         >>> from emonavi.autonomous import Merger
@@ -103,23 +116,23 @@ class Merger:
                 "use a PeriodicModelAverager, or leave outer out"
             )
         self.model, self.optimizer, self.averager = model, optimizer, averager
-        # The published generations have no panic that would have to be kept from them.
+        # Only the adaptive emotion panics, and has to rest.
         machine = optimizer._emotion if isinstance(optimizer, Bearer) else None
         self._emotion = machine if isinstance(machine, Emotion) else None
         self._alone = 0  # steps since the last merge
         if averager is not None and averager.step == 0:
-            averager.step = 1  # it counts from 0, and would merge after the first step already
+            averager.step = 1  # it counts from 0, and would merge after the first step
         self._last = None if outer is None else _flat(self._params())
         self._outer = None if outer is None or self._last is None else outer([self._last])
 
     # When -------------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Count a step, and merge where the averager says that it is time. Returns whether it was.
+        """Count a step, and merge if the averager says so. Returns whether it merged.
 
         Raises:
-            RuntimeError: a worker is gone. Nothing has changed then: with a process group of those that are left in
-                ``averager.process_group``, the next step tries again.
+            RuntimeError: a worker is gone. Nothing has changed then: put a process group of the remaining workers into
+                ``averager.process_group``, and the next step tries again.
         """
         self._alone += 1
         sent: list[Tensor] = []
@@ -130,7 +143,12 @@ class Merger:
         return bool(sent)
 
     def merge(self) -> None:
-        """Merge now, all workers at once: at the end, or to join. Raises as :meth:`step` does."""
+        """Merge all workers now: at the end, or when one joins. All of them call it.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised, or a worker is gone, as in :meth:`step`. Nothing has
+                changed then.
+        """
         everyone = default_group()
         if everyone is None:
             raise RuntimeError(
@@ -145,10 +163,10 @@ class Merger:
         self.accept(sent[0])
 
     def _wire(self, sent: list[Tensor]) -> Iterator[nn.Parameter]:
-        """What an averager is given in the place of parameters; it looks only where it is time.
+        """What an averager gets instead of parameters. It is read only if the averager merges.
 
-        Given the parameters themselves, it would leave out those without a gradient, which may be others on another
-        worker, and would forget the buffers.
+        From the parameters themselves it would leave out those without a gradient, which may differ between workers,
+        and the buffers.
         """
         flat = nn.Parameter(self.offer())
         flat.grad = flat.detach()
@@ -159,10 +177,10 @@ class Merger:
 
     @torch.no_grad()
     def offer(self) -> Tensor:
-        """What this worker gives to the mean: one 1-D tensor, of the same length on all workers.
+        """This worker's contribution to the mean: one 1-D tensor, of the same length on all workers.
 
-        It is everything that travels times the steps made since the last merge, and then these steps; all zeros where
-        there were none, or where a number is not finite.
+        It is everything that is sent, times the steps since the last merge, followed by that number of steps. It is all
+        zeros if there were none, or if a number is not finite.
         """
         flat = _flat([*self._params(), *self._followers()])
         sound = flat.isfinite().all()
@@ -170,9 +188,9 @@ class Merger:
 
     @torch.no_grad()
     def accept(self, mean: Tensor) -> None:
-        """Take the mean of all workers' offers: weights, buffers and shadow become the mean of theirs.
+        """Set weights, buffers and shadow from the mean of all workers' offers.
 
-        Where no worker had anything to give, nothing changes.
+        If no worker contributed anything, nothing changes.
 
         Args:
             mean: 1-D, as :meth:`offer` makes it.
@@ -199,7 +217,7 @@ class Merger:
         _write(params, weights)
         _write(followers, following)
         if self._emotion is not None and alone >= _REST_AFTER:
-            # Whoever rests is not frightened by a jump, and goes on resting as long as the loss is beyond its memory.
+            # While it rests, a jump of the loss cuts no drive; each panic prolongs the rest.
             vector, place = self.optimizer.param_groups[0]["emotion"], self._emotion.index("rest")
             vector[place] = vector[place].clamp(min=1)
 
@@ -208,7 +226,7 @@ class Merger:
         return [p for p in weights if p.requires_grad and p.dtype in DENSE_FLOATS]
 
     def _followers(self) -> list[Tensor]:
-        """What becomes the mean, whatever the outer step: buffers and the shadow, even one that is still to be made."""
+        """What always becomes the plain mean: buffers, and the shadow, even if it is not made yet."""
         buffers = [b for b in self.model.buffers() if b.is_floating_point()]
         if not self.optimizer.param_groups[0].get("use_shadow"):
             return buffers
@@ -218,7 +236,7 @@ class Merger:
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Whose turn it is, and what an outer step needs; save it beside the model's and the optimizer's."""
+        """The state of the averager and of the outer optimizer; save it with the model's and the optimizer's."""
         return {
             "alone": self._alone,
             "turn": None if self.averager is None else self.averager.step,
@@ -227,7 +245,7 @@ class Merger:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called.
+        """Continue from :meth:`state_dict`.
 
         Raises:
             ValueError: it was saved with an averager or an outer optimizer, and this has none, or the reverse.
@@ -248,12 +266,12 @@ class Merger:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector of all, on the device of the first, in float32 or the widest of their dtypes."""
+    """All tensors as one vector, on the device of the first, in float32 or the widest of their dtypes."""
     home = tensors[0].device
     return torch.cat([wide(t.detach()).to(home).reshape(-1) for t in tensors])
 
 
 def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Write a vector back into the tensors that it was made of."""
+    """Copy a vector back into the tensors that it was made of."""
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -1,6 +1,6 @@
-"""Bearer: what every optimizer with an emotion is to its user, whoever moves the tensors.
+"""Base class of the siblings and ``Emotional``.
 
-The emotion's vector and what can be read from it, what can be told, the shadow in the place of the weights, the writer.
+``step()``, the emotion's state vector, the shadow, the writer, and what users read and tell.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak
-from emonavi.scalars import Number, exp, like
-from emonavi.sweep import all_norms, lean, to_home, widest
+from emonavi.scalars import Number, exp, like, widest
+from emonavi.sweep import all_norms, lean, to_home, wide
 
-__all__ = ["Bearer"]
+__all__ = ["Bearer", "make_shadow", "of_the_run"]
 
 
 class _Shared:
-    """A process group on its way into a copy, which asks the same one; it cannot leave the process."""
+    """Carries a process group into a deep copy, which uses the same one; pickling it is refused."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -46,7 +46,7 @@ class _Shared:
 
 
 class Bearer(torch.optim.Optimizer):
-    """Base of the siblings and of the wrapper: all of an optimizer with an emotion but how it moves."""
+    """Base class of the siblings and of the wrapper. Subclasses say how the tensors move."""
 
     def _setup(self, machine: Machine, capture: bool, on_missing_loss: str, process_group: Any) -> None:
         """Set what is not part of a checkpoint."""
@@ -55,9 +55,9 @@ class Bearer(torch.optim.Optimizer):
         name = type(self).__name__
         self._missing = Missing(on_missing_loss, name)
         self._process_group = process_group.group if isinstance(process_group, _Shared) else process_group
-        self._ranks: Ranks | None = None  # who is asked in a step; None: not found out yet
-        self._world: Any = None  # under this default group
-        self._known: dict[Tensor, torch.Size] = {}  # shapes whose memories are known to fit
+        self._ranks: Ranks | None = None  # None: not determined yet
+        self._world: Any = None  # the default group when they were determined
+        self._known: dict[Tensor, torch.Size] = {}  # shapes that state is known to fit
         self._is_calm = False
         self._calls = 0  # steps, real and skipped
         self._is_loaded = False
@@ -75,13 +75,13 @@ class Bearer(torch.optim.Optimizer):
             listen(self._intake)
 
     def _settings(self) -> tuple[Machine, bool, str, Any]:
-        """What a copy is set up with."""
+        """Arguments of ``_setup()`` for a copy."""
         group = self._process_group
         shared = group if group in (None, "auto") else _Shared(group)
         return self._emotion, self._capture, self._missing.action, shared
 
     def __repr__(self) -> str:
-        """As in ``torch.optim``, without forty numbers of the emotion's state: :attr:`emotion` tells them by name."""
+        """As in ``torch.optim``, but without the emotion's state vector; :attr:`emotion` shows it by name."""
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
@@ -121,13 +121,13 @@ class Bearer(torch.optim.Optimizer):
         return bounded(lr, exp(log_drive), low, wall)
 
     def _training(self) -> list[dict[str, Any]]:
-        """The groups in which something trains; all, where nothing does."""
+        """Groups with a parameter that requires a gradient; all groups if there is none."""
         return [g for g in self.param_groups if any(p.requires_grad for p in g["params"])] or self.param_groups
 
     # What can be told -------------------------------------------------------------------------------------------
 
     def observe(self, loss: Tensor | float) -> None:
-        """Set the loss of the next step aside; several observations are averaged. Nothing moves before ``step()``.
+        """Tell the loss of the next step; several observations are averaged. Nothing moves before ``step()``.
 
         Args:
             loss: a number or a tensor of one element.
@@ -138,12 +138,12 @@ class Bearer(torch.optim.Optimizer):
         self._intake.observe(loss)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in ``torch.optim``. Gradients that are filled with zeros, too, begin a new window of losses."""
+        """As in ``torch.optim``. It also begins a new window of losses, even with ``set_to_none=False``."""
         super().zero_grad(set_to_none)
         self._intake.drop()
 
     def reset_emotion(self) -> None:
-        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion is fresh.
+        """Begin a new stage (another task, stacked training): weights and moments stay, the emotion starts afresh.
 
         Raises:
             RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
@@ -163,11 +163,11 @@ class Bearer(torch.optim.Optimizer):
 
     @contextmanager
     def calm(self) -> Iterator[None]:
-        """Put the shadow in the place of the weights, for evaluation; the weights return at the end, whatever happens.
+        """Put the shadow in place of the weights, for evaluation. The weights return at the end, also after an error.
 
-        Before the first step the shadow is what the weights are. While it lasts, a copy of the weights is held; what is
-        to be kept of the shadow is saved, or copied, inside the block. BatchNorm's statistics are not averaged: where a
-        model has them, ``torch.optim.swa_utils.update_bn`` sets them from data.
+        Before the first step the shadow equals the weights. The block holds a copy of the weights. To keep the shadow,
+        save or copy it inside the block. BatchNorm's statistics are not averaged: if a model has them,
+        ``torch.optim.swa_utils.update_bn`` sets them from data.
 
         Raises:
             RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
@@ -200,7 +200,7 @@ class Bearer(torch.optim.Optimizer):
             _copy(shown, shadows)
             yield
         finally:
-            _copy([local(p.detach()) for p, _ in pairs], held)  # where they lie now: the block may have moved them
+            _copy([local(p.detach()) for p, _ in pairs], held)  # looked up again: the block may have moved them
             self._is_calm = False
 
     def _refuse_inside_calm(self, what: str) -> None:
@@ -208,21 +208,21 @@ class Bearer(torch.optim.Optimizer):
             raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
 
     def _refuse_midway(self, what: str) -> None:
-        """Raise where the state at hand is not one between two steps."""
+        """Raise if a step is under way, so that the state is incomplete."""
         self._refuse_inside_calm(what)
 
     @property
     def writer(self) -> Any:
-        """Where the emotion is written to; not part of a checkpoint. A string is a TensorBoard log directory."""
+        """Where the emotion is written; not part of a checkpoint. A string is a TensorBoard log directory."""
         return None if self._recorder is None else self._recorder.writer
 
     @writer.setter
     def writer(self, writer: Any) -> None:
         given = None if writer is None else checks.writer(writer)  # None for "None", too
         recorder = None if given is None else Recorder(given, self._emotion)
-        old, self._recorder = self._recorder, recorder  # the new one is known to work: until then the old one goes on
+        old, self._recorder = self._recorder, recorder  # only now that the new one is known to work
         if old is not None:
-            old.close()  # last: a writer that fails once more must not stay for that
+            old.close()  # last: if this fails, the new one is in place
 
     def flush(self) -> None:
         """Write what is waiting to be written."""
@@ -236,15 +236,15 @@ class Bearer(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model, under ``enable_grad``, and may return the loss.
-            loss: the loss of this step, where it is at hand: a number or a tensor of one element. Without it the
-                loss is the one observed, or captured at backward. A step without any loss is legal.
+            loss: the loss of this step, if it is at hand: a number or a tensor of one element. Without it, the loss
+                is the one observed, or captured at backward. A step without any loss is legal.
 
         Returns:
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is no
-                finite number, or a parameter with a gradient is no real floating-point one. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
+                not finite, or a parameter with a gradient is not real floating-point. Nothing has changed then.
             RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
                 inside :meth:`calm`. Nothing has changed then.
         """
@@ -260,18 +260,18 @@ class Bearer(torch.optim.Optimizer):
         return returned
 
     def _prepare(self) -> None:
-        """Bring in order what is to be read or moved."""
+        """Hook: adopt groups added directly to the wrapped optimizer."""
 
     def _end_release(self, heard: Loss | None) -> bool:
-        """End a step that backward has made. Returns whether it was one."""
+        """With gradients released: end the step that backward began. Returns whether there was one."""
         return False
 
     def _move(self, found: Found, heard: Loss | None) -> None:
-        """The step of parameters that have a gradient."""
+        """Make a step of the parameters that have a gradient."""
         raise NotImplementedError
 
     def _stay(self, found: Found) -> None:
-        """The step of parameters that have a gradient, at an lr of 0."""
+        """The same where every lr is 0."""
         raise NotImplementedError
 
     # What steps share -------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class Bearer(torch.optim.Optimizer):
         groups = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
         found = Found(params, groups, [p.grad for p in params])
         if any([g is None for g in found.grads]):
-            # A piece that has nothing here has no gradient either, but it moves elsewhere, and all ranks count it.
+            # FSDP1: a parameter without an element here has no gradient, but it moves elsewhere: all ranks count it.
             away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
             found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
         checks.gradients(found.grads)
@@ -290,14 +290,14 @@ class Bearer(torch.optim.Optimizer):
         return found
 
     def _drop_shadows(self) -> None:
-        """Where they are switched off: one that stood still would be taken for today's when it is switched on again."""
+        """Drop the shadows when they are switched off: an old one would count as current if switched on again."""
         for p in self._params():
             self.state.get(p, {}).pop("shadow", None)
 
     def _follow_idle(self, moved: list[Tensor], follow: Number, fused: bool) -> None:
-        """Let the shadow of what did not move follow, too.
+        """Let the shadows of parameters that did not move follow as well.
 
-        Else a weight that seldom has a gradient, or is frozen by now, would be seen by calm() as it was long ago.
+        Otherwise calm() would show an old value of a weight that seldom has a gradient, or is frozen by now.
         """
         busy = set(moved)
         kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
@@ -312,21 +312,21 @@ class Bearer(torch.optim.Optimizer):
             lean(params, shadows, 0.0, follow, isinstance(follow, Tensor), fused)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
-        """Of what is kept of a parameter, as it is stored."""
+        """Shapes of a parameter's state tensors, by name, as stored."""
         raise NotImplementedError
 
     def _check_fit(self, params: list[Tensor]) -> None:
-        """Raise where a parameter has no memory, or is not of the shape that its state and its gradient have."""
+        """Raise if a parameter cannot be moved, or if its gradient or its state has another shape."""
         checks.memory(params)
         for p in params:
-            if self._known.get(p) != p.shape:  # a kernel would read and write past the end of what is smaller
+            if self._known.get(p) != p.shape:  # a kernel would run past the end of a smaller tensor
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
                 self._known[p] = p.shape
         if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
-            self._known = {p: p.shape for p in params}  # some were replaced: they must not be kept alive
+            self._known = {p: p.shape for p in params}  # some were replaced: let go of them
 
     def _moves(self, found: Found) -> bool:
-        """Whether anything is to move. An lr that lives on a device is never read: it counts as not 0."""
+        """Whether any of them has an lr other than 0. An lr on a device is never read and counts as not 0."""
         rates = [g["lr"] for g in self.param_groups]
         for lr in rates:
             if not isinstance(lr, Tensor) or lr.device.type == "cpu":
@@ -334,12 +334,8 @@ class Bearer(torch.optim.Optimizer):
         moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
         return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
 
-    def _note_skipped(self, acts: Number) -> None:
-        if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
-            self._skipped.note(not acts)
-
     def _feel(self, state: Any, heard: Loss | None, vector: Tensor) -> Any:
-        """The state after a loss, which is taken as a number to be made small; the same where none was heard."""
+        """The state after a loss, negated for ``maximize``; unchanged if there was no loss."""
         if heard is None:
             return state
         loss = heard.value
@@ -349,13 +345,15 @@ class Bearer(torch.optim.Optimizer):
             self._ignored.note(felt.ignored_losses > state.ignored_losses)
         return felt
 
-    def _end(self, vector: Tensor, state: Any) -> None:
-        """Keep what a step has felt."""
+    def _end(self, vector: Tensor, state: Any, acts: Number) -> None:
+        """Store the state after a step, which ``acts`` or was skipped, and record it."""
         vector.copy_(self._emotion.pack(state))
         self._calls += 1
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector, state.log_drive))
+        if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
+            self._skipped.note(not acts)
 
     # The state vector -------------------------------------------------------------------------------------------
 
@@ -364,31 +362,34 @@ class Bearer(torch.optim.Optimizer):
         return self._calls > 0
 
     def _note_begun(self) -> None:
-        """Whether a real step was made, read from a state that was loaded."""
+        """Upgrade a loaded state vector and restore the step count from it."""
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
 
     def _fresh(self, anew: bool = False) -> Tensor:
-        """The state vector before anything was felt; ``anew`` in a new stage, which knows its own lr only."""
+        """A fresh state vector.
+
+        With ``anew`` (reset), ``lr_ref`` is today's lr only; else also the constructor's and the peak.
+        """
         self._prepare()
         device = self._home()
         vector = torch.tensor(self._emotion.initial(), dtype=widest(device), device=device)
-        # Of what trains. Where a schedule has lowered the lr already, that of the constructor is the user's.
+        # Of groups that train. If a schedule has lowered the lr already, the constructor's is the one the user chose.
         names = ("lr",) if anew else ("lr", "lr_start", "lr_peak")
         rates = [like(vector[0], g[name]) for g in self._training() for name in names]
         vector[self._emotion.index("lr_ref")] = torch.stack(rates).max()
         return vector
 
     def _home(self) -> torch.device:
-        """The device of the first parameter; the CPU where it has no memory yet."""
+        """The device of the first parameter; the CPU if that is meta."""
         device: torch.device = next((p.device for p in self._params()), torch.device("cpu"))
         return torch.device("cpu") if device.type == "meta" else device
 
     def _vector(self) -> Tensor:
         """The emotion's state, where the first parameter is: a model may move after construction.
 
-        A first group that somebody took out, or moved back, leaves it to the one that is the first now.
+        If the user replaced the first group, the vector moves to the group that is first now.
         """
         group = self.param_groups[0]
         vector: Tensor | None = group.get("emotion", self._felt)
@@ -400,7 +401,7 @@ class Bearer(torch.optim.Optimizer):
         return vector
 
     def _peers(self) -> Ranks:
-        """Who is asked in a step; found out once, since a process group may have to be made."""
+        """The process groups of a step, determined once: one may have to be created."""
         world = default_group()
         if self._ranks is None or world is not self._world:
             self._ranks, self._world = Ranks.of(self._params(), self._process_group), world
@@ -410,7 +411,7 @@ class Bearer(torch.optim.Optimizer):
         return (p for g in self.param_groups for p in g["params"])
 
     def _weights(self, vector: Tensor, ranks: Ranks) -> Weights:
-        """What all weights that train are like."""
+        """RMS of all weights that train, and the share of them in all-zero tensors."""
         weights = [p for p in self._params() if not (p.is_meta or is_lazy(p))]
         weights = [p for p in weights if p.dtype in checks.DENSE_FLOATS and (p.numel() or is_piece(p))]
         trained = [p for p in weights if p.requires_grad] or weights
@@ -422,6 +423,17 @@ class Bearer(torch.optim.Optimizer):
             rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
             blank=((norms == 0) * counts).sum() / counts.sum(),
         )
+
+
+def of_the_run(lr: float | Tensor) -> dict[str, Any]:
+    """What a group keeps of its lr: the one that it began with, and the highest so far."""
+    return {"lr_start": lr.detach().clone() if isinstance(lr, Tensor) else lr, "lr_peak": 0.0}
+
+
+def make_shadow(param: Tensor, state: dict[str, Any]) -> None:
+    """Make a parameter's shadow if it is missing."""
+    if "shadow" not in state:
+        state["shadow"] = wide(param.detach()).clone()
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

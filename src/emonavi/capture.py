@@ -3,10 +3,11 @@
 Trainers call ``optimizer.step()`` and keep the loss to themselves. While at least one optimizer listens,
 ``torch.autograd.backward`` and ``GradScaler.scale`` are wrapped, so that each listener learns *the sum of the scalar
 losses back-propagated since its gradients were last cleared*: the function whose gradient is in ``.grad``. That sum is
-what trainers log, with gradient accumulation, loss scaling and several optimizers. It is told at entry, since hooks may
-step inside the backward: to the one listener, or among several, and from another thread, to those whose parameters the
-graph reaches. Where it then left all gradients as they were, it is taken back. When the last listener is gone, torch is
-as it was.
+what trainers log, also with gradient accumulation, loss scaling and several optimizers.
+
+Listeners are told before backward runs, because hooks may call step() inside it. A single listener in the same thread
+always hears; with several, or from another thread, only those whose parameters the graph reaches. If no gradient
+changed, the loss is withdrawn. When the last listener is gone, torch is restored.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ _originals: list[tuple[Any, str, Any, Any]] = []  # (where, name, original, ours
 
 
 def listen(intake: Intake) -> None:
-    """Let an intake hear every backward; torch is wrapped for the first one."""
+    """Let an intake hear every backward; the first one wraps torch."""
     with _lock:
         _listeners.add(intake)
-        # Freed by the garbage collector or by hand: either way the last one to go restores torch.
+        # However it is freed, the last one to go restores torch.
         weakref.finalize(intake, _leave)
         _install()
 
 
 def _leave() -> None:
     with _lock:
-        # Not len(): the set still counts what is dying while its finalizers run.
+        # Not len(): while finalizers run, it still counts what is being freed.
         if any(True for _ in _listeners) or not _originals:
             return
         for where, name, original, ours in _originals:
-            # Somebody may have wrapped our wrapper since: then it has to stay, and passes everything through.
+            # If somebody has wrapped our wrapper since, it must stay; it then only calls the original.
             if vars(where).get(name) is ours:
                 setattr(where, name, original)
         _originals.clear()
@@ -60,7 +61,7 @@ def _install() -> None:
     """Wrap what is not wrapped yet."""
     _wrap(torch.autograd, "backward", _hearing_backward)
     _wrap(torch.amp.GradScaler, "scale", _tagging_scale)
-    # It overrides scale. Whoever uses it has imported it; importing it here would cost everybody else.
+    # It overrides scale. It is not imported here, since that is slow: who uses it has imported it.
     sharded = sys.modules.get("torch.distributed.fsdp.sharded_grad_scaler")
     if sharded is not None:
         _wrap(sharded.ShardedGradScaler, "scale", _tagging_scale)
@@ -75,22 +76,22 @@ def _wrap(where: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     setattr(where, name, ours)
 
 
-@dataclass(eq=False)  # each is itself: two threads may have equal losses
+@dataclass(eq=False)  # compared by identity: two threads may have equal losses
 class _Running:
-    """A backward under way: its loss, and who was told of it, with what they held before."""
+    """A running backward: its loss, and who was told, with what each had pending before."""
 
     value: Tensor
     told: dict[Intake, Mark]
-    thread: int  # that it was called in: on a device, what is nested in it runs in another one
+    thread: int  # of the call; on a device, a nested backward runs in another one
 
     def tell(self, intake: Intake) -> None:
-        """Let an intake hear it, once."""
+        """Tell an intake, once."""
         if intake not in self.told:
             self.told[intake] = intake.mark()
             intake.hear(self.value)
 
     def take_back(self, failed: bool) -> None:
-        """Undo it after a backward that failed, and for whom it was not: the gradients stayed as they were."""
+        """Withdraw the loss: if backward failed, from all, else from those whose gradients did not change."""
         for intake, mark in self.told.items():
             if failed or not intake.touched(mark):
                 intake.undo(mark)
@@ -101,7 +102,7 @@ _inside = threading.local()
 
 
 def _hearing_backward(original: Callable[..., None]) -> Callable[..., None]:
-    # Dynamo must not trace into the wrapper: a compiled train step breaks its graph at backward anyway.
+    # Dynamo must not trace into it: a compiled train step has a graph break at backward anyway.
     @_disable_dynamo
     def backward(
         tensors: Any,
@@ -111,7 +112,7 @@ def _hearing_backward(original: Callable[..., None]) -> Callable[..., None]:
         grad_variables: Any = None,
         inputs: Any = None,
     ) -> None:
-        # What can be read only once is read here, and handed on as read.
+        # Iterators can be read only once: hand on what was read.
         tensors, inputs = _again(tensors), _again(inputs)
         grads = _again(grad_variables if grad_tensors is None else grad_tensors)
         with _heard(tensors, grads, inputs):
@@ -128,13 +129,13 @@ def _again(given: Any) -> Any:
 
 @contextmanager
 def _heard(tensors: Any, grads: Any, inputs: Any) -> Iterator[None]:
-    """Tell the listeners at entry, before any hook runs; take it back where the backward fails."""
+    """Tell the listeners before any hook runs; withdraw the loss if backward fails or changes no gradient."""
     if getattr(_inside, "now", False) and torch._C._current_graph_task_id() == -1:
-        yield  # another of our wrappers, around somebody else's around this one, has told them
+        yield  # nested in another wrapper of ours (with somebody else's between them), which has told them
         return
     if torch._C._current_graph_task_id() != -1:
-        # Inside a running backward (re-entrant checkpointing) the roots are no losses. But they lead to parameters
-        # that the outer graph did not show: their owners hear the outer loss, where only one can be meant.
+        # Inside a running backward (re-entrant checkpointing) the roots are not losses. But they lead to parameters
+        # that the outer graph does not reach: their owners hear the outer loss, if only one backward is running.
         if len(_running) == 1:
             _tell(_running[0], [root for root in _listed(tensors) if isinstance(root, Tensor)])
         yield
@@ -178,21 +179,21 @@ def _tag(scaled: Any, outputs: Any) -> None:
 
 
 def _listed(given: Any) -> list[Any]:
-    """One or several roots or inputs as a list; a GradientEdge, though a tuple, is one."""
+    """Roots or inputs as a list. A GradientEdge is one root, although it is a tuple."""
     if isinstance(given, (Tensor, torch.autograd.graph.GradientEdge)):
         return [given]
     return list(given.values() if isinstance(given, dict) else given)
 
 
 def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
-    """Tell the listeners that the roots reach what is about to be back-propagated."""
+    """Tell the loss that is about to be back-propagated to the listeners that the roots reach."""
     roots = _listed(tensors)
     weights = [grads] * len(roots) if grads is None or isinstance(grads, Tensor) else list(grads)
     losses = [(root, weight) for root, weight in zip(roots, weights, strict=False) if _is_loss(root, weight)]
     if not losses:
         return None
     with _lock, torch.no_grad():
-        # 16 bits are too few to add up a window in. A new tensor: the caller may change its loss in place later.
+        # At least float32, to add up a window. A new tensor, since the caller may change its loss in place later.
         values = [_unscaled(root, weight) for root, weight in losses]
         dtype = torch.promote_types(values[0].dtype, torch.float32)
         value = torch.stack([v.to(values[0].device, dtype) for v in values]).sum()
@@ -207,7 +208,7 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
 
 
 def _is_loss(root: Any, weight: Tensor | None) -> bool:
-    """Whether a root has one value that can be read: a GradientEdge has none, nor has a tensor without memory."""
+    """Whether a root is one number that can be read: not a GradientEdge, nor a meta or fake tensor."""
     if not isinstance(root, Tensor) or root.is_meta or is_fake(root):
         return False
     one = root.numel() == 1 and (weight is None or weight.numel() == 1)
@@ -215,14 +216,14 @@ def _is_loss(root: Any, weight: Tensor | None) -> bool:
 
 
 def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
-    """Tell a loss to those whose parameters the roots reach."""
+    """Tell a loss to the listeners whose parameters the roots reach; a single one hears always."""
     with _lock, torch.no_grad():
         listeners = list(_listeners)
         if len(listeners) > 1 or any(one.thread != running.thread for one in listeners):
             leaves = _leaves(roots)
             owners = [one for one in listeners if one.owns(leaves)]
-            # FSDP's graph holds unsharded stand-ins: where no leaf is anybody's, the loss is everybody's. But not of
-            # another thread, whose own backward may be writing the gradients that are looked at here.
+            # FSDP's graph has unsharded copies as leaves: if no leaf belongs to a listener, all of this thread hear.
+            # Not those of other threads: their own backward may be writing the gradients that are looked at here.
             everybody = [one for one in listeners if one.thread == running.thread]
             listeners = owners if owners or running.told else everybody
         for intake in listeners:
@@ -230,7 +231,7 @@ def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
 
 
 def _unscaled(root: Tensor, weight: Tensor | None) -> Tensor:
-    """The loss behind a root: before loss scaling, and weighted where ``backward(gradient=...)`` weights it."""
+    """The loss of a root: before loss scaling, and times the weight given as ``backward(gradient=...)``."""
     value = getattr(root, _UNSCALED, root).detach().reshape(())
     return value if weight is None else value * weight.detach().reshape(())
 
@@ -248,6 +249,6 @@ def _leaves(roots: Sequence[Tensor]) -> set[int]:
         below = node.next_functions
         if below:
             stack.extend([one for one, _ in below if one is not None])
-        elif (variable := getattr(node, "variable", None)) is not None:  # asked of ends only: a miss is slow
+        elif (variable := getattr(node, "variable", None)) is not None:  # at leaves only: a missing attribute is slow
             leaves.add(id(variable))
     return leaves

@@ -1,4 +1,4 @@
-"""Loading state as it was saved, and what another optimizer saved.
+"""Loading state exactly as it was saved, also that of another optimizer.
 
 What does not fit is refused before anything changes, with an error that names the value and the remedy.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LATER", "load_exactly", "loadable", "same_emotion", "same_optimizer", "same_shapes"]
 
-# Options that earlier versions did not have, as they behaved.
+# Options that earlier versions did not have, with the values that match their behaviour.
 LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
 
 
@@ -40,9 +40,9 @@ def load_exactly(
     """Load with torch's own ``load``, then restore each state tensor in the dtype that it was saved in.
 
     torch casts state to the parameter's dtype (pytorch#43706), which rounds the float32 memories of 16-bit
-    parameters, and shares tensors with the dict. A resumed run would then not be the same run. ``fitting`` returns the
-    dict to load, or raises where there is none, before anything changes. A tensor lies where its parameter does, or
-    ``as_placed``, where torch puts it: the steps of most optimizers stay on the host.
+    parameters, and shares tensors with the dict. A resumed run would not be the same run. ``fitting`` returns the dict
+    to load, or raises before anything changes. Tensors go to their parameter's device, or with ``as_placed`` to where
+    torch puts them: the step counts of most optimizers stay on the CPU.
     """
     loaded: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ def load_exactly(
         if not final.get("param_groups") or "state" not in final:
             held = ", ".join(map(str, final)) or "nothing"
             raise ValueError(f"this is no state dict of an optimizer, it holds {held}: pass what state_dict() returned")
-        # Hooks registered by others may have replaced the dict: this one runs last and sees what is loaded.
+        # This hook runs last, so it sees the dict that is loaded, even if another hook has replaced it.
         loaded.update(fitting(final))
         return loaded
 
@@ -69,7 +69,7 @@ def load_exactly(
 
 
 def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, Any]:
-    """Make of a checkpoint what a sibling can load; refuse that of another emotion, or with other memories.
+    """Return a checkpoint that this sibling can load; refuse one with another emotion or other memories.
 
     Raises:
         ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes.
@@ -80,7 +80,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
         state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict
     same_emotion(state_dict, optimizer._emotion)
     _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
-    # Of the defaults only our own: torch, and whoever else, may add to them.
+    # Only our own of the defaults: torch and others may add to them.
     options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
     same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
     same_shapes(state_dict, params, optimizer._shapes)
@@ -90,26 +90,26 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
 def _taken_over(
     state_dict: dict[str, Any], optimizer: EmoOptimizer, params: Sequence[Tensor], layouts: Sequence[tuple[str, ...]]
 ) -> dict[str, Any] | None:
-    """The checkpoint of an optimizer without an emotion as one of this: its memories under the own options.
+    """Convert the checkpoint of an optimizer without an emotion: its memories, with this optimizer's options.
 
-    The names are torch's, so that this holds for ``torch.optim.AdamW`` as for the published EmoNavi. That one counts no
-    steps: its memories pass for old ones, whose bias is gone. What else it holds, under whatever keys, is left out.
+    The names are torch's, so this works for ``torch.optim.AdamW`` and for the published EmoNavi. The latter counts no
+    steps: its memories are taken for old ones, without a bias to correct. Anything else in it is left out.
 
     Returns:
         A state dict to load, with a fresh emotion, or None where the other holds no such memories.
     """
-    own = [{**g, "lr_peak": 0.0} for g in optimizer.param_groups]  # not of state_dict(), whose hooks are the user's
+    own = [{**g, "lr_peak": 0.0} for g in optimizer.param_groups]  # not from state_dict(), which runs the user's hooks
     own[0]["emotion"] = optimizer._fresh()
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
     if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:
         return None
     groups = [{**g, "params": ids} for g, ids in zip(own, saved, strict=True)]
-    places = [(i, 10 / (1 - max(g["betas"]))) for g in groups for i in g["params"]]  # with the steps of an old one
+    places = [(i, 10 / (1 - max(g["betas"]))) for g in groups for i in g["params"]]  # steps without bias
     state: dict[Any, dict[str, Tensor]] = {}
     for (i, old), param, layout in zip(places, params, layouts, strict=True):
         kept = state_dict["state"].get(i)
         if not kept:
-            continue  # it never had a gradient
+            continue  # a parameter without a gradient so far
         if any(getattr(kept.get(name), "shape", None) != param.shape for name in layout):
             return None
         scalars = KEPT | {"step": float(kept.get("step", old))}
@@ -117,7 +117,7 @@ def _taken_over(
             name: torch.tensor(value, dtype=torch.float32, device=param.device) for name, value in scalars.items()
         }
         memories = {name: kept[name] for name in layout}
-        # Parts of a sharded tensor have no low-bit memories to fill.
+        # The state of a sharded tensor is not converted to fewer bits.
         state[i] |= memories if is_sharded(param) else lowbit.filled(optimizer._memories(param), param, memories)
     if not state:
         return None
@@ -132,7 +132,7 @@ def _taken_over(
 
 
 def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
-    """A checkpoint that was made with this emotion."""
+    """Raise if a checkpoint was made with another emotion."""
     vector = state_dict["param_groups"][0].get("emotion")
     if not isinstance(vector, Tensor):
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
@@ -148,7 +148,7 @@ def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
 
 
 def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
-    """A checkpoint whose memories are stored alike."""
+    """Raise if a checkpoint has another ``state_dtype``."""
     saved = state_dict["param_groups"][0].get("state_dtype")
     if saved != state_dtype:
         raise ValueError(
@@ -158,11 +158,11 @@ def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
 
 
 def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Sequence[tuple[str, ...]]) -> None:
-    """A checkpoint of the same optimizer: its groups have these options, and its parameters in turn these memories."""
+    """Raise unless a checkpoint's groups have these options and its parameters, in turn, these memories."""
     groups = state_dict["param_groups"]
     lacking, foreign = sorted(options - set(groups[0])), list[str]()
     saved = [i for g in groups for i in g["params"]]
-    # Another number of parameters is torch's to refuse.
+    # torch refuses another number of parameters.
     for i, layout in zip(saved, layouts, strict=False):
         kept = state_dict["state"].get(i)
         lacking += [name for name in (*layout, *KEPT) if kept and name not in kept]
@@ -181,7 +181,7 @@ def same_optimizer(state_dict: dict[str, Any], options: set[str], layouts: Seque
 def same_shapes(
     state_dict: dict[str, Any], params: Sequence[Tensor], shapes: Callable[[Tensor], dict[str, torch.Size]]
 ) -> None:
-    """A checkpoint of a model of the same shapes, of which its memories have theirs. torch does not compare them."""
+    """Raise if memories in a checkpoint have other shapes than here. torch does not compare them."""
     saved = [i for g in state_dict["param_groups"] for i in g["params"]]
     for place, (i, param) in enumerate(zip(saved, params, strict=False)):
         kept = state_dict["state"].get(i, {})

@@ -1,4 +1,4 @@
-"""What the constructor, a group and a gradient must be. Each error names the value and the remedy."""
+"""Checks of options, groups, parameters and gradients. Each error names the value and the remedy."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = [
     "writer",
 ]
 
-# What an option is where the emotion does not have it.
+# Options that an emotion does not have are set to these.
 NEUTRAL: dict[str, Any] = {"use_shadow": False, "use_trust": False, "max_norm": 0.0, "min_lr": 0.0, "max_lr": None}
-# What is felt is one for all groups, and so is how: a group that asks for something else would not be heard.
+# There is one emotion for all groups, so these are options of all groups: a group cannot have its own.
 SHARED = ("use_shadow", "use_trust", "max_norm", "capturable", "state_dtype")
 CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_group")
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def emotion(given: Any, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
-    """The emotion of a name or of constants, or the one given. For ``generations`` the rule was published."""
-    if isinstance(given, str) and given.strip().startswith("{"):  # a dict from a command line
+    """The emotion of a name or of constants, or the one given. ``generations``: those with a published rule."""
+    if isinstance(given, str) and given.strip().startswith("{"):  # a dict, as a command line passes it
         with contextlib.suppress(ValueError, SyntaxError):
             given = ast.literal_eval(given.strip())
     if isinstance(given, Mapping):
@@ -74,19 +74,19 @@ def emotion(given: Any, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
 
 
 def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
-    """The emotion's options, each as given or else as the emotion has it by itself."""
+    """The emotion's options, each as given, or else the emotion's default."""
     unknown = [f"{k}={v!r}" for k, v in felt.items() if v is not None and k not in machine.defaults]
     if unknown:
         has = ", ".join(machine.defaults) or "none of these options"
         raise ValueError(f"emotion {machine.name!r} does not have {', '.join(unknown)}: it has {has}; leave it out")
     own = NEUTRAL | machine.fixed | machine.defaults
     if own["min_lr"] > _as_float(felt["max_lr"]) >= 0:
-        own["min_lr"] = felt["max_lr"]  # a wall below the default floor takes the floor with it
+        own["min_lr"] = felt["max_lr"]  # a max_lr below the default min_lr lowers that, too
     return {k: own[k] if v is None else v for k, v in felt.items()}
 
 
 def settings(hears: str | bool, missing: str, group: Any) -> tuple[bool, str, Any]:
-    """What is set once and is no part of a checkpoint: capture, on_missing_loss and process_group."""
+    """Check what is not part of a checkpoint: capture, on_missing_loss and process_group."""
     return capture(hears), on_missing_loss(missing), process_group(group)
 
 
@@ -99,7 +99,7 @@ def capture(given: str | bool) -> bool:
 
 
 def process_group(given: Any) -> Any:
-    """Over which replicas the loss is averaged."""
+    """``"auto"``, None, or the process group over which losses are averaged."""
     said = word(given)
     if said in ("auto", "none") or said is None:
         return "auto" if said == "auto" else None
@@ -109,18 +109,18 @@ def process_group(given: Any) -> Any:
 
 
 def on_missing_loss(given: str) -> str:
-    """What a step without a loss does."""
+    """Check what a step without a loss does."""
     if given not in ("warn", "ignore", "error"):
         raise ValueError(f"on_missing_loss={given!r}: choose 'warn', 'ignore' or 'error'")
     return given
 
 
 def group(merged: dict[str, Any]) -> None:
-    """The options of one group, its own and the defaults together."""
+    """Check the options of one group, merged with the defaults."""
     lr = merged["lr"]
     if isinstance(lr, Tensor) and lr.dim():
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: it must have one element and no dimension")
-    # A device's lr is the user's own schedule: reading it here would wait for it.
+    # An lr on a device is not read: that would wait.
     _at_least_zero("lr", 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr)
     betas = merged["betas"]
     pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
@@ -139,17 +139,17 @@ def group(merged: dict[str, Any]) -> None:
 
 
 def mapping(param_group: Any) -> None:
-    """A group is a dict, as torch has it."""
+    """Raise if a parameter group is not a dict."""
     if not isinstance(param_group, dict):
         raise TypeError(f'a parameter group is a dict, {{"params": [...]}}: got a {type(param_group).__name__}')
 
 
 def shared(own: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """A group's own options ask for nothing that only the constructor can give."""
+    """Raise if a group asks for something that only the constructor can give."""
     for name in (*SHARED, *CONSTRUCTORS):
         value = own.get(name)
         if value is None or isinstance(value, Tensor) or (name in SHARED and value == defaults.get(name)):
-            continue  # a tensor is the emotion of a group that another optimizer had
+            continue  # a tensor is the state vector of a group that another optimizer had
         raise ValueError(f"{name}={value!r} in a group: it is one for all groups; give it to the constructor")
 
 
@@ -161,18 +161,18 @@ def _at_least_zero(name: str, value: Any, otherwise: str = "") -> None:
 
 
 def _as_float(value: Any) -> float:
-    """A number as one; NaN for what is none. True is a slip, and not 1."""
-    is_number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+    """A number as a float; NaN for anything else. True is a mistake, and not 1."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number or (isinstance(value, Tensor) and value.numel() == 1) else math.nan
 
 
 def frozen(param: Tensor) -> bool:
-    """Whether it is a part of a model that does not train, and so may be of any kind: quantized, say."""
+    """Whether a parameter does not train, so that it may be of any kind, for example quantized."""
     return isinstance(param, Parameter) and not param.requires_grad
 
 
 def parameters(params: Sequence[Tensor]) -> None:
-    """Parameters that the rules can move, beside frozen ones."""
+    """Raise if the rules cannot move a parameter that is not frozen."""
     for p in params:
         if not frozen(p):
             _movable(p)
@@ -180,7 +180,7 @@ def parameters(params: Sequence[Tensor]) -> None:
 
 def _movable(param: Tensor) -> None:
     if param.dtype in DENSE_FLOATS and param.layout == torch.strided:
-        return  # before its shape is asked for, which a lazy module's has not yet
+        return  # first: a lazy parameter has no shape yet
     what = f"a parameter of shape {tuple(param.shape)}"
     if param.dtype not in DENSE_FLOATS:
         remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
@@ -189,7 +189,7 @@ def _movable(param: Tensor) -> None:
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
-    """Parameters whose blocks of 8-bit state lie on one rank."""
+    """Raise if a block of 8-bit state would lie on several ranks."""
     for p in params:
         if state_dtype == "8bit" and is_sharded(p):
             what = f"state_dtype='8bit' with a DTensor, a parameter of shape {tuple(p.shape)}"
@@ -197,7 +197,7 @@ def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:
 
 
 def gradients(grads: Sequence[Tensor | None]) -> None:
-    """Gradients that the rules can take in."""
+    """Raise if a gradient is not dense."""
     for grad in grads:
         if grad is not None and grad.layout is not torch.strided:
             what = f"a gradient of shape {tuple(grad.shape)} is {grad.layout}"
@@ -205,13 +205,13 @@ def gradients(grads: Sequence[Tensor | None]) -> None:
 
 
 def rate(lr: Any) -> None:
-    """An lr as a scheduler, or the user, has left it in a group."""
+    """Raise if the lr that a scheduler or the user has left in a group is not finite."""
     if not math.isfinite(_as_float(plain(lr))):
         raise ValueError(f"lr={lr!r} in a group: a step needs a finite number; see who wrote it, or set it anew")
 
 
 def memory(params: Sequence[Tensor]) -> None:
-    """Parameters with a gradient that lie somewhere, and that the rules can move."""
+    """Raise if a parameter with a gradient is on the meta device, or the rules cannot move it."""
     for p in params:
         _movable(p)
         if p.is_meta:
@@ -220,9 +220,9 @@ def memory(params: Sequence[Tensor]) -> None:
 
 
 def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    """State and gradient of the shapes that a parameter's own asks for, and each element in a place of its own.
+    """Raise if gradient or state do not fit a parameter's shape, or if its elements share memory.
 
-    The data may have been replaced since the parameter was taken in.
+    The parameter's data may have been replaced since it was added.
     """
     what = f"a parameter of shape {tuple(param.shape)}"
     if param.grad is not None and param.grad.shape != param.shape:
@@ -236,9 +236,9 @@ def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Siz
 
 
 def writer(given: Any) -> Any:
-    """An object with ``add_scalar``; a path becomes a TensorBoard writer on that directory."""
+    """Return an object with ``add_scalar``; a path becomes a TensorBoard writer of that directory."""
     if isinstance(given, (str, os.PathLike)):
-        path = os.path.expanduser(given)  # no shell has done it where a trainer's command line passes the string
+        path = os.path.expanduser(given)  # in a trainer's command line the shell may not have done it
         if word(path) == "none":
             return None
         if not path.strip() or truth(path) is not None:

@@ -1,21 +1,21 @@
 r"""EmoClan: the rules of its sisters, chosen by the emotional scalar.
 
-Under the adaptive emotion it is the Adam rule of ``navi.py``, whose step turns into a step of one size for all weights
-while the loss rises beyond its noise: then a single weight cannot take a larger part in it. With Adam's bias-corrected
-direction :math:`u` and its first memory::
+Under the adaptive emotion it is the Adam rule of ``navi.py``. While the loss rises beyond its noise, its step turns
+into one of the same size for all weights, so that no single weight dominates. With Adam's bias-corrected direction
+:math:`u` and its first memory::
 
     signed = clip(2 scalar, 0, 1)
     step   = (1 - signed) u + signed 0.5 sign(exp_avg)
     param  = decay param - lr drive step
 
-``signed`` grows from 0 without a jump, so that no update hangs on the last digit of a loss. Half a unit is about the
-size of Adam's steps between noise alone (0.23) and none (1). Reflection compares the gradient with the step that was
-taken last, mixed as it was then, in Adam's metric: with d Adam's denominator <g, u>, <g, g / d>, <u, u d>.
+``signed`` grows from 0 without a jump, so that no update depends on the last digit of a loss. Half a unit is between
+the sizes of Adam's steps under noise alone (0.23) and without noise (1). Reflection compares the gradient with the last
+step, mixed as it was then, in Adam's metric: with Adam's denominator d, <g, u>, <g, g / d>, <u, u d>.
 
-As published (``emotion="v3"``) it holds the memories of three rules, each of which learns only while it is chosen:
-\|scalar\| above 0.6 the Lion rule of ``lynx.py``, above 0.3 the Adafactor rule of ``fact.py``, else the Adam rule.
+As published (``emotion="v3"``) it has the memories of three rules, each updated only when it is chosen: for \|scalar\|
+above 0.6 the Lion rule of ``lynx.py``, above 0.3 the Adafactor rule of ``fact.py``, else the Adam rule.
 
-Sources: the idea of a clan is of muooon/EmoNavi, as are the published rules; those of the sisters are in their files.
+Sources: the idea of a clan and the published rules are from muooon/EmoNavi; for the single rules see their files.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ LYNX_BETAS = (0.9, 0.99)  # of the published Lion rule, whatever the constructor
 
 
 class EmoClan(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Adam-type optimizer that steps by sign while the loss rises. State: 8 bytes per float32 parameter.
 
-    In calm runs it is EmoNavi within the noise of a run. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which
-    the rule was published, there with three sets of memories: 12 bytes for matrices, 20 for vectors.""",
+    In calm runs it matches EmoNavi within the noise of a run. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the
+    rule was published, with three sets of memories: 12 bytes for matrices, 20 for vectors.""",
         """
     Example:
         >>> import torch
@@ -89,18 +89,18 @@ class EmoClan(EmoOptimizer):
 
 
 def biases(group: dict[str, Any], steps: Tensor) -> dict[str, Any]:
-    """What the first memory lacks of a mean, at this step and at the one before."""
+    """Bias corrections of the first memory, at this step and at the one before."""
     beta1 = group["betas"][0]
     return {"bias": 1 - beta1**steps, "last_bias": 1 - beta1 ** (steps - 1)}
 
 
 def rising(scalar: Number) -> Number:
-    """How far the loss rises beyond its noise: 0 for a scalar of 0 or less, 1 from 0.5 on."""
+    """How far the loss rises beyond its noise: 0 for a scalar up to 0, 1 from 0.5 on."""
     return clamp(2 * scalar, 0.0, 1.0)
 
 
 def signed_step(step: Tensor, exp_avg: Tensor, signed: Number, bias: Tensor) -> Tensor:
-    """The step, moved by the share ``signed`` to one of the memory's sign; itself where there is nothing to move."""
+    """The step, interpolated by the share ``signed`` towards a step by the memory's sign."""
     if not isinstance(signed, Tensor) and not signed:
         return step
     return torch.lerp(step, SIGNED * bias * exp_avg.sign(), signed)
@@ -204,7 +204,7 @@ def emoclan_v3(
             if chosen:
                 rule(param, grad, *memories, **scalars)
             continue
-        # A choice that lives on a device is not waited for: all rules run, and what was not chosen is taken back.
+        # Without waiting for a choice on a device: all rules run, and those not chosen are undone.
         before = [tensor.clone() for tensor in (param, *memories)]
         rule(param, grad, *memories, **scalars)
         for tensor, old in zip((param, *memories), before, strict=True):

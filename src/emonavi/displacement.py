@@ -1,16 +1,16 @@
-r"""Reflection for a rule that nobody knows: from where a sample of the parameters went.
+r"""Reflection for an unknown rule: from the displacement of a sample of the parameters.
 
-Of each tensor at most 2,048 coordinates are looked at, in blocks of a cache line that are spread over it. With a
+The sample of a tensor has at most 2,048 coordinates, in blocks of a cache line that are spread over it. With a
 gradient :math:`g` and the step that the optimizer took last, u = (param before - param after) / effective lr::
 
-    metric   = sqrt(grad_sq / step_sq)           coordinates that never had both take no part
+    metric   = sqrt(grad_sq / step_sq)           coordinates where either is still 0 take no part
     <g, u>, <g, g / metric>, <u, u metric>       the sums of reflection, scaled up to the whole tensor
     grad_sq += 0.01 (g^2 - grad_sq)
     step_sq += 0.01 (u^2 - step_sq)
 
-The metric is what the optimizer divides gradients by, read from what it did: Adam's denominator up to a factor (its
-steps are all about as long, so that step_sq says nothing), 1 for SGD, and something between for others. A factor on the
-metric does not change a cosine, and neither do the two memories' starts at 0, which cancel.
+The metric estimates what the optimizer divides gradients by: Adam's denominator up to a factor (all its steps have
+about the same size, so step_sq is about constant), 1 for SGD, and something in between for others. A factor on the
+metric does not change a cosine. That both memories start at 0 cancels in the ratio.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from emonavi.sweep import wide
 __all__ = ["MEMORIES", "RATE", "SAMPLE", "compared", "places", "reflect", "sample", "samples", "sums_of_each"]
 
 SAMPLE = 2048  # coordinates of a tensor, at most
-BLOCK = 16  # float32 numbers of a cache line: single ones, spread out, cost a tenth of a step, blocks a hundredth
+BLOCK = 16  # float32 numbers in a cache line: a sample of single ones costs a tenth of a step, of blocks a hundredth
 MEMORIES = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor, 48 of float64
 RATE = 0.01
 
 
 def sample(tensor: Tensor) -> Tensor:
-    """Elements of a tensor, spread over it: 1-D, at most :data:`SAMPLE`; all of a small one. A view where it can be.
+    """At most :data:`SAMPLE` elements of a tensor, spread over it, 1-D; all of a small one. A view if possible.
 
     Example:
         >>> sample(torch.ones(6, 4)).shape, sample(torch.ones(1024, 1024)).shape
@@ -42,13 +42,13 @@ def sample(tensor: Tensor) -> Tensor:
     blocks, length, apart = places(flat.numel())
     if blocks == 1:
         return flat
-    # One view of all blocks: where there are many tensors, calls are what sampling costs.
+    # One view of all blocks: with many tensors, the cost is in the number of calls.
     step = flat.stride(0)
     return flat.as_strided((blocks, length), (apart * step, step)).reshape(-1)
 
 
 def places(size: int) -> tuple[int, int, int]:
-    """Of the sample of a tensor of this size: how many blocks, their length, and from start to start of one.
+    """The sample of a tensor of this size: number of blocks, their length, and the distance between their starts.
 
     Example:
         >>> places(24), places(1 << 20)
@@ -57,13 +57,13 @@ def places(size: int) -> tuple[int, int, int]:
     if size <= SAMPLE:
         return 1, size, 0
     blocks = size // BLOCK
-    # An odd stride does not run down one column of a matrix whose width is a power of two.
+    # Odd: it would otherwise stay in one column of a matrix whose width is a power of two.
     stride = -(-blocks * BLOCK // SAMPLE) | 1
     return -(-blocks // stride), BLOCK, stride * BLOCK
 
 
 def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
-    """The samples of all tensors, one after the other: a copy, on the emotion's device, in float32 or wider."""
+    """The samples of all tensors, concatenated: a copy, on the device of ``home``, in float32 or wider."""
     gathered = kernels.sampled(tensors, home.device)
     if gathered is not None:
         return gathered
@@ -72,14 +72,14 @@ def samples(tensors: Sequence[Tensor], home: Tensor) -> Tensor:
 
 
 def compared(kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, rates: Tensor) -> Tensor:
-    """Compare the gradients of a step with the step before, and remember where this one went.
+    """Compare the gradients of a step with the step before, and remember this step.
 
     Args:
         kept: the memories of each tensor, of shape (3, sample); updated in place.
         params: the tensors as the step has left them.
         before: their samples, as :func:`samples` gives them, before the step.
-        grads: samples of the gradients that it was taken on.
-        rates: the effective lr of each tensor, 1-D; 0 where none was taken.
+        grads: samples of its gradients.
+        rates: the effective lr of each tensor, 1-D; 0 where it did not step.
 
     Returns:
         The sums of reflection over each whole tensor, shape (3, tensors), in the dtype of ``rates``.
@@ -100,33 +100,33 @@ def compared(kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, g
 
 
 def sums_of_each(terms: Tensor, sizes: Tensor) -> Tensor:
-    """Add up the coordinates of each tensor.
+    """Sum over the coordinates of each tensor.
 
     Args:
-        terms: of all samples, one after the other, shape (3, n).
-        sizes: of the samples; whole numbers that add up to n.
+        terms: of all samples, concatenated, shape (3, n).
+        sizes: of the samples; integers with the sum n.
 
     Returns:
         The sums, shape (3, tensors).
     """
-    if terms.is_cpu:  # a fifth of the time
+    if terms.is_cpu:  # five times as fast
         return torch.segment_reduce(terms, "sum", lengths=sizes.expand(len(terms), -1).contiguous(), axis=1)
     return _by_owner(terms, sizes)
 
 
 def _by_owner(terms: Tensor, sizes: Tensor) -> Tensor:
-    """The same where there may be no such call."""
+    """The same by index_add, for devices without segment_reduce."""
     owners = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=terms.shape[1])
     return terms.new_zeros(len(terms), len(sizes)).index_add(1, owners, terms)
 
 
 def reflect(memories: Tensor, grad: Tensor, step: Tensor) -> Tensor:
-    """Compare a gradient with the step before, and remember the step that was taken on it.
+    """Compare a gradient with the step before, and remember the step taken with it.
 
     Args:
         memories: u, grad_sq and step_sq of n coordinates, shape (3, n); updated in place.
-        grad: the gradient that the step was taken on, of shape (n,).
-        step: that step, (before - after) / effective lr, of shape (n,).
+        grad: the gradient of the step, of shape (n,).
+        step: (before - after) / effective lr, of shape (n,).
 
     Returns:
         The terms of <g, u>, <g, g> and <u, u> in the metric, shape (3, n).

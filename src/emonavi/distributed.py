@@ -1,13 +1,13 @@
-"""Ranks that feel the same: what is added up over processes, and when.
+"""The same emotion on all ranks: what is reduced over processes, and when.
 
-A replica (DDP) has all of the gradient but a loss of its own; a rank that shards (FSDP2, tensor parallel) has a part of
-each tensor. A rule works on the part that lies here. What the emotion is told is the whole: the mean of the losses, and
-for each tensor the sum over its parts, where a part that lies on several ranks counts once. So every rank computes the
-same emotion, to the last bit. In numbers of the emotion's dtype, with n tensors, a step makes
+A replica (DDP) has the whole gradient but its own loss; a rank with shards (FSDP2, tensor parallel) has a part of each
+tensor. A rule works on the local part. The emotion is told about the whole: the mean of the losses, and for each tensor
+the sum over its parts, where a part that is on several ranks counts once. So every rank computes the same emotion, to
+the last bit. A step makes these collectives; in brackets how many numbers of the emotion's dtype, for n tensors:
 
-    replicas    one collective, before the update: loss, how many have one, the window, a flag for the gradient (5)
-    shards      the same one, with the squared norm of the gradient in it, and where the emotion reflects a second one
-                after the update: the three sums of reflection (3 n). Once in a run the weights' own norms (n)
+    replicas    one before the update: loss, how many ranks have one, window, a flag for the gradient (5)
+    shards      the same, with the squared norm of the gradient in it, and if the emotion reflects a second one after
+                the update: the three sums of reflection (3 n). Once in a run the norms of the weights (n)
     alone       none
 """
 
@@ -42,17 +42,17 @@ __all__ = [
 
 
 class Ranks(NamedTuple):
-    """The process groups of one optimizer; None where this rank need not ask another."""
+    """The process groups of one optimizer; None where nothing has to be reduced."""
 
-    loss: Any = None  # over these losses are averaged
-    shards: Any = None  # these hold the parts of the parameters; None: each tensor is whole here
+    loss: Any = None  # losses are averaged over this group
+    shards: Any = None  # this group holds the parts of the parameters; None: all tensors are whole here
 
     @classmethod
     def of(cls, params: Iterable[Tensor], process_group: Any) -> Ranks:
         """For these parameters; ``process_group`` is ``"auto"``, None (never), or a group.
 
-        The parts of one tensor must feel one loss: None is for whole tensors only. By default it is averaged over the
-        mesh that theirs was cut from, so that the dimensions along which they are only replicated take part.
+        All shards of a tensor need the same loss, so ``process_group=None`` is ignored for sharded parameters. The
+        default averages over the mesh they were cut from, replicated dimensions included.
 
         Raises:
             ValueError: no mesh of the parameters holds all others.
@@ -80,7 +80,7 @@ class Ranks(NamedTuple):
         return cls(loss, loss if same else shards)
 
     def share(self, sums: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """What this rank adds to the sums over the whole of each parameter (last dimension: one for each)."""
+        """This rank's share of the sums over each whole parameter (last dimension: one for each parameter)."""
         if self.shards is None:
             return sums
         size = dist.get_world_size(self.shards)
@@ -89,7 +89,7 @@ class Ranks(NamedTuple):
         return sums / copies.to(sums.device, non_blocking=True)
 
     def whole(self, sums: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """Sums over the parts that lie here (last dimension: one for each parameter) as sums over the whole."""
+        """Reduce sums over local parts to sums over whole parameters (last dimension: one for each parameter)."""
         total = self.share(sums, params)
         if self.shards is not None:
             dist.all_reduce(total, group=self.shards)
@@ -97,12 +97,12 @@ class Ranks(NamedTuple):
 
 
 def hand_on(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], ranks: Ranks) -> None:
-    """Give the scalars of loaded pieces to the ranks where nothing of them lies, which FSDP1 leaves out."""
+    """FSDP1 drops scalar state on ranks that hold no element of a parameter; copy it there from the other ranks."""
     if ranks.shards is None or not any(is_piece(p) for p in params):
         return
     values = torch.stack([torch.stack([s[name] for s in states]) for name in KEPT])
     away = torch.tensor([not p.numel() for p in params], device=values.device)
-    values = torch.where(away, -torch.inf, values)  # the others all have the same
+    values = torch.where(away, -torch.inf, values)  # all others agree
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=ranks.shards)
     for name, row in zip(KEPT, values, strict=True):
         for p, s, value in zip(params, states, row, strict=True):
@@ -111,17 +111,16 @@ def hand_on(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], ranks
 
 
 def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: Ranks) -> tuple[Loss | None, Tensor]:
-    """The mean of the finite losses of all ranks and the norm of the whole gradient, the same on each.
+    """The mean of the finite losses of all ranks and the norm of the whole gradient, the same on each rank.
 
-    Steered by its own loss alone, replicas would drift apart. A rank without a loss, or with one that is not finite,
-    takes part with nothing: a collective that one rank leaves out hangs the others. A gradient that is not finite on
-    one rank is not on any.
+    If each replica followed its own loss, they would drift apart. A rank without a finite loss still takes part, since
+    otherwise the others would hang. If the gradient is not finite on one rank, the norm is not finite on any.
 
     Args:
         heard: this rank's loss, or None.
-        norms: of what lies here of each gradient, of shape (n,). Gives device and dtype of the collective.
+        norms: norms of the local parts of the gradients, of shape (n,), in the device and dtype of the collective.
         params: the n parameters.
-        ranks: whom to ask.
+        ranks: the process groups.
     """
     if heard is not None and isinstance(heard.value, Tensor) and is_sharded(heard.value):
         heard = heard._replace(value=cast(Any, heard.value).full_tensor())
@@ -147,50 +146,50 @@ def agreed(heard: Loss | None, norms: Tensor, params: Sequence[Tensor], ranks: R
     dist.all_reduce(total, group=ranks.loss)
     norm = total[4].sqrt() if joint else norm + total[4]
     if norms.device.type == "cpu" and not total[2]:
-        return None, norm  # no rank has a loss: nothing is missing that could be counted as ignored
-    # The mean window of those that have a loss: where one rank's is partial, the mean loss is on another scale for all.
+        return None, norm  # no rank has a loss: this is not an ignored loss
+    # The mean window of ranks with a loss: if one rank's is partial, the mean loss is on another scale for all.
     return Loss(total[0] / total[1], total[3] / total[2].clamp(min=1)), norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which a part lies here."""
+    """Whether a tensor is a DTensor."""
     return _is_sharded(type(tensor))
 
 
-@lru_cache(maxsize=64)  # it is asked of every tensor, several times a step
+@lru_cache(maxsize=64)  # called for every tensor, several times a step
 def _is_sharded(kind: type) -> bool:
-    return hasattr(kind, "device_mesh")  # the class itself would have to be imported, and takes a second to be
+    return hasattr(kind, "device_mesh")  # importing DTensor itself takes a second
 
 
 def is_piece(param: Tensor) -> bool:
-    """Whether it is what lies here of FSDP1's flat parameter: a plain tensor, of another size on each rank."""
+    """Whether a parameter is the local part of FSDP1's flat one: a plain tensor, of another size on each rank."""
     return bool(getattr(param, "_fsdp_flattened", False))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What lies here of a tensor: a view of a DTensor's part, and any other tensor itself."""
+    """The local part of a tensor: a view for a DTensor, any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_grad(param: Any) -> Tensor:
-    """What lies here of a parameter's gradient, cut as the parameter is."""
+    """The local part of a parameter's gradient, sharded like the parameter."""
     grad = param.grad
     if grad is None:
-        return torch.zeros_like(param)  # a piece that has nothing here
+        return torch.zeros_like(param)  # FSDP1: no element here
     if is_sharded(param) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)  # partial sums, as of a norm's weight
+        grad = grad.redistribute(param.device_mesh, param.placements)  # partial sums, for example of a norm's weight
     return local(grad)
 
 
 def start(param: Any) -> tuple[int, ...]:
-    """Where in a sharded parameter the part begins that lies here, in each dimension."""
+    """Offset of the local part in a sharded parameter, in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return tuple(compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)[1])
 
 
 def placed(part: Tensor, param: Any, dims: Collection[int]) -> Tensor:
-    """A memory of what lies here as one of the whole parameter: cut as that is along ``dims``, of size 1 elsewhere."""
+    """Make a local memory a DTensor, sharded like the parameter along ``dims`` and of size 1 in other dimensions."""
     if not is_sharded(param):
         return part
     from torch.distributed.tensor import DTensor, Replicate
@@ -203,9 +202,9 @@ def placed(part: Tensor, param: Any, dims: Collection[int]) -> Tensor:
 
 
 def add_parts(sums: Iterable[tuple[Tensor, Any, Collection[int]]]) -> None:
-    """Add up, in place, sums over what lies here; each comes with its parameter and the dimensions that it is over.
+    """Reduce local sums in place; each comes with its parameter and the dimensions that it sums over.
 
-    All go in one collective for each group of ranks: with parameters that are cut one way, as FSDP2 does it, in one.
+    There is one collective for each group of ranks: a single one if all parameters are sharded alike, as by FSDP2.
     """
     batches: dict[tuple[Any, ...], list[Tensor]] = {}
     for part, param, dims in sums:
@@ -219,13 +218,13 @@ def add_parts(sums: Iterable[tuple[Tensor, Any, Collection[int]]]) -> None:
 
 
 def _cuts(param: Any, dims: Collection[int]) -> list[int]:
-    """Dimensions of the mesh along which a parameter is cut in one of the given dimensions."""
+    """Mesh dimensions that shard a parameter along one of the given dimensions."""
     found = enumerate(param.placements)
     return [cut for cut, p in found if not p.is_replicate() and p.dim % param.dim() in dims]
 
 
 def _parts(param: Any) -> int:
-    """Into how many parts, each on another rank, a parameter is cut."""
+    """Into how many parts a parameter is sharded."""
     every = range(param.dim())
     return math.prod(param.device_mesh.size(cut) for cut in _cuts(param, every)) if is_sharded(param) else 1
 
@@ -239,7 +238,7 @@ def _ranks(group: Any) -> list[int]:
 
 
 def _group(mesh: Any) -> Any:
-    """A process group of all ranks of a mesh, whose own groups have one dimension each."""
+    """A process group of all ranks of a mesh. The mesh itself only has one for each dimension."""
     members = _members(mesh)
     if len(members) == dist.get_world_size():
         return dist.group.WORLD
@@ -247,10 +246,10 @@ def _group(mesh: Any) -> Any:
 
 
 def default_group() -> Any:
-    """The default process group as it is now, or None. It may be destroyed, and made anew."""
+    """The current default process group, or None. It may be destroyed and created again."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def unless_alone(group: Any) -> Any:
-    """A process group of several; None for none, or for one of this process alone."""
+    """The process group, or None if this process is alone in it."""
     return None if group is None or dist.get_world_size(group) == 1 else group

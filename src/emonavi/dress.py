@@ -1,4 +1,4 @@
-"""What a wrapped optimizer is given, and what it is looked at for: its groups, and the checkpoints that it loads."""
+"""Validate an optimizer for wrapping, add our options to its groups, and check its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from emonavi import checks
-from emonavi.bearer import Bearer
+from emonavi.bearer import Bearer, of_the_run
 from emonavi.checkpoint import same_emotion, same_optimizer, same_shapes
 from emonavi.distributed import is_piece, is_sharded
 from emonavi.emotion import Emotion
@@ -19,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["OF_THE_RUN", "OPTIONS", "adaptive", "check", "dress", "fitting", "wrappable"]
 
-# In each group, as the siblings have them.
+# Keys of each group, as the siblings have them.
 OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")
 OF_THE_RUN = ("lr_start", "lr_peak")
-# What checks.group() wants to see and the wrapped optimizer has checked by itself.
+# For checks.group(): options that the wrapped optimizer has checked itself.
 _ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
 _NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
 def adaptive(given: Any) -> Emotion:
-    """The adaptive emotion; the published generations are refused by a ValueError."""
+    """The adaptive emotion; ValueError for a published generation."""
     machine = checks.emotion(given)
     if not isinstance(machine, Emotion):
         raise ValueError(
@@ -39,7 +38,7 @@ def adaptive(given: Any) -> Emotion:
 
 
 def wrappable(optimizer: Any) -> None:
-    """Raise where an optimizer cannot be stepped when it is time to, at an lr that is set for it."""
+    """Raise if an optimizer cannot be wrapped: it must step without a closure, at the lr that is in its groups."""
     name = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"{optimizer!r} is no torch optimizer: construct one, and pass it")
@@ -51,7 +50,7 @@ def wrappable(optimizer: Any) -> None:
         remedy = "wrap the optimizer inside it, and put it around that"
         raise ValueError(f"{name} does not load state dicts as torch.optim does, so that no run could resume: {remedy}")
     for group in optimizer.param_groups:
-        clash = [option for option in OPTIONS if option in group and "inner" not in group]  # that is a wrapper's
+        clash = [option for option in OPTIONS if option in group and "inner" not in group]  # else a wrapper's
         if clash:
             what = f"{name} has {', '.join(clash)} of its own, where the emotion keeps its options"
             raise ValueError(f"{what}: it cannot be wrapped; use it as it is, or a sibling")
@@ -60,7 +59,7 @@ def wrappable(optimizer: Any) -> None:
 
 
 def check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> None:
-    """Raise where a group's lr, our options or its parameters will not do."""
+    """Raise if a group's lr, our options or its parameters are not usable."""
     checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
     checks.parameters(group["params"])
     if any(is_sharded(p) or is_piece(p) for p in group["params"]):
@@ -68,23 +67,20 @@ def check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> Non
 
 
 def dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
-    """Give a group of a wrapped optimizer what the emotion needs there."""
-    lr = group["lr"]
-    group.update(options)
-    group.setdefault("lr_start", lr.detach().clone() if isinstance(lr, Tensor) else lr)
-    group.setdefault("lr_peak", 0.0)
+    """Add to a group of a wrapped optimizer what the emotion needs there."""
+    group |= of_the_run(group["lr"]) | group | options
     group.setdefault("maximize", bool(getattr(optimizer, "maximize", False)))
     group["inner"] = type(optimizer).__name__
 
 
 def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
-    """The checkpoint; one of another emotion, of another optimizer or of other shapes is refused by a ValueError."""
-    # Flags, None among them, are what a later version may have added: torch fills them in.
+    """Return the checkpoint; raise ValueError if its emotion, its optimizer or its shapes are not the wrapper's."""
+    # Flags, and options that are None, may come from a later version: torch fills them in.
     options = {k for k, v in wrapper.defaults.items() if v is not None and not isinstance(v, bool)}
     saved, name = state_dict["param_groups"][0], type(wrapper.inner).__name__
     if "emotion" in saved:
         same_emotion(state_dict, wrapper._emotion)
-        # An earlier version did not keep the name; a sibling has an option that no wrapper gives a group.
+        # An earlier version did not store the name. A sibling's groups have an option that a wrapper's never have.
         siblings = "stochastic_rounding" in saved and "stochastic_rounding" not in wrapper.param_groups[0]
         if siblings or saved.get("inner", name) != name:
             whose = "a sibling" if siblings else f"Emotional({saved['inner']})"

@@ -1,10 +1,10 @@
 r"""The adaptive emotion: a pure state machine on single numbers.
 
-It has two senses. *Feeling*, which is here, hears the loss. *Reflection*, in ``reflection.py``, compares today's
-gradient with the step taken last. Both move one multiplier on the user's learning rate, the *drive*. Nothing here knows
-a parameter, a group or a device: each function takes a :class:`State` and returns a new one. The numbers are 0-d
-tensors on a device, where no function branches on a value, so that a step never waits; on the CPU they are plain
-numbers (``scalars.py``).
+It has two senses. *Feeling*, in this file, uses the loss. *Reflection*, in ``reflection.py``, compares today's
+gradient with the last step. Both move one multiplier on the user's learning rate, the *drive*. Nothing here knows a
+parameter, a group or a device: each function takes a :class:`State` and returns a new one. On a device the numbers are
+0-d tensors, and no function branches on a value, so that a step never waits; on the CPU they are plain numbers
+(``scalars.py``).
 
 Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
 
@@ -14,8 +14,8 @@ Feeling, for a loss :math:`l` with :math:`x = l - l_\mathrm{first}`::
     scalar   = tanh((tension - progress) / 2)         > 0: the loss rises beyond its noise, < 0: it improves
     log drive -= min(0.05, 2/n) clip((tension - 1) / 2, 0, 1)    the brake, while the loss rises: x > short + dev / 2
 
-For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` gives skewness, kurtosis and
-asymmetry. Nothing acts on them: two attempts at it were no better (``docs/benchmarks.md``).
+For diagnosis it keeps the moments of recent scalars, from which ``optimizer.emotion`` computes skewness, kurtosis and
+asymmetry. They do not act: two attempts to use them were no better (``docs/benchmarks.md``).
 
 The emotion is unchanged when the loss is replaced by ``a * loss + b`` with ``a > 0``.
 
@@ -40,27 +40,27 @@ __all__ = ["Emotion", "State"]
 LOG_TENTH = math.log(0.1)
 LOG_HALF = math.log(0.5)
 VERSION = 3.0
-ENTRIES_OF_VERSION_2 = 38  # the first ones of today's, with the same meaning
+ENTRIES_OF_VERSION_2 = 38  # the same as today's first 38
 REST_STEPS = 3
-MOMENTS_RATE = 0.02  # of the scalar's moments: the last fifty losses
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # a float32 loss resolves no more
-LARGEST = 1e150  # of a loss: larger ones, stand-ins for infinity, may differ by more than a number holds
-UNKNOWN_RMS = 0.01  # where all weights are zero: less than those of any trained network
-PATIENCE = 10  # losses or norms heard before one can be called an outlier by their own spread
-LEAST_SHIFT = 0.1  # of the log norm by an outlier: nothing is learnt from a spread of 0
-UNKNOWN_SPREAD = 0.25  # sd of the log norm until then: with six of them, 4.5 times the usual norm is an outlier
+MOMENTS_RATE = 0.02  # rate of the scalar's moments: about the last fifty losses
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative resolution of a float32 loss
+LARGEST = 1e150  # losses are clipped to this: the difference of larger ones could overflow
+UNKNOWN_RMS = 0.01  # assumed if all weights are zero: below that of any trained network
+PATIENCE = 10  # this many losses or norms come before their own spread decides about outliers
+LEAST_SHIFT = 0.1  # of the log norm after an outlier: a spread of 0 would never let it move
+UNKNOWN_SPREAD = 0.25  # deviation of the log norm until then: six of them are 4.5 times the usual norm
 
 
 class State(NamedTuple):
-    """The adaptive emotion's memory: one number each, kept as one vector in ``param_groups[0]["emotion"]``."""
+    """The adaptive emotion's state: numbers, stored as one vector in ``param_groups[0]["emotion"]``."""
 
-    code: Number  # which emotion this is: a checkpoint of another one is refused
+    code: Number  # which emotion it is: checkpoints of others are refused
     version: Number
     steps: Number  # real updates
     skipped_steps: Number
-    ignored_losses: Number  # not finite
+    ignored_losses: Number  # those not finite
     losses: Number  # losses felt
-    window: Number  # backward calls in a usual accumulation window
+    window: Number  # usual number of backward calls in an accumulation window
     last_window: Number
     loss: Number
     first: Number
@@ -70,17 +70,17 @@ class State(NamedTuple):
     dev: Number
     near: Number  # mean over the last tenth of the run
     far: Number  # mean over the last 0.4 of the run
-    calm: Number  # steps since next to nothing is gained
+    calm: Number  # losses in a row with next to no progress
     scalar: Number
     tension: Number
-    brake: Number  # cut of the log drive by today's tension
-    record: Number  # highest excess of a loss over its short memory, in deviations; forgotten as the run ages
+    brake: Number  # how much today's tension cut the log drive
+    record: Number  # highest excess of a loss over its short mean, in deviations; decays with 1/n
     log_drive: Number
-    log_drive_peak: Number  # highest before a schedule began to end the run
+    log_drive_peak: Number  # highest log drive before a schedule began to end the run
     free: Number  # log drive up to which growth needs no proof
     goal: Number  # log drive to return to after a panic
     rest: Number  # steps of rest left
-    panic: Number  # 1 in the step that panics
+    panic: Number  # 1 in a step with a panic
     lr_ref: Number
     reflections: Number
     trust: Number
@@ -92,7 +92,7 @@ class State(NamedTuple):
     grad_norm: Number
     log_norm: Number
     log_norm_var: Number
-    last_scalar: Number  # as it was at the last update
+    last_scalar: Number  # the scalar at the last update
     scalar_mean: Number  # of recent scalars, and their central moments
     scalar_m2: Number
     scalar_m3: Number
@@ -101,10 +101,10 @@ class State(NamedTuple):
 
 
 def _moments(state: State, scalar: Number, count: Number) -> dict[str, Number]:
-    """Running central moments of the scalar, the n-th of them.
+    """Running central moments of the scalar, after ``count`` of them.
 
-    A share w of the distribution becomes one point. Central from the start: differences of raw moments would lose all
-    digits where the scalar hardly moves. Source: the pairwise update of P. Pebay (2008), for one point of weight w.
+    The new point gets the weight w. The moments are central: differences of raw moments would lose all digits if the
+    scalar hardly moves. Source: the pairwise update of P. Pebay (2008), for one point of weight w.
     """
     w = clamp(1 / clamp(count, 1.0), MOMENTS_RATE)
     off = scalar - state.scalar_mean
@@ -122,33 +122,33 @@ def _moments(state: State, scalar: Number, count: Number) -> dict[str, Number]:
 
 @dataclass(frozen=True)
 class Emotion(Reflection):
-    """Constants of the adaptive emotion. The defaults are the measured policy; each field says why it is there.
+    """Constants of the adaptive emotion. The defaults were chosen by measurement; each field says what it is for.
 
     Args:
         start: the first effective lr is this share of the weights' rms (or the user's lr, if that is lower): one Adam
             step then moves weights by a third of a percent. With a third of that, runs on batches of two end while the
             lr still grows; with three times that, they overshoot.
-        blank: where a tenth or more of what trains is still zero (LoRA's B, zero-initialised branches), the lr grows to
-            this share of the rms unless trust objects, elsewhere to ``start``. What is zero carries nothing that could
-            be lost, and as long as it is small its gradients are too noisy to prove anything.
+        blank: if a tenth or more of the weights that train is still zero (LoRA's B, zero-initialised branches), the lr
+            grows to this share of the rms unless trust is against it; otherwise to ``start``. In zeros nothing can be
+            lost, and while they are small their gradients are too noisy for trust to tell.
         pace: largest change of the log drive per step within the noise, in the first steps.
-        clock: later that change is at most clock/step, downwards fall/step, where the rule says how fast it may fall.
-            Noise pulls the greedy optimum down at any time; a run without a horizon has no clock but its own age, so
-            within the noise the lr moves no faster than age^-fall to age^2.
-        sure: largest change per step where trust is beyond doubt: it opens a run, re-opens it after a plateau, and
-            backs off from a step that is clearly too long.
-        tensor_pace: the share of it that one tensor's own drive may move; slower, so that the two do not fight.
-        nothing: the drive does not grow while the gain is under this share of its mean, or it would climb for ever once
-            a training loss is at its floor. Adam's gain falls with the square of the gradient: a squared error that has
-            fallen to a twentieth is not at its floor yet.
+        clock: later that change is at most clock/step upwards and fall/step downwards; ``fall`` depends on the rule.
+            Noise always pulls the greedy optimum down, and a run of unknown length has no clock but its own age: so
+            within the noise the lr moves no faster than age^-fall and age^2.
+        sure: largest change per step when trust is beyond doubt: at the start of a run, after a plateau, or away from a
+            step that is clearly too long.
+        tensor_pace: the pace of one tensor's own drive, as a share; below 1, so that the two drives do not fight.
+        nothing: the drive does not grow while the gain is below this share of its mean: it would grow for ever once a
+            training loss is at its floor. Adam's gain falls with the square of the gradient: a squared error at
+            a twentieth of its start is not at its floor yet.
         tensor_range: bound on one tensor's log drive.
-        spike: a loss this many deviations above its short memory is a panic, unless the run has known half of that.
-        outlier: a log gradient norm this many standard deviations above its mean is scaled down (times ``max_norm``).
-        spoilt: from this share of skipped steps on, a gradient that is not finite is no panic: it comes with the data,
-            and as one every ten steps it would hold the drive down for ever. The step is skipped all the same.
-        done: ``should_stop`` once the last stretch gave less than this share of all progress so far, and no more than
-            five deviations of the loss either, or a fifth of that share. What is left of a loss that comes near to
-            nothing is a small share of its progress, and yet most of what there is to gain: its noise shrinks with it.
+        spike: a loss this many deviations above its short mean is a panic, unless the run has seen half of that.
+        outlier: a log gradient norm this many standard deviations (times ``max_norm``) above its mean is scaled down.
+        spoilt: above this share of skipped steps, a gradient that is not finite is no panic: it comes with the data,
+            and one in ten steps would keep the drive down for ever. The step is skipped all the same.
+        done: ``should_stop`` once the last stretch gave less than this share of all progress so far, and also less than
+            five deviations of the loss, or a fifth of that share. For a loss that approaches 0, the rest is a small
+            share of its progress and yet most of what is left to gain; there the noise shrinks with the loss.
         shadow_horizon: the shadow averages over this share of the run so far.
 
     Example:
@@ -177,8 +177,8 @@ class Emotion(Reflection):
     code: ClassVar[int] = 1
     corrects_bias: ClassVar[bool] = True
     reflects: ClassVar[bool] = True
-    # Of the weights in a step, whatever the lr. A decay that outgrows the gradient holds it in balance, and reflection
-    # takes that for steps too short: a line was left again and again, at an lr of 1000.
+    # Bounds weight decay at any lr. A decay as strong as the gradient is in balance with it, and reflection mistakes
+    # that for steps that are too short: a linear fit left its solution again and again, at an lr of 1000.
     keeps: ClassVar[float] = 0.999
     defaults: ClassVar[dict[str, Any]] = {
         "use_shadow": False,
@@ -190,7 +190,7 @@ class Emotion(Reflection):
     fixed: ClassVar[dict[str, Any]] = {}
 
     def initial(self) -> list[float]:
-        """The state vector before anything was felt."""
+        """The state vector at the start of a run."""
         start = dict.fromkeys(State._fields, 0.0)
         start |= {"code": float(self.code), "version": VERSION, "goal": NEVER, "log_drive_peak": NEVER, "noise": 0.04}
         return list(start.values())
@@ -200,7 +200,7 @@ class Emotion(Reflection):
         return State._fields.index(name)
 
     def upgrade(self, vector: Tensor) -> Tensor:
-        """A vector of an earlier version as one of this: what it lacks is as before anything was felt."""
+        """Convert a vector of an earlier version; entries that it lacks begin as in a fresh one."""
         if vector[:2].tolist() != [self.code, 2.0] or len(vector) != ENTRIES_OF_VERSION_2:
             return vector
         upgraded = torch.cat([vector, vector.new_tensor(self.initial()[ENTRIES_OF_VERSION_2:])])
@@ -208,11 +208,11 @@ class Emotion(Reflection):
         return upgraded
 
     def unpack(self, vector: Tensor, plain: bool = False) -> State:
-        """The vector's entries by name: views of it, or plain numbers."""
+        """The vector's entries by name: views, or numbers if ``plain``."""
         return State._make(vector.tolist() if plain else vector.unbind())
 
     def pack(self, state: State) -> Tensor:
-        """One vector of named entries."""
+        """Put the entries into one vector."""
         if isinstance(state.code, Tensor):
             return torch.stack(state)
         return torch.tensor(state, dtype=torch.float64, device="cpu")
@@ -220,7 +220,7 @@ class Emotion(Reflection):
     def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
         """Set the first drive from the scale of the weights.
 
-        ``lr`` is today's, which a schedule may have lowered: the user's own is known since construction.
+        ``lr`` is today's, which a schedule may have lowered; ``lr_ref`` has held the user's since construction.
         """
         lr_ref = like(state.code, lr)
         user = clamp(state.lr_ref, lr_ref)
@@ -233,10 +233,10 @@ class Emotion(Reflection):
         return state._replace(lr_ref=lr_ref, free=free, log_drive=self._bounded(log_drive, options))
 
     def give_way(self, state: State, lr: Number, use_trust: bool) -> State:
-        """Take from the drive what the lr has risen above all that it was.
+        """Where the lr exceeds its highest value so far, divide the drive by the excess.
 
-        A scheduler scales what the drive found, and above the highest lr so far nothing was found. So a warm-up, or a
-        peak of any height, changes nothing: it is trust that warms the run up.
+        A scheduler scales the lr that the drive has found, but above the highest lr so far nothing was found. So a
+        warm-up, or a peak of any height, changes nothing: trust does the warming up.
         """
         lr = like(state.code, lr)
         known = (state.lr_ref > 0) & (state.steps + state.skipped_steps > 0) & use_trust
@@ -251,7 +251,7 @@ class Emotion(Reflection):
         )
 
     def feel(self, state: State, loss: Number, window: Number) -> State:
-        """Take in a loss that is the sum of ``window`` backward calls (0: not known, always taken)."""
+        """Feel a loss that is the sum of ``window`` backward calls (0: unknown, always accepted)."""
         loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
         felt = finite & usual
@@ -260,14 +260,14 @@ class Emotion(Reflection):
         first = where(felt & (n == 1), loss, state.first)
         x = where(felt, loss, first) - first
 
-        # Below the resolution of a float32 loss a deviation is rounding, not noise.
+        # Deviations below the resolution of a float32 loss are rounding, not noise.
         dev = clamp(state.dev, ROUNDING * abs(loss))
         known = (state.losses >= PATIENCE) & (state.dev > 0)
-        # Heavy-tailed losses spike for ever: what the run has survived before is no panic.
+        # Heavy-tailed losses never stop spiking: what the run has survived before is no panic.
         excess = where(known, clamp((x - state.short) / clamp(dev, 1e-300), 0.0, 1e6), 0.0)
         panic = felt & known & (excess > clamp(2 * state.record, self.spike))
         record = clamp(state.record * (1 - 1 / clamp(n, 1.0)), excess)
-        # One absurd loss must not own the memories; a new level is still reached fast, since dev grows with it.
+        # One absurd loss must not dominate the means. A new level is still reached fast, since dev grows with it.
         x = where(known, clamp(x, state.short - self.spike * dev, state.short + self.spike * dev), x)
 
         short = running_mean(state.short, x, 0.3, n)
@@ -280,12 +280,12 @@ class Emotion(Reflection):
         spent = (near < 0) & (gained < limit) & ((gained < 5 * deviation) | (gained < limit / 5))
         calm = where(spent, state.calm + 1, 0.0)
 
-        noisy = deviation > 1e-300  # the reciprocal of less is infinite
+        noisy = deviation > 1e-300  # below that the reciprocal is infinite
         ratio = where(noisy, 1 / where(noisy, deviation, 1.0), 0.0)
         tension = (short - medium) * ratio
         scalar = tanh((tension - (long - short) * ratio) / 2)
-        # Tension outlasts a spike: a loss that already falls again, or has settled, is not punished. Nor is the same
-        # spike twice, by a brake during rest.
+        # Tension outlasts a spike: no brake for a loss that falls again or has settled, nor while the drive rests from
+        # the same spike.
         rises = (x - state.short > deviation / 2) & (state.rest == 0)
         brake = where(rises, self._pace(state, self.clock) * clamp((tension - 1) / 2, 0.0, 1.0), 0.0)
 
@@ -298,16 +298,17 @@ class Emotion(Reflection):
         return felt_state
 
     def look_back(self, state: State, norm: Number, options: Options) -> tuple[State, Number]:
-        """Judge the first gradient by the second: a state that has forgotten it, and its factor in the memories.
+        """Judge the first gradient by the second. If it was an outlier, forget it, and scale it down in the memories.
 
-        There was nothing to judge it by in its own step, and Adam's second memory would keep it for the whole run.
+        In its own step there was nothing to compare it with, and Adam's second memory would keep it for the whole run.
+        Returns the state and the factor for the memories.
         """
         norm = like(state.code, norm)
         ratio = log(clamp(norm, 1e-300)) - state.log_norm
         usual = isfinite(norm) & (norm > 0)
         absurd = (state.norms == 1) & usual & (ratio < -self.outlier * options.max_norm * UNKNOWN_SPREAD)
         absurd = absurd & (options.max_norm > 0)
-        # Its loss goes with it: beside that, whatever follows would look like progress.
+        # Forget its loss as well: compared with that, anything would look like progress.
         forgotten = state._replace(norms=where(absurd, 0.0, state.norms), losses=where(absurd, 0.0, state.losses))
         return forgotten, where(absurd, exp(clamp(ratio, high=0.0)), 1.0)
 
@@ -316,15 +317,15 @@ class Emotion(Reflection):
         norm = like(state.code, norm)
         finite = isfinite(norm)
         log_norm = log(clamp(norm, 1e-300))
-        # Absurd gradients come in the first steps, too, where the moments would not forget them for the whole run.
+        # Absurd gradients also come in the first steps, and then the moments would keep them for the whole run.
         deviation = sqrt(state.log_norm_var)
         deviation = where(state.norms < PATIENCE, clamp(deviation, UNKNOWN_SPREAD), deviation)
         limit = state.log_norm + self.outlier * options.max_norm * deviation
         outlier = (state.norms > 0) & (log_norm > limit) & (options.max_norm > 0)
         grad_scale = where(outlier & finite, exp(clamp(limit - log_norm, high=0.0)), 1.0)
 
-        # Taken at its limit, each of several outliers in a row would widen the limit until they pass. So a new level of
-        # a hundred times the old one is accepted after 25 to 50 steps, also where all norms before were the same.
+        # An outlier enters the mean at its limit, so that several in a row widen the limit until they pass. A new level
+        # of a hundred times the old one is accepted after 25 to 50 steps, even if all norms before were equal.
         widened = clamp(clamp(limit, high=state.log_norm + 2 * deviation), state.log_norm + LEAST_SHIFT)
         taken = where(outlier, clamp(widened, high=log_norm), log_norm)
         n = state.norms + 1
@@ -339,10 +340,10 @@ class Emotion(Reflection):
         return self._alarm(new, finite), finite, grad_scale
 
     def _alarm(self, state: State, finite: Number) -> State:
-        """Panic: cut the drive to a tenth, remember where to return to, rest. A panic while resting cuts no deeper.
+        """In a panic cut the drive to a tenth, remember its value, and rest. A panic while resting does not cut again.
 
-        Heavy-tailed losses spike every few hundred steps, and the clock would not give back what each of them cost: the
-        drive returns whole. It returns to half only where the loss spikes again on the way.
+        Heavy-tailed losses spike every few hundred steps, and growth by the clock would not make up for each cut. So
+        the drive returns to its full value, or to half of it if the loss spikes again before.
         """
         news = negate(finite) & (state.skipped_steps < 1 + self.spoilt * state.steps)
         panic = (state.panic > 0) | news
@@ -358,17 +359,17 @@ class Emotion(Reflection):
         )
 
     def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
-        """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
-        # A rule that knows no size of gradients would go on walking once there is nothing to gain.
+        """The scalars of the coming update; ``acts`` is False if it is skipped."""
+        # A rule whose step size does not depend on gradients would go on moving when there is nothing to gain.
         fade = where(state.reflections > 3, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
         horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
-        # A panic restores the shadow even where the gradient is of no use.
+        # A panic restores the shadow even if the gradient is not finite.
         scale = like(horizon, fade if options.fades else 1.0)
         felt = state.scalar, state.last_scalar
         return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon, *felt)
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
-        """One word for what it feels like now."""
+        """One word for the state."""
         lean = values["trust"]
         words = {
             "done": stop,
@@ -380,5 +381,5 @@ class Emotion(Reflection):
         return next((word for word, holds in words.items() if holds), "steady")
 
     def should_stop(self, state: State) -> Number:
-        """True while the last stretch gave next to nothing of all progress, for long enough."""
+        """True once, for long enough, the last stretch has given next to nothing of all progress."""
         return state.calm > clamp(0.05 * state.losses, 64.0)

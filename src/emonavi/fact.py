@@ -7,21 +7,21 @@ For a tensor of two or more dimensions with gradient :math:`g`::
     denom       = sqrt(exp_avg_row exp_avg_col) / bias + eps            bias = 1 - beta1^k (1 in the presets)
     param       = decay param - step_size g / denom                     step_size = lr drive
 
-with floor = eps^2, so that the scale of the loss does not matter (eps in the presets, as published). Unlike Adafactor's
-own, the product of the factors is not divided by the mean of the rows, and updates are not clipped: a coordinate whose
-row and column are mostly zero takes a step of many times lr. Vectors and
-scalars follow the Adam rule of ``navi.py``; there ``trust`` scales what the first memory takes in.
+with floor = eps^2, so that the scale of the loss does not matter (eps in the presets, as published). Unlike in
+Adafactor, the product of the factors is not divided by the mean of the rows, and updates are not clipped: a coordinate
+whose row and column are mostly zero takes a step of many times lr. Vectors and scalars follow the Adam rule of
+``navi.py``; there ``trust`` scales what enters the first memory.
 
-Reflection has no momentum to compare g with, and the gradient of the step before alone is too noisy. It remembers a
-sample of at most 4,096 coordinates of each matrix, spread over it::
+For reflection there is no momentum to compare g with, and the last gradient alone is too noisy. So it keeps a running
+mean of a sample of each matrix, at most 4,096 coordinates spread over it::
 
     exp_avg_sample = 0.9 exp_avg_sample + 0.1 sample(g)
 
 and compares in the rule's metric, each sum scaled up to the whole tensor: <g, m / d>, <g, g / d>, <m, m / d>.
 
-Of a sharded matrix the means and the sample are those of the whole, so that it takes the same steps: what lies here is
-added over the ranks before the update, one number for each row or column that is cut and one for each coordinate of the
-sample. The memory of rows is cut as the rows are, that of columns as the columns are; the sample is kept whole.
+A sharded matrix takes the same steps as a whole one: its means and its sample are reduced over the ranks before the
+update, one number for each row or column that is cut and one for each coordinate of the sample. The memories of rows
+and columns are sharded like the rows and columns; each rank holds the whole sample.
 
 Sources: Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235); rule and emotion after muooon/EmoNavi.
 """
@@ -49,7 +49,7 @@ SAMPLE_RATE = 0.1
 
 
 class EmoFact(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Adafactor-type optimizer that listens to the loss.
 
     State: one float32 for each row and each column of a matrix, and a sample of at most 16 KiB of each matrix for
@@ -67,20 +67,20 @@ class EmoFact(EmoOptimizer):
     """,
     )
 
-    # Without momentum trust is the pure greedy measure: its zero lies far below the step that is best in the long run.
-    # Final loss over that of the same rule tuned with cosine (six dev tasks, calm / raw): 1.07 / 1.19 at 1.5 and
-    # 1.10 / 1.15 at 1; above 2 some raw weights are ruined. Without a shadow to return to, 1.5 is too bold: on seven
+    # Without momentum trust is the purely greedy measure: it is 0 at a step far below the one that is best in the long
+    # run. Final loss over that of the same rule tuned with cosine (six dev tasks, calm / raw): 1.07 / 1.19 at 1.5 and
+    # 1.10 / 1.15 at 1; above 2 some raw weights are ruined. Without a shadow to return to, 1.5 is too much: on seven
     # dev tasks 1 is 5 to 12 % better on four, up to 3 % worse on two, and with few labels 1.5 ended at 9.9 and 1.9
     # where 1 ends at 1.7 and 1.5.
     _hold = (1.0, 1.5)
-    # Its target below 0 holds the lr up already: a slower fall was 2 to 11 % worse on five dev tasks.
+    # The target below 0 already keeps the lr high: a slower fall was 2 to 11 % worse on five dev tasks.
     _fall = 2.0
     _by_rows = True
 
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         if param.dim() < 2:
             return ("exp_avg", "exp_avg_sq")
-        # The presets do not reflect, and so remember no sample.
+        # The presets do not reflect, and need no sample.
         return ("exp_avg_row", "exp_avg_col", "exp_avg_sample")[: 3 if self._emotion.reflects else 2]
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class EmoFact(EmoOptimizer):
 
 
 def sample_stride(count: int) -> int:
-    """Distance of the sampled ones of ``count`` elements. An odd one does not run down a column of a width like 512."""
+    """Distance between sampled elements of ``count``. Odd, so as not to stay in one column of a width like 512."""
     return max(1, -(-count // SAMPLE)) | 1
 
 
@@ -129,7 +129,7 @@ def sample_size(count: int) -> int:
 
 
 def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros under these names: of a matrix's rows, columns or sample where the name says so, else shaped as it is."""
+    """Zeros under these names: shaped as a matrix's rows, columns or sample if so named, else as the parameter."""
     here, dims = wide(local(param.detach())), range(1, param.dim())
 
     def made(name: str) -> Tensor:
@@ -151,18 +151,18 @@ def sample(batch: Tensor) -> Tensor:
 
 
 class Whole(NamedTuple):
-    """What the rule has to know of a sharded matrix, of which the gradient lies here only in part."""
+    """What the rule needs of a whole sharded matrix, of whose gradient only a part is local."""
 
-    row: Tensor  # means of g^2 over the whole of the rows that lie here, of shape (r, 1, ...)
-    col: Tensor  # means of g^2 over the whole of the columns that lie here, of shape (1, ...)
-    sample: Tensor  # of the whole gradient; of length 0 where none is wanted
-    places: Tensor  # what of the sample lies here
-    at: Tensor  # and at which elements of the flat part
+    row: Tensor  # means of g^2 over the whole of each local row, of shape (r, 1, ...)
+    col: Tensor  # means of g^2 over the whole of each local column, of shape (1, ...)
+    sample: Tensor  # of the whole gradient; empty if none is needed
+    places: Tensor  # indices in the sample of what is local
+    at: Tensor  # indices of the same in the flat local part
     numel: int
 
     @classmethod
     def of_part(cls, param: Tensor, grad: Tensor, sampled: bool) -> Whole:
-        """The share of this part, to be added to that of the others."""
+        """The share of this part, to be summed over the ranks."""
         square, numel = grad * grad, param.numel()
         sample = grad.new_zeros(sample_size(numel) if sampled else 0)
         places, at = _sampled_here(param.shape, start(param), grad.shape, grad.device)
@@ -176,7 +176,7 @@ class Whole(NamedTuple):
 def _sampled_here(
     shape: tuple[int, ...], begin: tuple[int, ...], size: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What of a tensor's sample lies in a part of it: places in the sample, and places in the flat part.
+    """Which coordinates of a tensor's sample are in a part: indices in the sample, and in the flat part.
 
     Example:
         >>> _sampled_here((4, 2), (2, 0), (2, 2), torch.device("cpu"))  # the lower half of a matrix of four rows
@@ -215,19 +215,19 @@ def emofact(
         grad: their gradients, of the same shape; not written to.
         exp_avg_row: their memory of rows, of shape (n, r, 1, ...).
         exp_avg_col: their memory of columns, of shape (n, 1, ...).
-        exp_avg_sample: their memory of some coordinates, as :func:`sample` gives them; needed to reflect.
+        exp_avg_sample: their memory of the coordinates of :func:`sample`; needed to reflect.
         step_size: effective lr; 0-d, or of shape (n, 1, 1, ...) for each tensor its own.
         decay: the factor of weight decay, shaped like ``step_size``, or None for none.
         bias: ``1 - beta1^k``, shaped like ``step_size``.
         beta1: decay rate of the memories.
         eps: added to the denominator.
         floor: added to each mean of squares.
-        trust: 0-d, scales what the memories take in.
+        trust: 0-d, scales what enters the memories.
         reflect: compute the sums of reflection.
-        whole: where the batch is a part of one sharded matrix (n = 1), what to know of the rest.
+        whole: for a part of one sharded matrix (n = 1), the statistics of the whole.
 
     Returns:
-        The three sums of reflection, each of shape (n,), or None without ``reflect``. Those of a part are its share.
+        The three sums of reflection, each of shape (n,), or None without ``reflect``. For a part, its share of them.
     """
     square = grad * grad
     if whole is None:
@@ -249,7 +249,7 @@ def emofact(
 
 
 def _reflected(grad: Tensor, denom: Tensor, exp_avg_sample: Tensor, whole: Whole | None) -> Reflected:
-    """The sums of reflection, by what is remembered of the sample; then it remembers the sample of this gradient."""
+    """The sums of reflection, from the memory of the sample, which then takes in the sample of this gradient."""
     if whole is None:
         new = some = sample(grad)
         memory, metric, numel = exp_avg_sample, sample(denom), grad[0].numel()

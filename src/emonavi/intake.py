@@ -1,7 +1,7 @@
 """Which loss counts: told, observed, returned by a closure, or heard at backward (``capture.py``).
 
-What is told outright comes before what is heard, and never are two of them added. Nothing here waits for a device: a
-loss stays a tensor.
+A loss that the user gives comes before one that was heard, and the two are never added. Nothing here waits for a
+device: a loss stays a tensor.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ __all__ = ["Intake", "Loss", "Mark", "listening", "observe", "unwrapped"]
 
 
 class Loss(NamedTuple):
-    """The loss of one step and the number of backward calls that it sums (0: not captured)."""
+    """The loss of one step, and of how many backward calls it is the sum (0: not captured)."""
 
     value: Tensor | float
     window: int | Tensor = 0
 
 
 class Mark(NamedTuple):
-    """Where an intake stood before a backward."""
+    """State of an intake before a backward."""
 
     captured: Tensor | None
     window: int
-    gradients: list[tuple[Tensor | None, int]]  # each with the count of its changes; empty where none is there
+    gradients: list[tuple[Tensor | None, int]]  # each with its version; empty if there are none
     steps: int
     freed: int
 
@@ -39,7 +39,7 @@ class Intake:
     """The pending losses of one optimizer.
 
     Args:
-        params: gives the optimizer's parameters; read at each backward, so that groups added later are heard too.
+        params: returns the optimizer's parameters; called at each backward, since groups may be added later.
     """
 
     def __init__(self, params: Callable[[], Iterable[Tensor]]) -> None:
@@ -48,17 +48,17 @@ class Intake:
         self._captured: Tensor | None = None
         self._window = 0
         self._heard = 0  # backward calls ever
-        self._steps = 0  # that used what was pending
-        self.releases = False  # whether gradients are freed inside backward (``release.py``),
-        self.freed = 0  # and how many were, since the last step
-        self.thread = threading.get_ident()  # where the window began
+        self._steps = 0  # that used the pending loss
+        self.releases = False  # whether gradients are freed inside backward (``release.py``)
+        self.freed = 0  # how many were, since the last step
+        self.thread = threading.get_ident()  # in which the window began
 
     def observe(self, loss: Tensor | float) -> None:
-        """Set a loss aside for the next step; several are averaged."""
+        """Keep a loss for the next step; several are averaged."""
         self._observed.append(_detached(loss))
 
     def hear(self, loss: Tensor) -> None:
-        """Add a back-propagated loss to the window; cleared gradients begin a new one."""
+        """Add a back-propagated loss to the window; if all gradients were cleared, begin a new window."""
         if self._window and not self.freed and all(p.grad is None for p in self._params()):
             self.drop()
         self._captured = loss if self._captured is None else self._captured + loss.to(self._captured.device)
@@ -66,7 +66,7 @@ class Intake:
         self._heard += 1
 
     def mark(self) -> Mark:
-        """What is pending, and the gradients as they are, before a backward."""
+        """Note what is pending, and the gradients, before a backward."""
         grads = [p.grad for p in self._params()]
         there = [(g, 0 if g is None else g._version) for g in grads] if any(g is not None for g in grads) else []
         return Mark(self._captured, self._window, there, self._steps, self.freed)
@@ -74,13 +74,13 @@ class Intake:
     def touched(self, since: Mark) -> bool:
         """Whether a backward changed the gradients, as far as can be seen.
 
-        Gradients that are None before and after may have gone elsewhere, or into a step that a hook made.
+        Gradients that are None before and after count as changed: a hook may have used and freed them.
         """
         if self._steps != since.steps or self.freed != since.freed:
             return True
         if not since.gradients:
             return not self.releases
-        # The first one that changed settles it, and most often that is the first of all.
+        # One that changed is enough, and most often it is the first.
         grads = (p.grad for p in self._params())
         same = all(
             now is before and (now is None or now._version == version)
@@ -89,7 +89,7 @@ class Intake:
         return not same or all(p.grad is None for p in self._params())
 
     def undo(self, to: Mark) -> None:
-        """As it was before a backward that failed, or that was another's."""
+        """Restore the window saved by :meth:`mark`."""
         self._captured, self._window = to.captured, to.window
 
     def owns(self, variables: set[int]) -> bool:
@@ -97,7 +97,7 @@ class Intake:
         return any(id(p) in variables for p in self._params())
 
     def take(self, told: Tensor | float | None, closure: Callable[[], Any] | None) -> tuple[Loss | None, Any]:
-        """The loss that counts for this step, and what the step is to return."""
+        """The loss that counts for this step, and what ``step()`` returns."""
         outright = None if told is None else Loss(_detached(told))
         before, returned = self._heard, None
         if closure is not None and not callable(closure):
@@ -106,7 +106,7 @@ class Intake:
             with torch.enable_grad():
                 returned = closure()
         if outright is not None:
-            # A closure without a loss is no second one: Lightning's manual optimization puts one around its hooks.
+            # A closure that returns None is fine: Lightning's manual optimization passes one that runs its hooks.
             if returned is not None:
                 raise ValueError("step() got both a closure and loss=: pass the one that should count")
             return outright, told
@@ -121,23 +121,23 @@ class Intake:
         return None, returned
 
     def clear(self) -> None:
-        """Forget what is pending: a step has used it."""
+        """Forget everything pending: a step has used it."""
         self._observed.clear()
         self.drop()
         self._steps += 1
 
     def drop(self) -> None:
-        """Forget what was heard: the gradients that it belongs to are gone."""
+        """Forget what was heard: its gradients are gone."""
         self._captured, self._window, self.freed = None, 0, 0
         self.thread = threading.get_ident()
 
 
 def _detached(loss: Tensor | float) -> Tensor | float:
-    """A loss of one element, safe from later changes in place."""
+    """A loss as a float or a 0-d copy; ValueError unless it is one real number."""
     if not isinstance(loss, Tensor):
         given: Any = loss
         try:
-            return float(given.item() if getattr(given, "size", 0) == 1 else given)  # numpy's may have dimensions
+            return float(given.item() if getattr(given, "size", 0) == 1 else given)  # numpy's may have dims
         except (TypeError, ValueError) as error:
             raise ValueError(f"a loss must be one real number, got {loss!r}") from error
     if loss.numel() != 1 or loss.is_complex():
@@ -155,14 +155,14 @@ def _mean_of_finite(losses: Sequence[Tensor | float]) -> Tensor | float:
     return stacked.where(stacked.isfinite(), torch.nan).nanmean()
 
 
-# Under what name wrappers keep the optimizer: accelerate and many more; Lightning; timm's Lookahead; SAM; Opacus.
+# Attributes in which wrappers keep the optimizer: accelerate and many more; Lightning; timm's Lookahead; SAM; Opacus.
 _WITHIN = ("optimizer", "_optimizer", "_base_optimizer", "base_optimizer", "original_optimizer")
 
 
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer at the bottom of a trainer's wrappers."""
     inner = optimizer
-    for _ in range(8):  # wrappers of wrappers; a bound, because a proxy may answer for ever
+    for _ in range(8):  # nested wrappers; bounded, since a proxy may return itself
         below = next((vars(inner)[k] for k in _WITHIN if k in getattr(inner, "__dict__", {})), None)
         if below is None:
             break
@@ -171,7 +171,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def observe(optimizer: Any, loss: Tensor | float) -> None:
-    """Tell an optimizer, or anything that wraps one, the loss of its next step.
+    """Tell an optimizer, or a wrapper around one, the loss of its next step.
 
     ``AcceleratedOptimizer``, ``LightningOptimizer``, DeepSpeed, Lookahead, SAM and Opacus hold the real optimizer in an
     attribute; it is found there.
@@ -203,7 +203,7 @@ def listening(optimizer: Any) -> Any:
     """
     inner = unwrapped(optimizer)
     if not isinstance(getattr(inner, "_intake", None), Intake):
-        # A trainer's wrapper says little to a user who made none: what is in it, too.
+        # Name what is inside too: a user may not know the trainer's wrapper.
         around = "" if inner is optimizer else f" around {type(inner).__name__}"
         raise TypeError(
             f"{type(optimizer).__name__}{around} holds no optimizer that listens to a loss: pass the emonavi optimizer "

@@ -1,29 +1,28 @@
-r"""Fewer bits: how state is stored, how a rule sees it, and how what it wrote is rounded.
+r"""State in fewer bits: how it is stored, unpacked for a rule, and rounded afterwards.
 
 A rule computes in float32 and knows nothing of this: a piece is unpacked, moved by the rule, and packed again.
 
-``"bf16"`` keeps a memory in bfloat16. ``"8bit"`` keeps it in blocks of 256 elements, in the order of the shape, with
-one float32 scale for each block: its largest magnitude. An element over its scale, x, is stored as the leading bits of
-a float32, 3 of them mantissa, so that levels lie 6 to 12 % apart::
+``"bf16"`` stores a memory in bfloat16. ``"8bit"`` stores it in blocks of 256 elements, in row-major order, with one
+float32 scale for each block: its largest magnitude. With x = element / scale, the leading bits of x as a float32 are
+stored, 3 of them mantissa, so that levels are 6 to 12 % apart::
 
     exp_avg_sq    x, of 2^-32 < x <= 1                        never 0
     exp_avg       s + (1 - s) |x|, s = 1.125 2^-16            and the sign; below s the levels are 2^-19 apart, to 0
 
-The two belong together: the least second memory is about s^2 of its block's largest, so that a coordinate whose first
-memory only chance rounds up from next to nothing makes a step of 2^-19 / s = a ninth of that of the block's largest,
-however small its gradients are. Beside a second memory of 0 it would step by m / eps.
+The two formats are made for each other. The smallest second memory is about s^2 of its block's largest. So a coordinate
+with tiny gradients, whose first memory is rounded up by chance, makes a step of 2^-19 / s, a ninth of that of the
+block's largest one. If the second memory could be 0, it would step by m / eps.
 
-Rounding is at random, up with the probability that keeps the mean: a value x between its neighbours a < b becomes b
-with probability (x - a) / (b - a). To the nearest, an exp_avg_sq with beta2 = 0.999 would never move again (it changes
-by a thousandth, and bfloat16 has levels 1/128 to 1/256 apart), nor would a bfloat16 parameter whose step is below 1/512
-of it. All three formats are leading bits of a float32, so that the rounding is one: add random bits below the last bit
-that is kept, and cut. The random bits are a hash of the tensor's step count, its place among the tensors of the step
-and the element's index: no generator is touched, and a resumed run rounds alike, as do replicas, however tensors are
-cut.
+Rounding is stochastic and keeps the mean: a value x between its neighbours a < b becomes b with probability
+(x - a) / (b - a). Rounded to the nearest, an exp_avg_sq with beta2 = 0.999 would never change again (it changes by a
+thousandth, and the levels of bfloat16 are 1/128 to 1/256 apart), nor would a bfloat16 parameter with a step below 1/512
+of it. All three formats are leading bits of a float32, so one method rounds all: add random bits below the last bit
+kept, and cut. The random bits are a hash of the tensor's step count, its place among the tensors of the step and the
+element's index. No generator is used; resumed runs, replicas and tensors cut into pieces are rounded alike.
 
-Sources: block-wise 8-bit state, Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861), there with another map and to
-the nearest; stochastic rounding, Gupta et al. 2015 (https://arxiv.org/abs/1502.02551), for bfloat16 parameters Zamirai
-et al. 2020 (https://arxiv.org/abs/2010.06192).
+Sources: block-wise 8-bit state, Dettmers et al. 2022 (https://arxiv.org/abs/2110.02861), who use another map and round
+to the nearest; stochastic rounding, Gupta et al. 2015 (https://arxiv.org/abs/1502.02551), for bfloat16 parameters
+Zamirai et al. 2020 (https://arxiv.org/abs/2010.06192).
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ __all__ = [
     *("GOLDEN", "MEMORIES", "SMALLEST", "filled", "narrow", "noise", "pack", "scale_of", "seeds", "stored", "unpack")
 ]
 
-# The memories that may be stored in fewer bits, all of the parameter's shape, and whether they have a sign.
+# Memories that may be stored in fewer bits, all of the parameter's shape; True: signed.
 MEMORIES = {"exp_avg": True, "exp_avg_sq": False}
-SMALLEST = 4096  # elements: smaller tensors (biases, norms) weigh nothing, and keep float32
+SMALLEST = 4096  # elements: smaller tensors (biases, norms) take little memory, and stay float32
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of a float32's mantissa
-_CUT = 20  # of its 23, so that 3 are kept
+_CUT = 20  # bits of its 23 that are cut, so that 3 stay
 _TOP = 0x3F800000 >> _CUT  # leading bits of 1.0, the highest code
 _LEAST = 1.125 * 2.0**-16  # s: its leading bits are those of 1.0 less 127
 GOLDEN = 0x9E3779B1  # 2^32 over the golden ratio, odd
 
 
 def stored(fresh: dict[str, Tensor], param: Tensor, state_dtype: str | None) -> dict[str, Tensor]:
-    """Fresh state, all zeros, as it is to be stored: an 8-bit memory has its scales beside it."""
+    """Fresh state, all zeros, in the dtypes that it is stored in; an 8-bit memory gets its scales."""
     if state_dtype is None or param.numel() < SMALLEST:
         return fresh
     kept: dict[str, Tensor] = {}
@@ -68,7 +67,7 @@ def stored(fresh: dict[str, Tensor], param: Tensor, state_dtype: str | None) -> 
 
 
 def filled(made: dict[str, Tensor], param: Tensor, memories: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stored memories of a parameter, with the given values, of its shape, written into them to the nearest."""
+    """Write values of a parameter's memories, given in its shape, into stored ones, rounded to the nearest."""
     batch = {name: t.unsqueeze(0) for name, t in {"param": param.detach(), **made}.items()}
     values = unpack(batch)
     for name, memory in memories.items():
@@ -78,12 +77,12 @@ def filled(made: dict[str, Tensor], param: Tensor, memories: Mapping[str, Tensor
 
 
 def narrow(lists: Mapping[str, list[Tensor]]) -> bool:
-    """Whether anything that a rule writes is stored in fewer bits than float32."""
+    """Whether the parameter or a memory is stored in fewer bits than float32."""
     return any(column[0].element_size() < 4 for name, column in lists.items() if name != "grad")
 
 
 def unpack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as a rule takes it: in float32, or in float64 where the parameter is, and without scales."""
+    """A batch as a rule takes it: in float32 (float64 if the parameter is), and without scales."""
     values: dict[str, Tensor] = {}
     dtype = torch.promote_types(batch["param"].dtype, torch.float32)
     for name, tensor in batch.items():
@@ -96,10 +95,10 @@ def unpack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(values: Mapping[str, Tensor], batch: Mapping[str, Tensor], random: Tensor | None) -> None:
-    """Write what a rule has written back to where it is stored.
+    """Round a rule's results and write them to where they are stored.
 
     Args:
-        values: what :func:`unpack` made of ``batch``; of no use afterwards.
+        values: what :func:`unpack` made of ``batch``; overwritten.
         batch: of shape (n, ...).
         random: what :func:`noise` gives for these elements, of shape (n, elements); None rounds to the nearest.
     """
@@ -107,7 +106,7 @@ def pack(values: Mapping[str, Tensor], batch: Mapping[str, Tensor], random: Tens
         home = batch[name]
         if name == "grad" or value is home:
             continue
-        # The leading bits of products with odd numbers that have nothing to do with each other.
+        # A product with another odd number for each tensor makes their leading bits independent.
         own = None if random is None else random * _signed(pow(GOLDEN, place + 2, 1 << 32))
         scale = batch.get(scale_of(name))
         if scale is not None:
@@ -129,8 +128,8 @@ def seeds(steps: Tensor, places: Tensor) -> Tensor:
 def noise(seeds: Tensor, start: int, count: int) -> Tensor:
     """Random bits for each of ``count`` elements from index ``start`` on: int32, of shape (n, count).
 
-    From step to step an element's bits are as random as the seeds. Among neighbours one round has to do; it is complete
-    only when the bits are multiplied by an odd number, so that the leading ones depend on all.
+    Different steps get independent bits through the seed. Within a tensor one xor-shift suffices, because ``pack``
+    multiplies by an odd constant before using the leading bits.
     """
     index = torch.arange(count, device=seeds.device).to(torch.int32)
     first = seeds + _signed(start * GOLDEN % (1 << 32))
@@ -145,17 +144,17 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _folded(x: Tensor, shift: int) -> Tensor:
-    """The bits xor those ``shift`` places higher up."""
+    """``x ^ (x >> shift)``, with a logical shift."""
     return x ^ _leading(x.clone(), 32 - shift)
 
 
 def _signed(word: int) -> int:
-    """An unsigned word as int32 has it."""
+    """An unsigned 32-bit number as the int32 of the same bits."""
     return word - (1 << 32) if word >> 31 else word
 
 
 def _leading(random: Tensor, bits: int) -> Tensor:
-    """The leading bits as a number of at least 0. Writes to ``random``."""
+    """The leading bits as a non-negative number. Overwrites ``random``."""
     return random.bitwise_right_shift_(32 - bits).bitwise_and_((1 << bits) - 1)
 
 
@@ -173,7 +172,7 @@ def _decode(codes: Tensor, scale: Tensor, *, signed: bool) -> Tensor:
 
 
 def _encode(values: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None, *, signed: bool) -> None:
-    """Write codes and scales of values of shape (n, ...)."""
+    """Write the codes and scales of values of shape (n, ...)."""
     flat = values.flatten(1).contiguous()
     sizes = _blocks(flat).abs() if signed else _blocks(flat)
     torch.amax(sizes, 2, out=scale)
@@ -190,11 +189,11 @@ def _encode(values: Tensor, codes: Tensor, scale: Tensor, random: Tensor | None,
 
 
 def _blocks(flat: Tensor) -> Tensor:
-    """Shape (n, elements) as (n, blocks, BLOCK), zeros at the end."""
+    """Reshape (n, elements) to (n, blocks, BLOCK), padded with zeros."""
     missing = -flat.shape[1] % BLOCK
     return (pad(flat, (0, missing)) if missing else flat).view(len(flat), -1, BLOCK)
 
 
 def scale_of(name: str) -> str:
-    """Name of the scales of a memory's blocks, where it has any."""
+    """Name of the tensor with the scales of a memory's blocks."""
     return f"{name}_scale"

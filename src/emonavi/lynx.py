@@ -6,10 +6,10 @@ With gradient :math:`g` and a ready ``step_size`` and ``decay`` for each tensor:
     param     = decay param - step_size direction                       step_size = lr drive fade
     exp_avg   = beta2 exp_avg + (1 - beta2) g
 
-The fade, at most 1, is the gain of late over its mean so far (``reflection.py``; 1 in the presets): a sign is as
-long beside a gradient of 0 as beside any other. It is no part of ``effective_lr``, and ``min_lr`` is no floor under it.
+The fade, at most 1, is the recent gain over its mean so far (``reflection.py``; 1 in the presets): the size of a sign
+does not depend on the gradient's. The fade is not part of ``effective_lr``, and ``min_lr`` does not bound it.
 
-Reflection compares g with the sign of the memory as it stood before this update, in Lion's own metric:
+Reflection compares g with the sign of the memory before this update, in Lion's own metric:
 <g, sign(exp_avg)> over sum |g|.
 
 Sources: Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675); the emotion around it after muooon/EmoNavi.
@@ -35,10 +35,10 @@ __all__ = ["EmoLynx", "emolynx"]
 
 
 class EmoLynx(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Lion-type optimizer that listens to the loss. State: 4 bytes per float32 parameter.
 
-    Lion divides by nothing: ``eps`` is here so that the siblings can be exchanged.""",
+    Lion has no denominator: ``eps`` is accepted so that the siblings can be exchanged, and ignored.""",
         """
     Example:
         >>> import torch
@@ -55,13 +55,13 @@ class EmoLynx(EmoOptimizer):
             not depend on the choice of lr.""",
     )
 
-    # Lion's memory is ten times as long as Adam's, so that trust comes to 0 at too bold a step. Final loss over that of
-    # the same rule tuned with cosine, on the dev task `digits`: 0.96 at -0.3, 1.25 at 0. Beyond, a long run freezes.
+    # Lion's memory is ten times as long as Adam's, so trust reaches 0 only at too large a step. Final loss over that of
+    # the same rule tuned with cosine, on the dev task `digits`: 0.96 at -0.3, 1.25 at 0. Below -0.3 a long run freezes.
     _hold = (-0.3, -0.3)
-    # A sign does not shrink with the gradient, so the lr has to: a slower fall was 2 % worse on five dev tasks.
+    # A sign does not shrink with the gradient, so the lr must: a slower fall was 2 % worse on five dev tasks.
     _fall = 2.0
-    # A sign is as long beside a gradient of 0 as beside any other: sixty digits learnt by heart ended at 25 times the
-    # loss of Lion tuned, with this at 3.3.
+    # The step has the same size even where gradients vanish: on sixty memorised digits the final loss was 25 times that
+    # of tuned Lion, and 3.3 times with this.
     _fades = True
 
     def __init__(
@@ -106,7 +106,7 @@ class EmoLynx(EmoOptimizer):
         if not group["decoupled_weight_decay"] or not rate:
             return rate
         start = group["lr_start"]
-        # Of a group that begins at lr 0, the highest so far is all that is known of the lr that is meant.
+        # If a group begins at lr 0 (a warm-up), its highest lr so far is all that is known of the intended one.
         lr = where(start > 0, start, like(start, highest(group["lr"], group["lr_peak"])))
         decoupled: float = where(lr > 0, rate / where(lr > 0, lr, like(lr, 1.0)), like(lr, 0.0))
         return decoupled

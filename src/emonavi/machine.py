@@ -1,4 +1,4 @@
-"""What an emotion is to the optimizer, and what its machines share."""
+"""The interface between an emotion and the optimizer, and what the emotions share."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from emonavi.scalars import Number, isfinite, like, negate, where
 __all__ = ["KEPT", "Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
 
 
-# The numbers in the state of each tensor, as they begin.
+# The scalars in the state of each tensor, with their initial values.
 KEPT = {"step": 0.0, "drive": 1.0, "trust": 0.0}
 
 
 class Options(NamedTuple):
-    """What the user fixed or a schedule moved, as the emotion needs it (plain numbers or 0-d tensors)."""
+    """Options and lrs as the emotion needs them (plain numbers or 0-d tensors)."""
 
     use_trust: bool
     use_shadow: bool
     max_norm: float
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
-    hold: float  # the rule's target of trust, in standard deviations below 0
-    fall: float  # within the noise the rule's lr falls no faster than age to the minus this
-    fades: bool  # the rule's step has the same size whatever the gradient's
-    # Of the groups in which something moves:
+    hold: float  # the rule's target of trust, in standard deviations below 0 (negative: above)
+    fall: float  # within the noise the lr falls no faster than age^-fall
+    fades: bool  # the size of the rule's step does not depend on that of gradients
+    # Over the groups in which something moves:
     decayed: Number  # every lr is below half its peak: a schedule is ending the run
-    lr: Number  # the highest
+    lr: Number  # the highest lr
 
 
 class Weights(NamedTuple):
-    """All that trains, before the first step (0-d tensors)."""
+    """Statistics of all weights that train, before the first step (0-d tensors)."""
 
     rms: Tensor
-    blank: Tensor  # share of them in tensors that are all zero
+    blank: Tensor  # share of weights in all-zero tensors
 
 
 class Sums(NamedTuple):
-    """What one sweep over the tensors gives back: 1-D tensors with one entry for each tensor that was stepped."""
+    """Result of one sweep over the tensors: 1-D tensors with one entry for each tensor of the step."""
 
     grad_step: Tensor  # <g, u>: today's gradient with the last step's direction
     grad_grad: Tensor  # <g, g> in the rule's metric
@@ -49,20 +49,20 @@ class Sums(NamedTuple):
 
 
 class Mood(NamedTuple):
-    """The ready scalars of one update."""
+    """The scalars of one update, ready to use."""
 
     drive: Number  # multiplies lr, for the step and for weight decay
     scale: Number  # multiplies the step only
     trust: Number | None  # scales what a memory takes in (v4 only)
-    grad_scale: Number  # outlier control
-    pull: Number  # p moves this far to the shadow before the update: 1 = restored
-    follow: Number  # then the shadow moves this far to p
-    scalar: Number  # the emotional scalar, for rules that switch by it,
-    last_scalar: Number  # and as it was at the last update, whose step reflection looks at
+    grad_scale: Number  # multiplies the gradient: below 1 for an outlier
+    pull: Number  # before the update, p moves by this share to the shadow; 1 restores it
+    follow: Number  # then the shadow moves by this share to p
+    scalar: Number  # the emotional scalar, for rules that depend on it
+    last_scalar: Number  # the same at the last update, whose step reflection looks at
 
 
 class Machine(Protocol):
-    """What an emotion is to the optimizer: a state vector, and pure functions from state to state.
+    """What the optimizer needs of an emotion: a state vector, and pure functions from state to state.
 
     A step calls ``begin`` (once in a run), ``give_way``, ``look_back``, ``feel`` (where there is a loss), ``guard``,
     ``mood``, ``reflect`` and ``reflect_each``, in this order. A state is a NamedTuple of numbers.
@@ -70,7 +70,7 @@ class Machine(Protocol):
 
     @property
     def name(self) -> str:
-        """As the constructor takes it."""
+        """The constructor's name for it."""
 
     @property
     def code(self) -> int:
@@ -78,15 +78,15 @@ class Machine(Protocol):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The options that this emotion has."""
+        """The options that this emotion has, with their defaults."""
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The options that it does not let anyone choose."""
+        """The options that it has at a fixed value."""
 
     @property
     def keeps(self) -> float:
-        """Share of the weights that a step's decay leaves at least."""
+        """Lower bound on the factor by which a step's weight decay multiplies the weights."""
 
     @property
     def corrects_bias(self) -> bool:
@@ -94,7 +94,7 @@ class Machine(Protocol):
 
     @property
     def reflects(self) -> bool:
-        """Whether it uses the sums of reflection."""
+        """Whether it uses reflection."""
 
     def initial(self) -> list[float]: ...
     def index(self, name: str) -> int: ...
@@ -127,11 +127,11 @@ def keep(flag: Number, new: Any, old: Any) -> Any:
 
 
 def regular(state: Any, loss: Number, window: Number) -> tuple[Number, Number, Any]:
-    """Whether a loss is finite and whether its accumulation window is a usual one, with the state that remembers both.
+    """Whether a loss is finite, whether its accumulation window is usual, and the state that remembers both.
 
-    A window with another number of backward calls than usual (the last, partial one of an epoch) holds a loss on
-    another scale: it is left out. Two such in a row, of whatever numbers, are the new usual: where windows are filled
-    up to so many tokens, each has a number of its own, and a run must not go deaf for that.
+    A window with an unusual number of backward calls (the last, partial one of an epoch) has a loss on another scale,
+    and is left out. The second one in a row counts, whatever its number, and is the new usual one: where windows are
+    filled up to a number of tokens, each has its own number of calls, and the run must still hear losses.
     """
     finite = isfinite(loss)
     calls = like(loss, window)

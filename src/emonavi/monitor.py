@@ -1,6 +1,6 @@
 """What an optimizer feels, as plain numbers: a snapshot to read, and a recorder that writes it step by step.
 
-``live``, a line in the terminal, is at home in ``terminal.py``, and ``trajectory``, the way of the weights, in
+``live``, a line in the terminal, is defined in ``terminal.py``; ``trajectory``, the path of the weights, in
 ``trajectory.py``.
 """
 
@@ -21,14 +21,14 @@ from emonavi.trajectory import trajectory
 
 __all__ = ["LAYOUT", "Recorder", "Snapshot", "live", "tagged", "trajectory"]
 
-ROUNDING = 1e-24  # a variance of the scalar below it is that of its last digits
+ROUNDING = 1e-24  # a variance of the scalar below this is rounding
 RING = 50  # steps that wait on a device before they are written
 
 # TensorBoard's tab "Custom Scalars", as add_custom_scalars takes it: charts of tags, which are regular expressions.
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "emonavi": {
         "feeling: scalar, tension": ["Multiline", ["emo/scalar$", "emo/tension$"]],
-        "reflection: trust": ["Multiline", ["emo/trust$"]],  # beside a drive of 10 it would look like 0
+        "reflection: trust": ["Multiline", ["emo/trust$"]],  # in one chart with a drive of 10 it would look like 0
         "reflection: drive": ["Multiline", ["emo/drive$"]],
         "effective lr of each group": ["Multiline", [r"emo/lr/group_\d+$"]],
         "loss: short and long memory": ["Multiline", ["emo/loss_short$", "emo/loss_long$"]],
@@ -36,24 +36,33 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "should_stop": ["Multiline", ["emo/should_stop$"]],
     }
 }
-_laid_out: weakref.WeakSet[Any] = weakref.WeakSet()  # writers that have it
+_laid_out: weakref.WeakSet[Any] = weakref.WeakSet()  # writers that have the layout
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """What the optimizer feels.
 
+    ``mood`` is one word for it. Of the adaptive emotion: ``"done"`` (``should_stop``), ``"resting"`` (after a panic,
+    until the drive is back), ``"braking"`` (the loss rises beyond its noise), ``"growing"`` or ``"easing"`` (trust is
+    above 0.03, or below -0.03), else ``"steady"``. Of the published generations: ``"done"``, ``"tense"`` (scalar above
+    0.3), ``"eager"`` (below -0.3), else ``"steady"``.
+
     ``loss`` is the loss last felt (NaN before any), ``short``, ``medium`` and ``long`` are its running means,
     ``scalar`` is the emotional scalar in [-1, 1]: positive while the loss rises, negative while it improves.
-    ``tension`` is how far the short mean stands above the medium one, in units of the loss's own noise. ``trust`` is
-    the smoothed cosine between each gradient and the step before it: positive means that steps were too short.
-    ``drive`` multiplies lr. ``grad_norm`` is the last gradient's. What an emotion does not have is NaN.
+    ``tension`` is how far the short mean is above the medium one, in units of the loss's own noise. ``trust`` is the
+    smoothed cosine between each gradient and the step before it: positive means that steps were too short. ``drive``
+    multiplies lr. ``grad_norm`` is the norm of the last gradient. What an emotion does not have is NaN.
 
-    ``skewness``, ``kurtosis`` and ``asymmetry`` describe the scalar over the last fifty losses, for diagnosis: nothing
-    acts on them. Skewness above 0: mostly calm, with rises that stand out; below 0: with improvements that stand out.
-    Kurtosis is 3 for a normal distribution; far above, a few losses stand out from many usual ones. Both are NaN where
-    the scalar has not moved. Asymmetry, from -1 to 1, is the mean of the scalar over the mean of its size: -1 while
-    all is improvement, 0 where rises and improvements balance, 1 while the loss only rises.
+    ``steps`` counts the steps that moved the weights, ``skipped_steps`` those left out because the gradient was not
+    finite, and ``ignored_losses`` the losses that were not finite. ``should_stop`` is that of the optimizer: the last
+    stretch of the run gave next to nothing of its progress.
+
+    ``skewness``, ``kurtosis`` and ``asymmetry`` describe the scalar over the last fifty losses, for diagnosis only.
+    Skewness above 0: mostly calm, with a few large rises; below 0: with a few large improvements. Kurtosis is 3 for a
+    normal distribution; if it is far above, a few losses stand out from the others. Both are NaN while the scalar has
+    not changed. Asymmetry, from -1 to 1, is the mean of the scalar over the mean of its absolute value: -1 if the loss
+    only improves, 0 if rises and improvements balance, 1 if it only rises.
     """
 
     mood: str
@@ -76,9 +85,9 @@ class Snapshot:
 
     @property
     def agitation(self) -> float:
-        """How far from calm, 0 to 1: 1 while it rests after a shock, else ``abs(scalar)``.
+        """How far from calm, 0 to 1: 1 while it rests after a panic, else ``abs(scalar)``.
 
-        0: the loss moves within its own noise. Towards 1: it moves far beyond it, down (``scalar < 0``) or up.
+        0: the loss moves within its own noise. Towards 1: it moves far beyond its noise, down (``scalar < 0``) or up.
         """
         return 1.0 if self.mood == "resting" else abs(self.scalar)
 
@@ -88,7 +97,7 @@ class Snapshot:
         state: Any = emotion.unpack(vector, plain=True)
         values: dict[str, float] = {k: v for k, v in state._asdict().items() if not isinstance(v, Tensor)}
         stop = bool(emotion.should_stop(state))
-        offset = values.get("first", 0.0)  # the adaptive memories hold the loss relative to the first one
+        offset = values.get("first", 0.0)  # the adaptive emotion stores losses relative to the first
         memories = {
             k: values[k] + offset if values["losses"] and k in values else math.nan for k in ("short", "medium", "long")
         }
@@ -110,7 +119,7 @@ class Snapshot:
 
 
 def _shape(values: dict[str, float]) -> dict[str, float]:
-    """The shape of the scalar's recent distribution, where the emotion keeps its moments."""
+    """Skewness, kurtosis and asymmetry of the scalar, if the emotion keeps its moments."""
     variance, size = values.get("scalar_m2", 0.0), values.get("scalar_size", 0.0)
     shape = {"asymmetry": values["scalar_mean"] / size} if size else {}
     if variance > ROUNDING:
@@ -122,10 +131,10 @@ class Recorder:
     """Writes the emotion to anything with ``add_scalar(tag, value, step)``.
 
     On the CPU each step is written at once. On a device, where reading waits, the steps are kept there and written
-    together every 50 steps, by ``flush()``, and when the recorder goes.
+    every 50 steps, by ``flush()``, and when the recorder is freed.
 
-    A writer that also has ``add_custom_scalars`` is given ``LAYOUT``, once and at once: TensorBoard shows the layout
-    that a run wrote last, so a layout of your own is added later, and may include this one:
+    A writer that also has ``add_custom_scalars`` gets ``LAYOUT``, once, at construction. TensorBoard shows the layout
+    that a run wrote last, so add a layout of your own later; it may include this one:
     ``writer.add_custom_scalars({**emonavi.monitor.LAYOUT, **mine})``.
 
     Example:
@@ -148,18 +157,18 @@ class Recorder:
         self.writer = writer
         self._emotion = emotion
         self._ring: list[tuple[Tensor, Tensor]] = []
-        # A function of the parts, not a method: a finalizer that held the recorder would keep it alive.
+        # Not a bound method: it would keep the recorder alive.
         self._finalizer = weakref.finalize(self, _finish, self._ring, writer, emotion)
         _lay_out(writer)
 
     def record(self, vector: Tensor, effective_lr: Tensor) -> None:
-        """Take in the state after a step."""
+        """Record the state after a step."""
         self._ring.append((vector.clone(), effective_lr))
         if vector.device.type == "cpu" or len(self._ring) >= RING:
             _write(self._ring, self.writer, self._emotion)
 
     def close(self) -> None:
-        """Write what is waiting, once and for all."""
+        """Write what is waiting, for the last time."""
         self._finalizer()
 
     def flush(self) -> None:
@@ -170,15 +179,15 @@ class Recorder:
 def _finish(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> None:
     _write(ring, writer, emotion)
     if callable(getattr(writer, "flush", None)):
-        writer.flush()  # a SummaryWriter writes in the background, and a script that ends does not wait for it
+        writer.flush()  # a SummaryWriter writes in a thread that the end of a script does not wait for
 
 
 def _lay_out(writer: Any) -> None:
     if not callable(getattr(writer, "add_custom_scalars", None)):
         return
-    with contextlib.suppress(TypeError):  # an object that cannot be in a set is given the layout each time
+    with contextlib.suppress(TypeError):  # an unhashable writer gets the layout each time
         if writer in _laid_out:
-            return  # a second optimizer's, and perhaps changed by its owner since
+            return  # of a second optimizer too: its owner may have changed the layout since
         _laid_out.add(writer)
     writer.add_custom_scalars(LAYOUT)
 
@@ -191,11 +200,11 @@ def _write(ring: list[tuple[Tensor, Tensor]], writer: Any, emotion: Machine) -> 
         felt = Snapshot.of(emotion, vector)
         for tag, value in tagged(felt, rates).items():
             writer.add_scalar(tag, value, felt.steps)
-        del ring[0]  # only now: where a writer raises (a full disk), the step waits for the next attempt
+        del ring[0]  # only now: if the writer raises (a full disk), the step is tried again
 
 
 def tagged(felt: Snapshot, effective_lr: list[float]) -> dict[str, float]:
-    """The numbers worth a curve, by tag; what an emotion does not have is left out."""
+    """The numbers to plot, by tag, without those that the emotion does not have."""
     values = {f"emo/lr/group_{i}": rate for i, rate in enumerate(effective_lr)}
     values |= {
         "emo/scalar": felt.scalar, "emo/trust": felt.trust, "emo/drive": felt.drive, "emo/tension": felt.tension,

@@ -8,8 +8,8 @@ each tensor::
     denom      = sqrt(exp_avg_sq) / root + eps                          root = sqrt(1 - beta2^k)
     param      = decay param - step_size exp_avg / denom                step_size = lr drive / (1 - beta1^k)
 
-Reflection compares g with the step taken last, u = exp_avg / denom as they stood before this update, in Adam's own
-metric: <g, u>, <g, g / denom>, <exp_avg, u>.
+Reflection compares g with the last step, u = exp_avg / denom as they were before this update, in Adam's own metric:
+<g, u>, <g, g / denom>, <exp_avg, u>.
 
 Sources: Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) with decoupled weight decay (Loshchilov and Hutter
 2019, https://arxiv.org/abs/1711.05101); the emotion around it after muooon/EmoNavi.
@@ -30,7 +30,7 @@ __all__ = ["EmoNavi", "emonavi"]
 
 
 class EmoNavi(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Adam-type optimizer that listens to the loss. State: 8 bytes per float32 parameter.""",
         """
     Example:
@@ -102,8 +102,8 @@ def emonavi(
         beta1: decay rate of the first memory.
         beta2: decay rate of the second memory.
         eps: added to the denominator.
-        grad_trust: 0-d, scales what the first memory takes in.
-        square_trust: 0-d, scales what the second memory takes in.
+        grad_trust: 0-d, scales what enters the first memory.
+        square_trust: 0-d, scales what enters the second memory.
         reflect: compute the sums of reflection.
 
     Returns:

@@ -8,14 +8,13 @@ With gradient :math:`g` and a ready ``step_size`` and ``decay`` for each tensor:
     param   = decay param - step_size ((1 - hard) soft + hard sign(blend))          step_size = lr drive fade
     exp_avg = beta2 exp_avg + (1 - beta2) g
 
-A sign is as long for a weight that hardly matters as for any other. The soft one is as long where the blend is as large
-as it is on average, at most twice as long, and short for the weights whose blend is small. While the loss rises beyond
-its noise it is Lion's sign. Where a loss ends at 0 it needs Lion's fade (``lynx.py``) all the same. Reflection compares
-g with the step taken last, the soft sign of the memory as it stood before this update, over what they could agree in at
-most: <g, u> over sum |g| |u|.
+A sign moves every weight by the same amount, even one that hardly matters. The soft sign is 1 where \|blend\| equals
+its mean, less where it is smaller, and at most 2. While the loss rises beyond its noise, the step is Lion's sign. If a
+loss ends at 0, it still needs Lion's fade (``lynx.py``). Reflection compares g with the last step u, the soft sign of
+the memory before this update, relative to the largest possible agreement: <g, u> over sum |g| |u|.
 
-As published (``emotion="v3"``), ``soft`` is blend / (1 + \|blend\|) (norm(g) + eps) where \|scalar\| is above 0.2 and
-at most 0.5; elsewhere the step is the sign, for weights whose gradient has the sign of their blend.
+As published (``emotion="v3"``), ``soft`` is blend / (1 + \|blend\|) (norm(g) + eps) if \|scalar\| is above 0.2 and at
+most 0.5; otherwise the step is the sign, but only for weights whose gradient and blend have the same sign.
 
 Sources: Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675); the published rule and the emotion after
 muooon/EmoNavi.
@@ -42,11 +41,11 @@ __all__ = ["EmoNeco", "emoneco", "emoneco_v3"]
 
 
 class EmoNeco(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Lion-type optimizer with a soft sign that listens to the loss.
 
-    State: 4 bytes per float32 parameter. EmoZeal needs no more and ended lower on 23 of 27 tasks: this one is here for
-    the sake of the family. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the rule was published.""",
+    State: 4 bytes per float32 parameter. EmoZeal needs no more and ended lower on 23 of 27 tasks: this one only
+    completes the family. ``emotion`` is ``"adaptive"`` or ``"v3"``, for which the rule was published.""",
         """
     Example:
         >>> import torch
@@ -61,7 +60,7 @@ class EmoNeco(EmoOptimizer):
     )
 
     _generations = ("v3",)
-    # As EmoLynx: the same memory, and steps that know no size of gradients.
+    # As EmoLynx: the same memory, and steps whose size does not depend on that of gradients.
     _hold = (-0.3, -0.3)
     _fall = 2.0
     _fades = True
@@ -163,7 +162,7 @@ def emoneco(
 
 
 def _direction(blend: Tensor, hard: Number) -> Tensor:
-    """The soft sign of a batch of shape (n, ...), moved by the share ``hard`` to the sign."""
+    """The soft sign of a batch of shape (n, ...), interpolated by the share ``hard`` towards the sign."""
     if not isinstance(hard, Tensor) and hard == 1:
         return blend.sign()
     size = blend.abs()
@@ -185,7 +184,7 @@ def emoneco_v3(
     soft: Number,
     reflect: bool = False,
 ) -> None:
-    """Functional form of the published rule; ``soft`` is 1 for its soft sign, 0 for the sign where memory agrees.
+    """Functional form of the published rule; ``soft`` is 1 for its soft sign, 0 for the sign where both agree.
 
     ``eps`` is added to the norm; the other arguments are those of :func:`emoneco`. It does not reflect.
     """
@@ -201,5 +200,5 @@ def emoneco_v3(
 
 
 def _agreed(blend: Tensor, grad: Tensor) -> Tensor:
-    """The sign of the blend where the gradient has it, too; else 0."""
+    """The sign of the blend where the gradient has the same sign, else 0."""
     return torch.where(blend.sign() == grad.sign(), blend.sign(), 0.0)

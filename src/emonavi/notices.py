@@ -1,4 +1,4 @@
-"""Warnings of what goes on from step to step and may not show otherwise."""
+"""Warnings about problems that go on from step to step and would not show otherwise."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["IDLE", "IGNORED", "SKIPPED", "Missing", "Streak", "callers_level"]
 
-UNFED_STEPS = 5  # real steps without a loss before the warning: a trainer's dry run is no reason for one
-IN_A_ROW = 20  # of other things
+UNFED_STEPS = 5  # steps without a loss before the warning: a trainer's dry run must not cause it
+IN_A_ROW = 20  # steps before the other warnings
 SKIPPED = """{name} has skipped {n} steps in a row, because a gradient, or its square, was not finite: nothing moves. \
 torch.autograd.set_detect_anomaly(True) names the operation that the first NaN comes from"""
 IGNORED = """{name} has ignored {n} losses in a row that are not finite: it trains by gradients alone. \
@@ -21,25 +21,25 @@ Was it made from another model, or before the model was copied, or wrapped by PE
 
 
 class Streak:
-    """Warns of what happens in step after step, each time that it begins anew; ``name`` is of the optimizer."""
+    """Warns once whenever something happens in 20 steps in a row; ``name`` is the optimizer's."""
 
     def __init__(self, message: str, name: str) -> None:
         self._message = message.format(name=name, n=IN_A_ROW)
         self._length = 0
 
     def note(self, happened: bool) -> None:
-        """Count a step in which it has happened, or has not."""
+        """Count a step in which it happened, or did not."""
         self._length = self._length + 1 if happened else 0
         if self._length == IN_A_ROW:
             warnings.warn(self._message, stacklevel=callers_level())
 
 
 class Missing:
-    """What is done about steps that have no loss.
+    """What to do about steps without a loss.
 
     Args:
         action: ``"warn"`` (once), ``"ignore"`` or ``"error"``.
-        name: of the optimizer.
+        name: the optimizer's.
     """
 
     def __init__(self, action: str, name: str) -> None:
@@ -49,7 +49,7 @@ class Missing:
         self._warned = False
 
     def note(self, heard: object) -> None:
-        """Count a real step with the loss that it heard, or None."""
+        """Count a step with its loss, or None."""
         self._unfed = 0 if heard is not None else self._unfed + 1
         if heard is not None or self.action == "ignore":
             return
@@ -66,7 +66,7 @@ class Missing:
 
 
 def callers_level() -> int:
-    """How far up the stack, for a warning, the code is that is neither torch's nor ours."""
+    """The ``stacklevel`` of a warning that points to the first caller outside torch and emonavi."""
     ours = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__]))
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):

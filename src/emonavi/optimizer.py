@@ -1,8 +1,8 @@
-"""EmoOptimizer: groups, buckets, state and the library's only ``step()``.
+"""EmoOptimizer: groups, buckets, state and how the siblings move.
 
-One step is, in order: which loss counts (``intake``), what it feels like (``emotion``), may this gradient act (the
-guard), one sweep over the tensors (a rule file), what the sweep says of the last step (reflection). The emotion knows
-numbers only and a rule knows tensors and ready scalars only; this is the one place that knows both.
+One step is, in order: which loss counts (``intake``), what the emotion makes of it (``emotion``), whether this gradient
+may act (the guard), one sweep over the tensors (a rule file), and what the sweep says about the last step (reflection).
+The emotion knows only numbers, a rule only tensors and ready scalars. This file connects the two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from emonavi import checks, kernels, lowbit
 from emonavi.active import Active, Found, Roster
-from emonavi.bearer import Bearer
+from emonavi.bearer import Bearer, make_shadow, of_the_run
 from emonavi.checkpoint import LATER, load_exactly, loadable
 from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from emonavi.kernels.plan import Plan
 
 ParamsT: TypeAlias = Iterable[Any]
-EARLY = 20  # calls of step() in which the second gradient may come, after some that were not finite
+EARLY = 20  # calls of step() by which the second finite gradient has come, even if some before it were not finite
 
 
 class EmoOptimizer(Bearer):
@@ -45,11 +45,11 @@ class EmoOptimizer(Bearer):
         params: iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define groups.
         lr: first guess of the learning rate; the emotion multiplies it by its drive. A float or a 0-d tensor.
         betas: decay rates of the first and the second memory.
-        eps: added to the denominator (EmoLynx has no use for it).
-        weight_decay: decoupled weight decay; it follows the drive, up to a thousandth of the weights in a step.
+        eps: added to the denominator (EmoLynx ignores it).
+        weight_decay: decoupled weight decay, times the effective lr; at most a thousandth of the weights in a step.
         emotion: ``"adaptive"``, a published generation (``"v1"``, ``"v3"``, ``"v4"``, where the sibling has it), an
-            :class:`~emonavi.Emotion`, or a dict of its constants, ``{"start": 1e-3}``. Where one of the next five
-            options is None, it is the emotion's own; adaptive: False, True, 1.0, 1e-6 and no wall.
+            :class:`~emonavi.Emotion`, or a dict of its constants, ``{"start": 1e-3}``. The next five options, where
+            they are None, take the emotion's defaults; adaptive: False, True, 1.0, 1e-6 and no upper bound.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
             :meth:`calm` evaluates with it. 4 bytes per parameter.
         use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
@@ -61,22 +61,22 @@ class EmoOptimizer(Bearer):
         capture: ``"auto"`` hears the loss at backward; False only takes the losses it is told.
         on_missing_loss: ``"warn"`` (once, after several steps), ``"ignore"`` or ``"error"``.
         process_group: over which the ranks' losses are averaged: ``"auto"`` is the default group once
-            ``torch.distributed`` is initialised, or the mesh that sharded parameters were cut from. None is never, but
-            for shards, which must feel one loss.
+            ``torch.distributed`` is initialised, or the mesh that sharded parameters were cut from. None is never,
+            except over shards, which must feel the same loss.
         maximize: climb instead of descend.
         foreach: update lists of tensors in cache-sized pieces (True) or tensor by tensor (False). None: as ``fused``.
-        fused: update each list of tensors by one kernel; True raises where there is none, False never does it. None
-            does it on the CPU where there is one and ``foreach`` is None; else lists of tensors, unless ``foreach`` is
-            False.
-        capturable: never branch on a tensor's value, on the CPU too (on other devices it is always so).
+        fused: update each list of tensors by one kernel. True raises if there is none, False never uses one. None
+            uses one on the CPU if there is one and ``foreach`` is None; otherwise it updates lists of tensors, unless
+            ``foreach`` is False.
+        capturable: never branch on a tensor's value, not even on the CPU (on other devices this always holds).
         state_dtype: how the memories of large tensors are stored: None (float32), ``"bf16"`` (or ``torch.bfloat16``),
-            or ``"8bit"`` (or ``"int8"``). The arithmetic is float32 all the same.
+            or ``"8bit"`` (or ``"int8"``). The arithmetic stays float32.
         stochastic_rounding: round 16-bit parameters and low-bit memories at random, so that steps smaller than a bit
-            add up. False: to the nearest, where they vanish.
+            add up. False rounds to the nearest, which loses them.
 
     Raises:
         ValueError: an option is out of range, or the emotion does not have it. Strings that spell a number, a flag or
-            None are taken for it, since command lines know nothing else.
+            None are accepted, since command lines have nothing else.
         TypeError: an option is unknown or of the wrong type.
     """
 
@@ -105,6 +105,13 @@ class EmoOptimizer(Bearer):
         state_dtype: str | torch.dtype | None = None,
         stochastic_rounding: bool = True,
     ) -> None:
+        if type(self) is EmoOptimizer:
+            from emonavi.registry import FAMILY  # it imports this module
+
+            raise TypeError(
+                f"EmoOptimizer is the base class and has no rule: use one of {', '.join(FAMILY)}, or "
+                "emonavi.create(name, params)"
+            )
         if isinstance(params, torch.nn.Module):
             raise TypeError("params is the model itself: pass model.parameters()")
         machine = checks.emotion(emotion, self._generations)
@@ -117,23 +124,23 @@ class EmoOptimizer(Bearer):
             "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
         settings = checks.settings(capture, on_missing_loss, process_group)
-        self._emotion = machine  # a group that asks for kernels needs it
+        self._emotion = machine  # add_param_group() needs it
         super().__init__(params, defaults)
         for group in self.param_groups:
-            group |= {"lr_start": _own(group["lr"]), "lr_peak": 0.0}  # where the groups are another optimizer's
+            group |= of_the_run(group["lr"])  # anew: the groups may have been another optimizer's
         self._setup(machine, *settings)
-        # Made here and of fixed shape: state that appears later, or elsewhere, is lost by distributed checkpoints.
+        # Made here and of fixed shape: distributed checkpoints lose state that appears later, or elsewhere.
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
     def _setup(self, *settings: Any) -> None:
         super()._setup(*settings)
         self._release: Release | None = None
-        self._plan: Plan | None = None  # of the last step, where it may serve the next
+        self._plan: Plan | None = None  # of the last step, if the next may use it
 
     @classmethod
-    def describe(cls, head: str, example: str, option: str = "") -> str:
-        """A sibling's docstring: its own head and example, and an option of its own, around what all share."""
+    def _describe(cls, head: str, example: str, option: str = "") -> str:
+        """A sibling's docstring: its own head, example and option around the shared text."""
         shared = (EmoOptimizer.__doc__ or "").partition("\n\n")[2]  # None under python -OO
         options, raises, errors = shared.rstrip().partition("\n\n    Raises:")
         return f"{head}\n\n{options}{option}{raises}{errors}\n{example}"
@@ -145,7 +152,7 @@ class EmoOptimizer(Bearer):
         raise NotImplementedError
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The state tensors of a parameter, under the names of its layout: zeros, shaped as it is."""
+        """The state tensors of a parameter, by the names of its layout: zeros of its shape."""
         return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
 
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
@@ -155,33 +162,36 @@ class EmoOptimizer(Bearer):
     def _scalars(
         self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
     ) -> dict[str, Any]:
-        """The rule's scalars: a 1-D tensor holds one value for each tensor of the bucket, all else goes to each."""
+        """The rule's scalars. A 1-D tensor holds one value for each tensor of the bucket; anything else is for all."""
         raise NotImplementedError
 
     def _needs_whole(self, param: Tensor) -> bool:
-        """Whether the rule has to know more of a sharded tensor than what lies here."""
+        """Whether the rule needs more of a sharded tensor than the local part."""
         return False
 
     def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Any]:
-        """What it has to know of the other ranks' parts, for the places of these tensors."""
+        """For each sharded tensor that needs it (by place): statistics of the whole tensor, reduced over ranks."""
         return {}
 
     def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
-        """What a rule that switches by the scalar takes besides: plain numbers, which it may branch on, or tensors."""
+        """Extra scalars of a rule that depends on the emotional scalar.
+
+        They are floats (may be branched on) or 0-d tensors (may not).
+        """
         return {}
 
     # Generations for which a rule of this name was published.
     _generations: tuple[str, ...] = tuple(PRESETS)
-    # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the exact
-    # line search.
+    # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the target
+    # of an exact line search.
     _hold = (0.0, 0.0)
-    # Within the noise the lr falls no faster than age to the minus this. Noise alone uses two thirds of it, which is 1:
-    # the sum of all lrs then has no bound, and a run can travel as far as it must (Robbins and Monro 1951). At 2 long
-    # runs stand still before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
+    # Within the noise the lr falls no faster than age^-fall. Under noise alone it falls with two thirds of that, here
+    # age^-1: the sum of all lrs is then unbounded, and a run can go as far as it must (Robbins and Monro 1951). At 2
+    # long runs stop moving before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
     _fall = 1.5
-    # Whether the rule's step has the same size whatever the gradient's, now and over the last thousand steps.
+    # Whether the size of the rule's step does not depend on the size of gradients, of today's or of any before.
     _fades = False
-    # Whether its kernel gathers the rows of matrices when the guard reads them, whose norms then have that order.
+    # Whether the guard's norms add up matrices row by row, in the same pass in which the kernel gathers their rows.
     _by_rows = False
 
     def _decay_rate(self, group: dict[str, Any]) -> float:
@@ -191,7 +201,7 @@ class EmoOptimizer(Bearer):
     # The step ---------------------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in ``torch.optim``. With gradients released it ends what a backward began that then failed, as a step."""
+        """As in ``torch.optim``. With gradients released, it ends the step of a backward that failed midway."""
         if self._release is not None and self._release.pending:
             self._end_release(self._intake.take(None, None)[0])
         super().zero_grad(set_to_none)
@@ -200,19 +210,19 @@ class EmoOptimizer(Bearer):
         return self._release is not None and self._release.close(heard)
 
     def _stay(self, found: Found) -> None:
-        """Make state without a move, too: distributed checkpoints make it by a step at lr 0."""
+        """Make the state only: distributed checkpoints create it by a step at lr 0."""
         for p in found.params:
             self._make_state(p)
         self._intake.clear()
 
     def _move(self, found: Found, heard: Loss | None) -> None:
-        """The step of parameters that have a gradient."""
+        """Make a step of the parameters that have a gradient."""
         vector, ranks = self._vector(), self._peers()
         predicated = self._is_predicated(vector.device)
         active, buckets, heard, norm = self._lined_up(found, heard, predicated)
         state, options = self._opening(active, ranks, predicated)
         state, first_scale = self._emotion.look_back(state, norm, options)
-        # A host that does not wait cannot know which of the first steps were skipped; not due, the scale is 1.
+        # On a device the host does not know which of the first steps were skipped; if nothing is due, the scale is 1.
         if self._calls < EARLY if predicated else first_scale != 1:
             active.scale_memories(first_scale, self._layout)
         state = self._feel(state, heard, vector)
@@ -225,13 +235,15 @@ class EmoOptimizer(Bearer):
             sums = Sums._make([*ranks.whole(torch.stack(sums[:3]), active.roster.whole), sums.weight])
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
-        self._end(vector, state)
-        self._note_skipped(acts)
+        self._end(vector, state, acts)
 
     def _lined_up(
         self, found: Found, heard: Loss | None, predicated: bool
     ) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
-        """Who moves, in which buckets, with the loss and the norm that all ranks agree on. Raises before a move."""
+        """Who moves, in which buckets, and the loss and the norm that all ranks agree on.
+
+        Raises before anything moves.
+        """
         vector, ranks = self._vector(), self._peers()
         if self._plan is not None and self._plan.fits(found, self.state, self.param_groups):
             buckets = self._plan.filled(found.grads)
@@ -258,7 +270,7 @@ class EmoOptimizer(Bearer):
         return Active.of(roster, grads, self.param_groups, self._decay_rate, self._vector())
 
     def _opening(self, active: Active, ranks: Ranks, predicated: bool) -> tuple[Any, Options]:
-        """The emotion's state as a step begins with it, and what it has to know of the options."""
+        """The emotion's state and options at the beginning of a step."""
         vector, plain = self._vector(), not predicated
         options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
         state: Any = self._emotion.unpack(vector, plain=plain)
@@ -267,15 +279,18 @@ class EmoOptimizer(Bearer):
         return self._emotion.give_way(state, options.lr, options.use_trust), options
 
     def _is_predicated(self, device: torch.device) -> bool:
-        """Whether no value may be branched on. On the CPU none has to be waited for: there the emotion is numbers."""
+        """Whether control flow may not depend on tensor values.
+
+        So it is on every device but the CPU, and with ``capturable=True``.
+        """
         return device.type != "cpu" or bool(self.param_groups[0]["capturable"])
 
     def _fuses(self, predicated: bool) -> bool:
-        """Whether what is not one group's own may be done by a kernel."""
+        """Whether a kernel may do work that spans all groups: every group allows it."""
         return not predicated and all(wanted(group, torch.device("cpu")) for group in self.param_groups)
 
     def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
-        """Who moves, with the state of all of ``params`` made where it is missing."""
+        """Make missing state of ``params``; return the roster of ``moved``."""
         for p in params:
             self._make_state(p)
         if self._is_loaded:
@@ -284,21 +299,21 @@ class EmoOptimizer(Bearer):
         return Roster.of(moved, self.state, len(self.param_groups), fused)
 
     def _make_state(self, param: Tensor) -> None:
-        """Make the state of a parameter where it is missing."""
+        """Make the missing state of a parameter."""
         state: dict[str, Any] = self.state[param]
         if not state:
             for name, value in KEPT.items():
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
             state.update(self._memories(param))
-        if "shadow" not in state and self.param_groups[0]["use_shadow"]:
-            state["shadow"] = wide(param.detach()).clone()
+        if self.param_groups[0]["use_shadow"]:
+            make_shadow(param, state)
 
     def _memories(self, param: Tensor) -> dict[str, Tensor]:
-        """The memories of a parameter as they are stored, before a step."""
+        """Fresh memories of a parameter, as stored."""
         return lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"])
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
-        """Of the memories of a parameter as they are stored."""
+        """Shapes of a parameter's memories, by name, as stored."""
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
         return {name: memory.shape for name, memory in self._memories(like).items()}
 
@@ -318,9 +333,9 @@ class EmoOptimizer(Bearer):
     def _sweep(
         self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options, first: int = 0
     ) -> Sums:
-        """Move every tensor, bucket by bucket, and gather what reflection needs."""
+        """Move every tensor, bucket by bucket, and gather the sums for reflection."""
         own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
-        # The first step of a tensor has none before it to be compared with.
+        # The first step of a tensor has none before it to compare with.
         weight = torch.where(active.steps > 1, own_lr, 0.0)
         predicated = self._is_predicated(weight.device)
         if options.use_shadow:
@@ -354,17 +369,18 @@ class EmoOptimizer(Bearer):
             param_group: ``"params"`` and the group's own options, as in ``torch.optim``.
 
         Raises:
-            ValueError: an option is out of range, or is one for all groups; or the rule cannot move a parameter.
+            ValueError: an option is out of range, is one for all groups, or is a sibling's that this optimizer does not
+                have; or the rule cannot move a parameter.
             RuntimeError: ``fused=True``, and there is no kernel. Nothing has changed then.
         """
         checks.mapping(param_group)
         for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
-            if ours in param_group:  # it was taken out, and comes back
+            if ours in param_group:  # a group that was removed and comes back
                 param_group.setdefault(name, param_group[ours])
-        param_group.update(spelled(param_group))  # torch, too, fills in the caller's dict and keeps it
+        param_group.update(spelled(param_group))  # in the caller's dict, which torch fills in and keeps as well
         for name in checks.SHARED:
             if param_group.get(name, 0) is None:
-                del param_group[name]  # the choice is left to the emotion
+                del param_group[name]  # None leaves it to the emotion
         checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -375,18 +391,17 @@ class EmoOptimizer(Bearer):
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group.setdefault("lr_start", _own(group["lr"]))
-        group.setdefault("lr_peak", 0.0)
+        group |= of_the_run(group["lr"]) | group
         # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
         group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise where the rule, or a kernel that is asked for, cannot move a group's tensors."""
+        """Raise if the rule, or a kernel that is asked for, cannot move a group's tensors."""
         checks.parameters(group["params"])
         checks.whole(group["params"], group["state_dtype"])
         for p in group["params"]:
             if checks.frozen(p) or is_lazy(p):
-                continue  # it may be of any kind, or has no shape yet
+                continue  # frozen: it may be of any kind; lazy: it has no shape yet
             rule, elementwise = self._rule(self._layout(p))
             whole = self._needs_whole(p)
             if (is_sharded(p) or is_piece(p)) and not whole and not elementwise:
@@ -411,13 +426,13 @@ class EmoOptimizer(Bearer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim``, but state keeps the dtype that it was saved in, so that resuming is exact.
 
-        Of an optimizer without an emotion, as AdamW is, the memories are taken over where they are this rule's. A
+        From an optimizer without an emotion, such as AdamW, the memories are taken over if this rule has the same. A
         warning says so.
 
         Raises:
             ValueError: the checkpoint is of another emotion, of an optimizer with other memories or other options, or
-                of a model of other shapes; nothing has changed then. A sibling with the same memories and options goes
-                on with them.
+                of a model of other shapes; nothing has changed then. The checkpoint of a sibling with the same memories
+                and options is accepted.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
@@ -438,8 +453,3 @@ class EmoOptimizer(Bearer):
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
             self._note_begun()
-
-
-def _own(lr: float | Tensor) -> float | Tensor:
-    """An lr as it is now, whatever becomes of the tensor that it may be."""
-    return lr.detach().clone() if isinstance(lr, Tensor) else lr

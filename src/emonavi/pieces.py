@@ -1,8 +1,8 @@
 """Cache-sized pieces of tensor lists.
 
-A sweep touches four or five tensors a parameter a dozen times. Cut into pieces whose working set fits a core's L2
-cache, it pays for main memory once; small tensors of one shape, stacked into one piece, pay for one call instead of
-one each. A rule sees neither: it is given a batch of n tensors of one shape, where n is often 1.
+A sweep reads and writes four or five tensors per parameter a dozen times. In pieces that fit a core's L2 cache, main
+memory is read once. Small tensors of one shape are stacked into one piece, so that one call serves all. A rule sees a
+batch of n tensors of one shape in either case; n is often 1.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 __all__ = ["BLOCK", "CHUNK", "Piece", "dense", "in_order", "pieces"]
 
-CHUNK = 131_072  # elements, half a MiB of float32: less pays more for calls, more for memory (`make bench`)
-BLOCK = 256  # elements that share a scale where they have one: no cut goes through a block
-CHUNK_ON_DEVICE = 1 << 24  # there a call costs a launch, and the cache is shared
+CHUNK = 131_072  # elements, half a MiB of float32: less costs more calls, more costs more memory traffic (`make bench`)
+BLOCK = 256  # elements that share an 8-bit scale: no cut goes through a block
+CHUNK_ON_DEVICE = 1 << 24  # on a GPU each call is a launch, and the cache is shared
 
 
 class Piece(NamedTuple):
-    """What is updated by one call of a rule."""
+    """The tensors of one call of a rule."""
 
-    owners: list[int]  # which tensors of the bucket it holds
+    owners: list[int]  # indices in the bucket
     batch: dict[str, Tensor]  # for each name a tensor of shape (n, ...)
-    home: dict[str, list[Tensor]] | None = None  # where a stacked batch has to be copied back to; None: it is a view
-    start: int = 0  # index of the first element in its tensor, in the order of the shape
+    home: dict[str, list[Tensor]] | None = None  # where to copy a stacked batch back to; None: it is a view
+    start: int = 0  # row-major index of the first element in its tensor
 
     def write_back(self, names: Sequence[str]) -> None:
         """Copy the named parts of a stacked batch to the tensors that it was made of."""
@@ -44,7 +44,7 @@ def pieces(lists: dict[str, list[Tensor]], *, cut: bool, stack: bool) -> Iterato
         cut: large tensors may be cut (the rule is elementwise).
         stack: small tensors of one shape share a piece.
 
-    Neither: each tensor is a piece of its own, the plain way that the others must equal.
+    Without both, each tensor is one piece: the plain way, which the others must equal.
     """
     small: dict[torch.Size, list[int]] = {}
     names, columns = list(lists), list(lists.values())
@@ -72,10 +72,10 @@ def _stacked(lists: dict[str, list[Tensor]], owners: list[int]) -> Piece:
 
 
 def _cut(row: Sequence[Tensor], limit: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Parts of parallel tensors, in the order of the shape, with the index of their first element.
+    """Parts of parallel tensors, in row-major order, with the index of their first element.
 
-    Where there is no flat view (channels_last, transposed) they are cut by rows. A tensor of another shape than the
-    first one's holds one value for each block.
+    If there is no flat view (channels_last, transposed) they are cut by rows. A tensor that has another shape than the
+    first holds one value for each block.
     """
     first = row[0]
     flat = all(t.is_contiguous() for t in row)
@@ -96,7 +96,7 @@ def _cut(row: Sequence[Tensor], limit: int) -> Iterator[tuple[int, list[Tensor]]
 
 
 def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without holes or overlap (channels_last, transposed)."""
+    """Whether the elements fill one range of memory without holes or overlap, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -106,7 +106,7 @@ def dense(tensor: Tensor) -> bool:
 
 
 def in_order(columns: list[list[Tensor]], row_major: bool) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Columns whose tensors have one common element order, with what has to be copied back: tensor and its copy."""
+    """Columns whose tensors share one element order, and (tensor, copy) pairs of what has to be copied back."""
     columns[1] = [g.resolve_neg() for g in columns[1]]
     if all([t.is_contiguous() for column in columns for t in column]):
         return columns, []

@@ -1,4 +1,4 @@
-r"""The published generations v1, v3 and v4 as emotions, kept for fidelity.
+r"""The published generations v1, v3 and v4 as emotions, reproduced as published.
 
 For a loss :math:`l`, with both memories starting at the first loss::
 
@@ -15,8 +15,8 @@ For a loss :math:`l`, with both memories starting at the first loss::
     norm control (v4): avg = 0.9 avg + 0.1 norm(g); avg > max_norm multiplies lr by 0.95^(avg / max_norm), for good
     should_stop: the last 32 scalars have a mean |s| below 0.05 and a variance below 0.005
 
-Where a loss is large or falls fast, |s| is about 1 and the step about 0: these emotions freeze such a training. The
-default is :class:`~emonavi.emotion.Emotion`. Source: muooon/EmoNavi (Apache-2.0), whose formulas these are.
+If a loss is large or falls fast, |s| is about 1 and the step of v3 and v4 about 0, so that training stops. The default
+is :class:`~emonavi.emotion.Emotion`. Source: muooon/EmoNavi (Apache-2.0), whose formulas these are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HISTORY = 32
 
 
 class PresetState(NamedTuple):
-    """A preset's memory: numbers, and the ring of the last 32 scalars at the end of the vector."""
+    """A preset's state: numbers, and at the end of the vector a ring of the last 32 scalars."""
 
     code: Number
     version: Number
@@ -62,23 +62,23 @@ class PresetState(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """One published generation. It has the protocol of :class:`~emonavi.emotion.Emotion`."""
+    """One published generation; a :class:`~emonavi.machine.Machine`, as ``Emotion`` is."""
 
     name: str
     code: int
     defaults: dict[str, Any]
-    habituates: bool = False  # v4: a scalar far from zero dampens the next one
+    habituates: bool = False  # v4: a scalar far from 0 reduces the next one
     shrinks: bool = True  # the step shrinks by 1 - |s|
-    staged: bool = False  # v1: the ratio's stages
+    staged: bool = False  # v1: the ratio has stages
     follows: float = 0.05
-    fixed: dict[str, Any] = field(default_factory=dict)  # options that this generation does not let anyone choose
+    fixed: dict[str, Any] = field(default_factory=dict)  # options with a fixed value
 
     corrects_bias: ClassVar[bool] = False
     reflects: ClassVar[bool] = False
     keeps: ClassVar[float] = 0.0
 
     def initial(self) -> list[float]:
-        """The state vector before anything was felt."""
+        """The state vector at the start of a run."""
         start = dict.fromkeys(PresetState._fields[:-1], 0.0) | {"code": float(self.code), "version": 1.0}
         return [*start.values(), *[0.0] * HISTORY]
 
@@ -87,27 +87,27 @@ class Preset:
         return PresetState._fields.index(name)
 
     def upgrade(self, vector: Tensor) -> Tensor:
-        """A vector of an earlier version as one of this; there was none before."""
+        """Convert a vector of an earlier version; there is none."""
         return vector
 
     def unpack(self, vector: Tensor, plain: bool = False) -> PresetState:
-        """The vector's entries by name: views of it, or plain numbers; the history stays a tensor."""
+        """The vector's entries by name: views, or numbers if ``plain``; the history stays a tensor."""
         entries = vector[:-HISTORY]
         return PresetState._make([*(entries.tolist() if plain else entries.unbind()), vector[-HISTORY:]])
 
     def pack(self, state: PresetState) -> Tensor:
-        """One vector from named entries."""
+        """Put the entries into one vector."""
         entries = state[:-1]
         plain = not isinstance(state.code, Tensor)
         first = torch.tensor(entries, dtype=torch.float64, device="cpu") if plain else torch.stack(entries)
         return torch.cat([first, state.history])
 
     def begin(self, state: PresetState, weights: Weights, lr: Tensor, options: Options) -> PresetState:
-        """Presets start at the user's lr."""
+        """Presets begin at the user's lr."""
         return state._replace(lr_ref=where(state.lr_ref > 0, state.lr_ref, like(state.code, lr)))
 
     def feel(self, state: PresetState, loss: Number, window: Number) -> PresetState:
-        """Take in a loss that is the sum of ``window`` backward calls."""
+        """Feel a loss that is the sum of ``window`` backward calls."""
         loss = like(state.code, loss)
         finite, usual, state = regular(state, loss, window)
         felt = finite & usual
@@ -129,15 +129,15 @@ class Preset:
         return where(s > 0.6, 0.7 + 0.2 * s, where(s < -0.6, 0.1, mild))
 
     def give_way(self, state: PresetState, lr: Number, use_trust: bool) -> PresetState:
-        """The published drives are factors on whatever lr there is."""
+        """Nothing changes: a published drive multiplies any lr."""
         return state
 
     def look_back(self, state: PresetState, norm: Number, options: Options) -> tuple[PresetState, Number]:
-        """The published generations forget nothing."""
+        """Nothing changes: the published generations do not judge the first gradient."""
         return state, like(state.code, 1.0)
 
     def guard(self, state: PresetState, norm: Tensor, options: Options) -> tuple[PresetState, Number, Number]:
-        """Whether the update may act. The published generations have no guard; skipping a NaN is this library's."""
+        """Skip gradients that are not finite, an addition of this library; the published generations have no guard."""
         norm = like(state.code, norm)
         finite = isfinite(norm)
         avg = 0.9 * state.norm_avg + 0.1 * norm
@@ -145,7 +145,7 @@ class Preset:
         return new._replace(skipped_steps=state.skipped_steps + negate(finite)), finite, like(norm, 1.0)
 
     def mood(self, state: PresetState, acts: Number, grad_scale: Number, options: Options) -> Mood:
-        """Read the state as the scalars of the coming update, which ``acts`` or is skipped."""
+        """The scalars of the coming update; ``acts`` is False if it is skipped."""
         one = like(state.scalar, 1.0)
         trust = 1 - state.scalar**2 if options.use_trust else None
         follow = self.follows * (one if trust is None else trust)
@@ -156,20 +156,20 @@ class Preset:
             trust=trust,
             grad_scale=grad_scale,
             pull=where(leans & (state.cast > 0), state.ratio, 0.0),
-            # The first time, the shadow is cast: it moves all the way.
+            # The first time the shadow becomes a copy: it moves all the way.
             follow=where(leans, where(state.cast > 0, follow, one), 0.0),
             scalar=state.scalar,
             last_scalar=state.scalar,  # presets do not reflect
         )
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
-        """One word for what it feels like now."""
+        """One word for the state."""
         if stop:
             return "done"
         return "tense" if values["scalar"] > 0.3 else "eager" if values["scalar"] < -0.3 else "steady"
 
     def reflect(self, state: PresetState, sums: Sums, acted: Number, options: Options) -> PresetState:
-        """Norm control: a ratchet that acts from the next step on."""
+        """Norm control: it only lowers the drive, from the next step on."""
         ratchet = like(state.code, 0.0)
         if options.max_norm > 0:
             excess = state.norm_avg / options.max_norm
@@ -183,11 +183,11 @@ class Preset:
     def reflect_each(
         self, state: PresetState, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]:
-        """Presets have one mood for all tensors: what each keeps stays as it is."""
+        """Nothing changes: presets have no drive or trust for single tensors."""
         return drive, trust
 
     def should_stop(self, state: PresetState) -> Number:
-        """The published rule, over steps that felt a loss."""
+        """The published rule, over steps with a loss."""
         quiet = (state.history.abs().mean() < 0.05) & (state.history.var(correction=0) < 0.005)
         return quiet & (state.losses >= HISTORY)
 

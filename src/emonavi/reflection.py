@@ -1,6 +1,6 @@
-r"""Reflection: how the cosine between today's gradient and the step taken last moves the drive.
+r"""Reflection: how the cosine between today's gradient and the last step moves the drive.
 
-After a panic (``emotion.py``) the drive rests and then returns; trust has no say in it until it is back.
+After a panic (``emotion.py``) the drive rests and then returns; until it is back, trust does not move it.
 
 For the cosine :math:`c_t` between today's gradient and the optimizer's last step, in the rule's metric::
 
@@ -11,14 +11,15 @@ For the cosine :math:`c_t` between today's gradient and the optimizer's last ste
            - min(0.05, fall/n) clip((target - trust) / scale, 0, 1)     scale = min(0.1, sqrt(noise))
     sure   = 0.1 (clip((T - 2) / 4, 0, 1) - clip((-T' - 4) / 4, 0, 1))  beyond doubt
     free   = 0.1 clip((T0 + 1) / 2, 0, 1)                               while the lr is too low to do harm; T0 from 0
-    log drive += sure where |sure| > |slow|, else slow; at least free   only downwards where nothing is left to gain
+    log drive += sure if |sure| > |slow|, else slow; at least free      only downwards if nothing is left to gain
 
-Under noise alone trust settles half a standard deviation below 0, so that doubt ends later downwards. Target and fall
-are the rule's. The target, in standard deviations of the cosine, is 0 for Adam, below for a rule without momentum
-(EmoFact), above for one with a long memory (EmoLynx); for the longer the memory of a step, the bolder the lr at which
-its trust comes to 0. The gain is the largest first-order improvement that a step of lr 1 could have had, from the same
-sums; under a hundredth of its mean so far there is nothing to gain. A rule whose step has the same size whatever the
-gradient's (EmoLynx) is faded: its step, not its weight decay, is multiplied by min(1, gain / mean gain).
+Under noise alone trust settles half a standard deviation below 0, so the threshold of ``sure`` is higher downwards.
+Target and fall depend on the rule. The target, in standard deviations of the cosine, is 0 for Adam, below 0 for a rule
+without momentum (EmoFact), above 0 for one with a long memory (EmoLynx): the longer the rule's memory, the larger the
+lr at which trust reaches 0; hence the target above 0. The gain is the largest first-order improvement that a step of lr
+1 could have had, from the same sums; below a hundredth of its mean so far nothing is left to gain. A rule whose step
+size does not depend on the gradient's size (EmoLynx) is faded: its step, but not its weight decay, is multiplied by
+min(1, gain / mean gain).
 
 Source: hypergradient descent (Baydin et al. 2018, https://arxiv.org/abs/1703.04782), normalised to a cosine so that no
 scale enters.
@@ -42,17 +43,17 @@ __all__ = ["NEVER", "Reflection", "running_mean"]
 
 NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
 DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
-# With the three steps of rest: back at half the earlier drive within ten.
+# Per step: with three steps of rest, the drive is back at half of its earlier value within ten.
 HEAL_RATE = (math.log(0.5) - math.log(0.1)) / 7
 
 
 def running_mean(old: Number, new: Number, rate: float, count: Number) -> Number:
-    """Running mean of the given rate that is the plain mean of all values until there are 1/rate of them."""
+    """The plain mean of the first 1/rate values, then an exponential running mean of that rate."""
     return old + clamp(1 / clamp(count, 1.0), rate) * (new - old)
 
 
 class Reflection:
-    """Base of :class:`~emonavi.Emotion`, which keeps the state and says what each of these constants is for."""
+    """Base class of :class:`~emonavi.Emotion`, which defines the state and explains these constants."""
 
     pace: float
     clock: float
@@ -67,9 +68,9 @@ class Reflection:
         state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted, last_scalar=last)
         weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
-        # Free of lr: a drive that was cut must not look like a run with nothing left to gain.
+        # Independent of lr: a drive that was cut must not look like a run with nothing left to gain.
         most = like(state.code, sums.weight.max()) if len(sums.weight) else like(state.code, 0.0)
-        # Two roots: the product of two sums of squares may leave the range of numbers.
+        # Two roots: the product of two sums of squares may overflow or underflow.
         gain = sqrt(clamp(grad_grad, 0.0)) * sqrt(clamp(step_step, 0.0)) / clamp(most, 1e-300)
         cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
         seen = acted & (gain > 0) & isfinite(gain) & isfinite(cosine)
@@ -84,7 +85,7 @@ class Reflection:
             gain=running_mean(state.gain, gain, 0.1, n), gain_mean=running_mean(state.gain_mean, gain, 0.0, n),
         )  # fmt: skip
         new = keep(seen, new, state)
-        # A brake is for the loss of its own step: it must not outlast a loss that is heard no more.
+        # A brake is for one loss: it must not go on if no further loss is heard.
         return self._drive(new, seen, acted, options)._replace(brake=like(state.code, 0.0))
 
     def _drive(self, state: State, seen: Number, acted: Number, options: Options) -> State:
@@ -112,14 +113,14 @@ class Reflection:
         )
 
     def _lean(self, state: State, options: Options) -> Number:
-        """Where trust leans: the change of the log drive that it asks for."""
+        """The change of the log drive that trust asks for."""
         deviation = sqrt(clamp(state.noise, 1e-12))
         target = -options.hold * deviation
-        # Growth wants a positive trust, even where the target is below 0: a step too long can ruin a network.
+        # Growth needs a positive trust even if the target is below 0: a step too long can ruin a network.
         up = clamp(target, 0.0)
-        # 2.38 = sqrt((2 - 0.3) / 0.3): sd of one cosine over sd of its fast mean.
+        # 2.38 = sqrt((2 - 0.3) / 0.3): standard deviation of one cosine over that of its fast mean.
         t_above, t_below = 2.38 * (state.fast - up) / deviation, 2.38 * (target - state.fast) / deviation
-        # Noise alone keeps fast near -0.65 deviations, T' near -1.5: from 2 on, chance would lower the lr at any age.
+        # Noise alone keeps fast near -0.65 deviations, T' near -1.5: with a threshold of 2, noise would lower the lr.
         sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 4) / 4, 0.0, 1.0))
         # The more weights there are, the smaller are both the cosine and its noise.
         scale = clamp(deviation, high=0.1)
@@ -132,7 +133,7 @@ class Reflection:
         return where(self._nothing_to_gain(state), clamp(change, high=0.0), change)
 
     def _nothing_to_gain(self, state: State) -> Number:
-        """The training loss is at its floor: growth from here on is a climb into overfitting."""
+        """Whether the training loss is at its floor: there growth would only overfit."""
         return state.gain < self.nothing * state.gain_mean
 
     def _pace(self, state: State, clock: float) -> Number:
@@ -140,14 +141,14 @@ class Reflection:
         return clamp(clock / clamp(state.reflections, 1.0), high=self.pace)
 
     def _bounded(self, log_drive: Number, options: Options) -> Number:
-        """Keep the drive where it still changes the effective lr, so that it turns at once when it has to."""
+        """Keep the drive where it still changes the effective lr, so that it can turn at once."""
         low, high = log(like(log_drive, options.lowest_drive)), log(like(log_drive, options.highest_drive))
         return clamp(clamp(log_drive, low, high), *DRIVE_RANGE)
 
     def reflect_each(
         self, state: State, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]:
-        """The same reflection for each tensor's own drive and trust (1-D, one entry a tensor)."""
+        """The same for each tensor's own drive and trust (1-D, one entry for each tensor)."""
         cosine = sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step)
         seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0) & torch.isfinite(cosine)
         cosine = torch.where(seen, torch.clamp(cosine, -1, 1), 0.0)
@@ -158,5 +159,5 @@ class Reflection:
 
 
 def _rsqrt(x: Number) -> Number:
-    """One over the square root; finite for 0, whose product with 0 is then 0."""
+    """One over the square root; finite for 0, so that its product with 0 is 0."""
     return rsqrt(clamp(x, 1e-300))

@@ -28,11 +28,11 @@ class Sibling:
     description: str
 
     def state_bytes(self, state_dtype: str | None = None) -> float:
-        """Bytes of state for each parameter of a large matrix, measured: the tensors that a step makes."""
+        """Bytes of state for each element of a large matrix, measured on the tensors that a step makes."""
         matrix = torch.zeros(1024, 1024)
         matrix.grad = torch.zeros_like(matrix)
         optimizer = self.cls([matrix], lr=0.0, capture=False, state_dtype=state_dtype)
-        optimizer.step()  # at lr 0: it makes the state and moves nothing
+        optimizer.step()  # at lr 0 it only makes the state
         held: int = sum(t.nbytes for t in optimizer.state[matrix].values() if t.dim())
         return held / matrix.numel()
 
@@ -64,7 +64,7 @@ def available() -> list[str]:
 
 
 def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
-    """Construct a sibling by its name, in any case; options may be spelled as strings.
+    """Construct a sibling by its name, upper or lower case; options may be strings.
 
     Raises:
         ValueError: there is no sibling of that name, or an option is out of range.
@@ -78,7 +78,7 @@ def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
 
 
 def named(name: str) -> Sibling:
-    """The sibling of a name, in any case."""
+    """The sibling of that name, upper or lower case."""
     sibling = SIBLINGS.get(str(name).lower())
     if sibling is None:
         raise ValueError(f"no optimizer {name!r}: choose from {', '.join(SIBLINGS)}")

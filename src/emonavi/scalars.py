@@ -1,8 +1,8 @@
 """One arithmetic for 0-d tensors and for plain numbers.
 
-The emotion is a hundred operations on single numbers. As 0-d tensors they run on any device without a wait, in a graph
-or under a compiler; on the CPU, where nothing waits, plain numbers take a twentieth of the time. Each function here
-takes either kind and gives back the same kind, so that the emotion is written once. None branches on a tensor's value.
+The emotion is a hundred operations on single numbers. As 0-d tensors they run on any device without waiting for it, in
+a CUDA graph or under a compiler; on the CPU plain numbers take a twentieth of the time. Each function here takes either
+kind and returns the same kind, so that the emotion is written once. None branches on a tensor's value.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ __all__ = [
     "sqrt",
     "tanh",
     "where",
+    "widest",
 ]
 
 Number: TypeAlias = Any  # a float (or bool, for a flag), or a 0-d tensor
 
 
 def like(sample: Number, value: Number) -> Number:
-    """The value as the kind of number that the sample is. A tensor becomes a float only beside a float."""
+    """The value as the sample's kind of number. A tensor becomes a float only if the sample is one."""
     if isinstance(sample, Tensor):
         return value.to(sample) if isinstance(value, Tensor) else sample.new_full((), float(value))
     return value.item() if isinstance(value, Tensor) else float(value)
@@ -42,13 +43,13 @@ def where(flag: Number, yes: Number, no: Number) -> Number:
     """``yes`` where the flag is True, else ``no``."""
     if isinstance(flag, Tensor):
         if not isinstance(yes, Tensor) and not isinstance(no, Tensor):
-            yes = like(number(flag), yes)  # of two plain numbers torch would make float32
+            yes = like(number(flag), yes)  # torch.where of two plain numbers is float32
         return torch.where(flag, yes, no)
     return yes if flag else no
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The dtype of sums and of the emotion on a device."""
+    """The dtype of sums, and of the emotion, on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -58,7 +59,7 @@ def number(flag: Number) -> Number:
 
 
 def negate(flag: Number) -> Number:
-    """True for False."""
+    """Logical not."""
     return torch.logical_not(flag) if isinstance(flag, Tensor) else not flag
 
 

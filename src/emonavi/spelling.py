@@ -1,4 +1,4 @@
-"""Options as command lines spell them: strings for numbers, flags and None, and 0 and 1 for flags."""
+"""Options as command lines give them: strings for numbers, flags and None, and 0 and 1 for flags."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 __all__ = ["FLAGS", "NUMBERS", "plain", "spelled", "truth", "word"]
 
 NUMBERS = ("lr", "eps", "weight_decay", "max_norm", "min_lr", "max_lr")
-# Whether None is a choice, too: that of the emotion, or of the version.
+# Flags, and whether None is allowed: the emotion, or this version of the library, then decides.
 FLAGS = dict.fromkeys(("use_shadow", "use_trust", "foreach", "fused"), True) | dict.fromkeys(
     ("maximize", "capturable", "decoupled_weight_decay", "stochastic_rounding"), False
 )
 WORDS = {"true": True, "1": True, "false": False, "0": False}
-# How a command line, or torch, may call the ways to store state.
+# Spellings of state_dtype, in command lines and in torch.
 STATE_DTYPES: dict[Any, str | None] = {
     **dict.fromkeys((None, "none", "fp32", "float32", "torch.float32", torch.float32)),
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16", torch.bfloat16), "bf16"),
@@ -24,11 +24,11 @@ STATE_DTYPES: dict[Any, str | None] = {
 
 
 def spelled(given: dict[str, Any]) -> dict[str, Any]:
-    """Options in their own types where they are spelled as strings, or as 0 and 1, as command lines have them.
+    """Convert options to their own types where they are strings, or 0 and 1, as in command lines.
 
-    Numbers of numpy become Python's: ``weights_only=True`` would not load a checkpoint that holds them.
+    Numpy's numbers become Python's: ``weights_only=True`` would not load a checkpoint with them.
 
-    Numbers that are none stay as they are: ``checks.group`` names them together with what they should be.
+    A number that cannot be read stays as it is: ``checks.group`` reports it with what it should be.
 
     Raises:
         ValueError: a flag is neither true nor false, or there is no such ``state_dtype``.
@@ -51,18 +51,18 @@ def spelled(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def word(given: Any) -> Any:
-    """A string as it is compared; all else as it is."""
+    """A string in lower case without spaces around it; anything else unchanged."""
     return given.strip().lower() if isinstance(given, str) else given
 
 
 def plain(given: Any) -> Any:
-    """A scalar of numpy as Python's; all else as it is."""
+    """A numpy scalar as Python's; anything else unchanged."""
     alone = getattr(given, "shape", None) == () and not isinstance(given, Tensor)
     return given.item() if alone else given
 
 
 def truth(given: Any) -> bool | None:
-    """What a flag says; None where it says nothing."""
+    """The flag as a bool; None if it is neither true nor false."""
     said = word(plain(given))
     if isinstance(said, str):
         return WORDS.get(said)

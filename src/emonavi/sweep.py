@@ -1,7 +1,7 @@
-"""The one pass over the tensors: lean on the shadow, move by the rule, gather what reflection needs.
+"""The one pass over the tensors: pull them to the shadow, move them by the rule, gather the sums for reflection.
 
-A bucket is a list of tensors that share a group, a device, a dtype and a state layout. Its tensors are swept in
-cache-sized pieces; what is stored in fewer bits is computed in float32 and written back (``lowbit.py``).
+A bucket is a list of tensors that share a group, a device, a dtype and a state layout. It is swept in cache-sized
+pieces. What is stored in fewer bits is computed in float32 and rounded when written back (``lowbit.py``).
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like, widest
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "lean", "to_home", "wide", "widest"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "lean", "to_home", "wide"]
 
 T = TypeVar("T")
 
-# <g, u>, <g, g> and <u, u> in the rule's metric, each of shape (n,); None where the rule was not asked for them.
+# <g, u>, <g, g> and <u, u> in the rule's metric, each of shape (n,). A rule returns None if not asked for them.
 Reflected = tuple[Tensor, Tensor, Tensor]
 Rule = Callable[..., Reflected | None]
 
 
 class Bucket(NamedTuple):
-    """Parallel lists of one sweep."""
+    """Parallel lists of tensors, and how to sweep them."""
 
-    places: list[int]  # in the step's vectors
+    places: list[int]  # indices in the step's vectors
     lists: dict[str, list[Tensor]]  # "param", "grad" and one list for each state name
-    cut: bool  # the rule is elementwise: tensors may be cut
+    cut: bool  # tensors may be cut: the rule is elementwise
     foreach: bool
     predicated: bool  # never branch on a value
-    kernel: Kernel | None = None  # moves the whole bucket in the rule's place
+    kernel: Kernel | None = None  # moves the whole bucket instead of the rule
 
     def move(
         self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
-        """Apply the rule. Returns what it reflects, if it does, in the order of the tensors.
+        """Apply the rule. Returns the sums of reflection, in the order of the tensors, if the rule gives any.
 
-        ``seeds`` are of the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
+        ``seeds`` are for the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
         """
         if self.kernel is not None:
             return self.kernel(self.lists, scalars, grad_scale, acts, seeds)
         scales = self.predicated or bool(grad_scale != 1)
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
-        # One memory for all sums: small ones, held from piece to piece, would break up what each piece leaves to the
-        # next, and a step could come to take several times the parameters' own memory.
+        # One tensor for all sums: small ones, kept from piece to piece, would fragment the allocator's memory, and a
+        # step could take several times the memory of the parameters.
         device, reflects = self.lists["param"][0].device, False
         sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
         for piece in pieces(self.lists, cut=self.cut and self.foreach, stack=self.foreach):
@@ -60,7 +60,7 @@ class Bucket(NamedTuple):
                 at = piece.owners[0]
                 index, own = slice(at, at + 1), {k: v[at] for k, v in singles.items()}
             else:
-                index = integers(tuple(piece.owners), device)  # no list: that waits
+                index = integers(tuple(piece.owners), device)  # a list would wait for the device
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][index].view(shape) for k in singles}
             own_seeds = None if seeds is None else seeds[index]
@@ -70,7 +70,7 @@ class Bucket(NamedTuple):
                 if isinstance(index, slice):
                     sums[:, index] += added
                 else:
-                    sums.index_add_(1, index, added)  # one pass; in brackets it would be two
+                    sums.index_add_(1, index, added)  # one pass; sums[:, index] += would be two
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
@@ -84,7 +84,7 @@ class Bucket(NamedTuple):
         reflected = rule(*batch.values(), **scalars)
         random = None if seeds is None else lowbit.noise(seeds, piece.start, batch["param"][0].numel())
         lowbit.pack(batch, piece.batch, random)
-        # Where the gradient was not finite, whatever the rule wrote is taken back, without asking the device.
+        # If the gradient was not finite, undo what the rule wrote, without waiting for the device.
         for name, old in before.items():
             piece.batch[name].copy_(torch.where(acts, piece.batch[name], old))
         piece.write_back(written)
@@ -94,9 +94,9 @@ class Bucket(NamedTuple):
 def lean(
     params: list[Tensor], shadows: list[Tensor], pull: Number, follow: Number, predicated: bool, fused: bool
 ) -> None:
-    """Move parameters by ``pull`` to their shadows, then the shadows by ``follow`` to them.
+    """Move parameters by ``pull`` towards their shadows, then the shadows by ``follow`` towards them.
 
-    The parameters share a device and a dtype, and so do the shadows; ``fused`` is by a kernel where there is one.
+    The parameters share a device and a dtype, and so do the shadows. ``fused`` uses a kernel if there is one.
     """
     pulls, follows = (predicated or bool(rate) for rate in (pull, follow))
     if not (pulls or follows) or (fused and not pulls and kernels.follow(params, shadows, float(follow))):
@@ -112,22 +112,22 @@ def lean(
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor itself, or in float32 where it has fewer bits."""
+    """The tensor itself, or in float32 if its dtype has fewer bits."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of two batches of shape (n, ...), of shape (n,).
 
-    Not ``torch.dot``: its last bits depend on where in memory a tensor lies, and two runs would differ.
+    Not ``torch.dot``: its last bits depend on a tensor's address, so that two runs would differ.
     """
     product = a * b
     return product.flatten(1).sum(1) if product.dim() > 1 else product
 
 
 def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
-    """Add up the parts of each tensor. ``weight`` is 1-D with one entry for each tensor and sets device and dtype."""
-    if len(parts) == 1 and len(parts[0][0]) == len(weight):  # one bucket of all, which are in order
+    """Put together the sums of all buckets. ``weight`` is 1-D, one entry for each tensor; it sets device and dtype."""
+    if len(parts) == 1 and len(parts[0][0]) == len(weight):  # one bucket holds all, in order
         grad_step, grad_grad, step_step = to_home(torch.stack(parts[0][1]), weight).unbind()
         return Sums(grad_step, grad_grad, step_step, weight)
     sums = weight.new_zeros((3, len(weight)))
@@ -139,7 +139,7 @@ def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums
 
 
 def _by_kind(items: Sequence[T], tensor: Callable[[T], Tensor]) -> dict[tuple[torch.device, torch.dtype], list[T]]:
-    """The items whose tensors share a device and a dtype."""
+    """The items, grouped by device and dtype of their tensors."""
     kinds: dict[tuple[torch.device, torch.dtype], list[T]] = {}
     for item in items:
         kinds.setdefault((tensor(item).device, tensor(item).dtype), []).append(item)
@@ -147,15 +147,12 @@ def _by_kind(items: Sequence[T], tensor: Callable[[T], Tensor]) -> dict[tuple[to
 
 
 def to_home(value: Tensor, home: Tensor) -> Tensor:
-    """The value on the device and in the dtype of the emotion."""
+    """The value on the device and in the dtype of ``home``."""
     return value.to(home.device, home.dtype)
 
 
 def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False, by_rows: bool = False) -> Tensor:
-    """Norm of each tensor, those of a device and a dtype together; ``fused`` is by a kernel where there is one.
-
-    With ``by_rows`` that adds up matrices in the order of their rows.
-    """
+    """Norm of each tensor. ``fused`` uses a kernel if there is one; with ``by_rows`` it adds up matrices row by row."""
     norms, places = [], []
     for (_, dtype), items in _by_kind(list(enumerate(tensors)), lambda item: item[1]).items():
         some = [t for _, t in items]
@@ -163,9 +160,10 @@ def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False, by_r
         if sums is None:
             # Sums of squares of 16-bit numbers overflow in 16 bits.
             at_least = torch.promote_types(dtype, torch.float32)
-            norms.append(to_home(torch.stack(torch._foreach_norm(some, 2, dtype=at_least)), home))
+            found = torch.stack(torch._foreach_norm(some, 2, dtype=at_least))
         else:
-            norms.append(to_home(sums.sqrt(), home))
+            found = sums.sqrt()
+        norms.append(to_home(found, home))
         places += [place for place, _ in items]
     if len(norms) == 1:
         return norms[0]
@@ -174,7 +172,7 @@ def all_norms(tensors: Sequence[Tensor], home: Tensor, fused: bool = False, by_r
 
 
 def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whole numbers as an int64 vector, on the device without a wait. Not to be written to.
+    """Integers as an int64 vector, copied to the device without a wait. Do not write to it: it may be cached.
 
     Example:
         >>> integers((3, 1), torch.device("cpu"))
@@ -186,13 +184,13 @@ def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _by_value(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """As arguments of launches: a graph would copy again at each replay, from wherever the numbers once lay."""
+    """Passed by value to kernels: a captured copy would read the host's memory again at each replay of the graph."""
     made = torch.zeros(len(numbers), dtype=torch.int64, device=device)
     torch._foreach_add_(list(made.unbind()), list(numbers))
     return made
 
 
-@lru_cache(maxsize=256)  # from step to step tensors mostly stay where they are
+@lru_cache(maxsize=256)  # from step to step the numbers mostly stay the same
 def _copied(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
     return pinned.to(device, non_blocking=True)

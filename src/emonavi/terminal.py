@@ -1,4 +1,4 @@
-"""``live``: one line in the terminal that says what an optimizer feels while it trains. Needs rich."""
+"""``live``: one line in the terminal that shows what an optimizer feels while it trains. Needs rich."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ __all__ = ["MOOD_STYLE", "Line", "live"]
 
 MOOD_STYLE = {"growing": "green", "easing": "cyan", "braking": "yellow", "resting": "magenta", "done": "bold"}
 
-_EVERY = 0.25  # seconds: reading the emotion waits for the device, and the eye wants no more
-_PLAIN_EVERY = 10.0  # seconds between two lines where they stay, as in a log file
-_CELLS = 6  # of the bar
+_EVERY = 0.25  # seconds: reading the emotion waits for the device
+_PLAIN_EVERY = 10.0  # seconds between lines where each one stays, as in a log file
+_CELLS = 6  # length of the bar
 
 
 def live(optimizer: Any, *, total: int | None = None, console: Console | None = None) -> Line:
     """Show in one line of the terminal what the optimizer feels, while a ``with`` block lasts.
 
-    The line follows ``optimizer.step()`` by itself, at most four times a second; the loop is not changed. What is
-    printed meanwhile appears above it. Where the output is no terminal, a line is printed now and then (every ten
-    seconds, and at the end). Of several processes, the one of rank 0 speaks.
+    A step hook updates the line, at most four times a second; the training loop is not changed. Other output appears
+    above it. If the output is not a terminal, a line is printed every ten seconds, and at the end. Of several
+    processes, only rank 0 prints.
 
-    From the left: the mood in a word; a bar of how far from calm it is (``Snapshot.agitation``: the size of the
-    emotional scalar, full while it rests after a shock), with an arrow where the loss moves beyond its noise, down or
-    up; the short memory of the loss; the effective lr, lowest to highest group; drive; trust; steps, and steps a
-    second. A narrow terminal shows the first of these.
+    From the left: the mood in a word; a bar that shows how far from calm it is (``Snapshot.agitation``: the size of the
+    emotional scalar, full while it rests after a panic), with an arrow down or up if the loss moves beyond its noise;
+    the short mean of the loss; the effective lr, lowest to highest group; drive; trust; steps, and steps per second. A
+    narrow terminal shows the first of these.
 
     Args:
         optimizer: an :class:`~emonavi.EmoOptimizer` or a trainer's wrapper around one.
-        total: the number of steps to come, where it is known: shown beside the steps.
+        total: the total number of steps, if it is known; shown beside the steps.
         console: where to write, a ``rich.console.Console``; None is standard output.
 
     Raises:
@@ -71,7 +71,7 @@ def live(optimizer: Any, *, total: int | None = None, console: Console | None = 
 
 
 class Line:
-    """What ``live`` returns: a context manager, whose ``update`` is only needed where no step hook is called."""
+    """What ``live`` returns: a context manager. Call ``update`` only where step hooks do not run."""
 
     def __init__(self, optimizer: Any, total: int | None, console: Console) -> None:
         self._optimizer = optimizer
@@ -84,15 +84,15 @@ class Line:
         if self._hook is not None:
             raise RuntimeError("this line is shown already: leave its with block first, or make another with live()")
         self._shown = -math.inf
-        self._seen: deque[tuple[float, int]] = deque(maxlen=12)  # when, and at which step: the speed of three seconds
+        self._seen: deque[tuple[float, int]] = deque(maxlen=12)  # time and step: the speed is that of three seconds
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return self
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             from rich.live import Live
 
-            self._live = Live(console=self._console, auto_refresh=False)  # no thread: a step shows it, or nothing does
+            self._live = Live(console=self._console, auto_refresh=False)  # no thread: only steps update it
             self._live.start()
-        # The loop needs no other change; what remains at the end is removed with the block.
+        # Removed at the end of the block.
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self.update())
         return self
 
@@ -104,7 +104,7 @@ class Line:
         self._hook.remove()
         self._hook = None
         try:
-            if math.isfinite(self._shown):  # otherwise there was no step
+            if math.isfinite(self._shown):  # else there was no step
                 self._show()
         finally:
             if self._live is not None:
@@ -112,14 +112,14 @@ class Line:
                 self._live = None
 
     def update(self) -> None:
-        """Show what is felt now, unless the last time was a moment ago. Does nothing outside the ``with`` block."""
+        """Show the current state, unless it was shown a moment ago. Does nothing outside the ``with`` block."""
         wait = _PLAIN_EVERY if self._live is None else _EVERY
         if self._hook is not None and monotonic() - self._shown >= wait:
             self._show()
 
     def _show(self) -> None:
         felt = self._optimizer.emotion
-        self._shown = monotonic()  # after reading, which may have waited: the pause counts from here
+        self._shown = monotonic()  # after reading, which may have waited
         if self._seen and felt.steps < self._seen[-1][1]:
             self._seen.clear()  # a new stage began
         self._seen.append((self._shown, felt.steps))
@@ -132,7 +132,7 @@ class Line:
             self._live.update(text, refresh=True)
 
     def _text(self, felt: Snapshot, rates: list[float], speed: float) -> Text:
-        """The parts that fit, the important ones first."""
+        """As many parts as fit, the important ones first."""
         from rich.text import Text
 
         lr = _rate(min(rates)) if min(rates) == max(rates) else f"{_rate(min(rates))}..{_rate(max(rates))}"

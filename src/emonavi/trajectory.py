@@ -1,4 +1,4 @@
-"""The way that the weights take through a training run, as a small file: a sample of them, now and then.
+"""The path of the weights through a training run, as a small file: a sample of them at some of the steps.
 
 ``emonavi plot --pca`` draws it. The file is a dict of tensors: ``torch.load(path, weights_only=True)`` reads it.
 """
@@ -18,16 +18,16 @@ from emonavi.intake import unwrapped
 __all__ = ["FILE", "Trajectory", "trajectory"]
 
 FILE = "emonavi-weights.pt"
-RECORDS = 256  # kept at most: of more, every other one goes, and the next are twice as far apart
+RECORDS = 256  # at most; when there are more, every other one is dropped and the distance between them doubles
 
 
 class Trajectory:
-    """Samples of the weights that an optimizer trains: the same coordinates each time, drawn at random.
+    """Samples of the weights that an optimizer trains: at each record the same coordinates, drawn at random.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; what requires a gradient in its groups is sampled.
-        coordinates: how many numbers are kept of each record, or all weights if there are fewer. 1000 numbers and at
-            most 256 records are a megabyte at most.
+        coordinates: how many numbers each record has; all weights if there are fewer. At most 256 records of 1000
+            numbers are a megabyte.
 
     Raises:
         ValueError: fewer than two numbers are trained, or fewer than two coordinates are asked for.
@@ -60,7 +60,7 @@ class Trajectory:
         self._note()
 
     def record(self, *_: Any) -> None:
-        """Count a step, and take a sample where one is due. Waits for the device only where it is."""
+        """Count a step, and take a sample if one is due. Only then it waits for the device."""
         self._step += 1
         if self._step % self._every == 0:
             self._note()
@@ -74,7 +74,7 @@ class Trajectory:
         self._steps.append(self._step)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the samples, the last step among them, into a folder; return the file.
+        """Write the samples, with that of the last step, into a folder; return the path of the file.
 
         The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32.
         """
@@ -90,14 +90,13 @@ class Trajectory:
 def trajectory(
     optimizer: torch.optim.Optimizer, folder: str | Path, *, coordinates: int = 1000
 ) -> Iterator[Trajectory]:
-    """Record the way of the weights while the block lasts, and write it into ``folder`` at its end, whatever happens.
+    """Record the path of the weights inside the block; write it into ``folder`` at the end, also after an error.
 
-    The records follow ``step()`` through torch's step hook, so the loop needs no other change, and any optimizer of
-    torch's kind will do. ``emonavi plot --pca FOLDER`` draws all runs at or below a folder. For the arguments see
-    :class:`Trajectory`.
+    A step hook takes the records, so the loop needs no other change, and any torch optimizer will do.
+    ``emonavi plot --pca FOLDER`` draws all runs at or below a folder. For the arguments see :class:`Trajectory`.
 
     Raises:
-        OSError: ``folder`` cannot be written. That is found out at once, and not when the training is over.
+        OSError: ``folder`` cannot be written. This is checked at once, not after the training.
 
     Example:
         >>> import tempfile, torch, emonavi

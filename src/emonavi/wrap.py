@@ -1,8 +1,9 @@
 """Emotional: the same emotion around any torch optimizer.
 
-The wrapped optimizer keeps its rule, its state and its groups; around each of its steps stands the sequence of
-``optimizer.py``. What differs: the effective lr is in the groups only while it steps, a gradient that is not finite
-does not reach it at all, and reflection looks at where a sample of the parameters went (``displacement.py``).
+The wrapped optimizer keeps its rule, its state and its groups. Each of its steps is surrounded by the sequence of
+``optimizer.py``, with three differences: the effective lr is in the groups only during the step, the optimizer never
+sees a gradient that is not finite, and reflection uses the displacement of a sample of the parameters
+(``displacement.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from emonavi import checks
 from emonavi.active import Active, Found, Roster
-from emonavi.bearer import Bearer
+from emonavi.bearer import Bearer, make_shadow
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, compared, sample, samples
 from emonavi.distributed import Ranks, agreed
@@ -26,13 +27,14 @@ from emonavi.dress import OF_THE_RUN, OPTIONS, adaptive, check, dress, fitting, 
 from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
+from emonavi.notices import callers_level
 from emonavi.scalars import Number, exp
 from emonavi.spelling import spelled
 from emonavi.sweep import all_norms, gather, wide
 
 __all__ = ["Emotional"]
 
-# Target of trust and fall of the lr (optimizer.py), whatever the rule. EmoNavi's fall of 1.5 is no better around AdamW
+# Target of trust and fall of the lr (see optimizer.py), for any rule. EmoNavi's fall of 1.5 is no better around AdamW
 # and worse around SGD (docs/benchmarks.md).
 _HOLD, _FALL = (0.0, 0.0), 2.0
 
@@ -40,14 +42,14 @@ _HOLD, _FALL = (0.0, 0.0), 2.0
 class Emotional(Bearer):
     """Any torch optimizer, with an emotion that listens to the loss and sets its lr.
 
-    Groups, state, defaults and checkpoints are the wrapped optimizer's, which stays at hand as ``inner``. A checkpoint
-    of it loads, too, with a fresh emotion. State: at most 24 KiB more for each tensor (float64: 48).
+    Groups, state, defaults and checkpoints are those of the wrapped optimizer, which is available as ``inner``. Its own
+    checkpoints load as well, with a fresh emotion. State: at most 24 KiB more for each tensor (float64: 48).
 
     Args:
-        optimizer: what moves the parameters. Its lr is the first guess; the first step is scaled so that it moves the
+        optimizer: the optimizer to wrap. Its lr is the first guess; the first step is scaled so that it moves the
             weights by a third of a percent at most.
-        emotion: ``"adaptive"``, an :class:`~emonavi.Emotion`, or a dict of its constants. The published generations are
-            rules as well, and stay with the siblings.
+        emotion: ``"adaptive"``, an :class:`~emonavi.Emotion`, or a dict of its constants. The published generations
+            include a rule, and are for the siblings only.
         use_shadow: keep a float32 copy of the parameters that follows them slowly: a panic restores it and
             :meth:`calm` evaluates with it. 4 bytes per parameter.
         use_trust: let reflection set the drive. False: the drive starts at 1, and only brake and panic move it.
@@ -62,9 +64,9 @@ class Emotional(Bearer):
             ``torch.distributed`` is initialised, None is never.
 
     Raises:
-        ValueError: an option is out of range; the optimizer needs a closure, has an emotion already, or its groups have
-            no lr.
-        TypeError: an option is unknown or of the wrong type, or ``optimizer`` is no torch optimizer.
+        ValueError: an option is out of range; or the optimizer needs a closure, has an emotion already, or has no lr in
+            its groups.
+        TypeError: an option is unknown or of the wrong type, or ``optimizer`` is not a torch optimizer.
 
     Example:
         >>> import torch, emonavi
@@ -102,11 +104,11 @@ class Emotional(Bearer):
         for group in optimizer.param_groups:
             check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
         self.inner = optimizer
-        super().__setstate__({})  # torch's way to the hooks: groups and state are not made, they are the optimizer's
+        super().__setstate__({})  # makes torch's hooks only: groups and state are the wrapped optimizer's
         self._setup(machine, *settings)
         felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
         for group in self.param_groups:
-            # Of a wrapper that was around it before, and did not see where it went since.
+            # Left by an earlier wrapper; the optimizer may have moved since without it.
             for name in OF_THE_RUN:
                 group.pop(name, None)
             for p in group["params"]:
@@ -128,7 +130,7 @@ class Emotional(Bearer):
 
     @property
     def state(self) -> Any:
-        """The wrapped optimizer's own, with a ``step_sample`` for each tensor and, where it is kept, its ``shadow``."""
+        """The wrapped optimizer's own, with a ``step_sample`` and perhaps a ``shadow`` for each tensor."""
         return self.inner.state
 
     @state.setter
@@ -143,7 +145,7 @@ class Emotional(Bearer):
     # The step ---------------------------------------------------------------------------------------------------
 
     def _move(self, found: Found, heard: Loss | None) -> None:
-        """The step of parameters that have a gradient."""
+        """Make a step of the parameters that have a gradient."""
         vector = self._vector()
         self._check_fit(found.params)
         found = found.where([bool(p.numel()) for p in found.params])
@@ -156,32 +158,31 @@ class Emotional(Bearer):
         before = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(before, norm, options)
         if not acts and not state.steps:
-            state = before._replace(skipped_steps=state.skipped_steps)  # no drive was found yet that could be cut
+            state = before._replace(skipped_steps=state.skipped_steps)  # before the first step there is no drive to cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
         if options.use_shadow:
             active.lean(mood, predicated=False, fused=True)
             self._follow_idle(active.roster.whole, mood.follow, fused=True)
         else:
             self._drop_shadows()
-        sums = gather((), active.lr)  # nothing to reflect on
+        sums = gather((), active.lr)  # zeros
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
-        self._end(vector, self._emotion.reflect(state, sums, acts, options))
-        self._note_skipped(acts)
+        self._end(vector, self._emotion.reflect(state, sums, acts, options), acts)
 
     def _stay(self, found: Found) -> None:
-        """Let the wrapped optimizer step at lr 0, as it would: distributed checkpoints make state so."""
+        """Let the wrapped optimizer step at lr 0: distributed checkpoints create state that way."""
         if bool(torch.isfinite(all_norms(found.grads, self._vector())).all()):
             self.inner.step()
             self._make_state(found.params)
         self._intake.clear()
 
     def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
-        """Let the wrapped optimizer step, and compare the gradient with its step before."""
+        """Let the wrapped optimizer step, and compare the gradient with the step before."""
         params, rates = active.roster.params, active.rates(mood)[0]
         first = self._weights(rates, Ranks()) if not state.steps else None
         copies = [p.clone() for p in params] if first is not None and options.use_trust else []
-        # Before it steps: some optimizers write to the gradients.
+        # Sampled before the step, since some optimizers write to the gradients.
         seen = (samples(active.grads, rates), samples(params, rates)) if options.use_trust else None
         with self._acting(active, rates, mood.grad_scale):
             self.inner.step()
@@ -196,7 +197,7 @@ class Emotional(Bearer):
 
     @contextmanager
     def _acting(self, active: Active, rates: Tensor, grad_scale: Number) -> Iterator[None]:
-        """Put the effective lr in the place of the user's, and an outlier's gradient, scaled down, in its place."""
+        """Put the effective lr, and the scaled gradients if they are an outlier, in place of the user's."""
         acting = dict(zip(active.roster.groups, rates.tolist(), strict=True))
         lrs = {i: self.param_groups[i]["lr"] for i in acting}
         scaled = list(zip(active.roster.params, active.grads, strict=True)) if grad_scale != 1 else []
@@ -210,27 +211,27 @@ class Emotional(Bearer):
             for i, lr in lrs.items():
                 written = self.param_groups[i]["lr"]
                 changed = not isinstance(lr, Tensor) and written != acting[i] != 0
-                # Some optimizers have a schedule of their own: what it does to the lr, it does to the user's.
+                # An optimizer with its own schedule may have changed the lr: apply the same factor to the user's.
                 self.param_groups[i]["lr"] = lr * written / acting[i] if changed else lr
             for p, grad in scaled:
                 p.grad = grad
 
     def _make_state(self, params: list[Tensor]) -> None:
-        """Make what the emotion keeps of a parameter; after the optimizer's own, which it makes where there is none."""
+        """Make missing state of the emotion. After the optimizer's step: it makes its own only where state is empty."""
         group = self.param_groups[0]
         for p in params:
             state = self.state[p]
             if group["use_trust"] and "step_sample" not in state:
                 state["step_sample"] = wide(p.detach()).new_zeros(MEMORIES, len(sample(p)))
-            if group["use_shadow"] and "shadow" not in state:
-                state["shadow"] = wide(p.detach()).clone()
+            if group["use_shadow"]:
+                make_shadow(p, state)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         size = len(sample(torch.empty_like(param, device="meta")))
         return {"step_sample": torch.Size((MEMORIES, size)), "shadow": param.shape}
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
-        """The sums of reflection for each tensor, from samples; remembers the step."""
+        """The sums of reflection for each tensor, from samples. Also remembers the step."""
         params, groups = active.roster.params, active.roster.groups
         kept = [self.state[p]["step_sample"] for p in params]
         grad_step, grad_grad, step_step = compared(kept, params, before, grads, rates).unbind()
@@ -240,7 +241,7 @@ class Emotional(Bearer):
     # Groups and checkpoints -------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer does it."""
+        """As the wrapped optimizer does. It also begins a new window of losses."""
         self.inner.zero_grad(set_to_none)
         self._intake.drop()
 
@@ -262,7 +263,7 @@ class Emotional(Bearer):
         dress(self.inner, group, own)
 
     def _prepare(self) -> None:
-        """Take in groups that were given to the wrapped optimizer itself."""
+        """Adopt groups that were added directly to the wrapped optimizer."""
         for group in self.param_groups:
             if "lr_floor" not in group:
                 own = self._options()
@@ -270,7 +271,7 @@ class Emotional(Bearer):
                 dress(self.inner, group, own)
 
     def _options(self) -> dict[str, Any]:
-        """What the constructor was given, as the first group keeps it; as it last was where there is none."""
+        """Our options as the first group holds them; without a group, as they were last."""
         first = next(iter(self.param_groups), {})
         if "lr_floor" in first:
             self._own = {name: first[name] for name in OPTIONS}
@@ -282,9 +283,9 @@ class Emotional(Bearer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load into the wrapped optimizer, each state tensor in the dtype that it was saved in.
+        """Load into the wrapped optimizer, with each state tensor in the dtype that it was saved in.
 
-        A checkpoint of the wrapped optimizer alone is taken, too: a warning says that the emotion is a fresh one.
+        A checkpoint of the wrapped optimizer alone is accepted; a warning says that the emotion is a fresh one.
 
         Raises:
             ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
@@ -296,29 +297,30 @@ class Emotional(Bearer):
         )
         name = type(self.inner).__name__
         for group in self.param_groups:
-            group["inner"] = name  # an earlier version did not keep it
+            group["inner"] = name  # an earlier version did not store it
         if "emotion" not in self.param_groups[0]:
             for group in self.param_groups:
                 dress(self.inner, group, own)
             self.param_groups[0]["emotion"] = self._fresh()
-            warnings.warn(f"the checkpoint is of {name} alone: it goes on under a fresh emotion", stacklevel=2)
+            what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
+            warnings.warn(what, stacklevel=callers_level())
         self._note_begun()
         self._intake.clear()
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """With the wrapped optimizer, whose dict it is; the hook is given that one."""
+        """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""
         return self.inner.register_state_dict_pre_hook(hook, prepend)
 
     def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """With the wrapped optimizer, whose dict it is; the hook is given that one."""
+        """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""
         return self.inner.register_state_dict_post_hook(hook, prepend)
 
     def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """With the wrapped optimizer, which loads; the hook is given that one."""
+        """Register on the wrapped optimizer, which loads; the hook gets that optimizer."""
         return self.inner.register_load_state_dict_pre_hook(hook, prepend)
 
     def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """With the wrapped optimizer, which loads; the hook is given that one."""
+        """Register on the wrapped optimizer, which loads; the hook gets that optimizer."""
         return self.inner.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,7 +337,7 @@ class Emotional(Bearer):
 
 
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:
-    """The tensors of a step; there is no drive of their own, since the lr that could carry it is the group's."""
+    """Active tensors of a wrapped step. They have no drive of their own, since one lr serves the whole group."""
     shadows = {p: {k: v for k, v in states.get(p, {}).items() if k == "shadow"} for p in found.params}
     roster = Roster.of(found, shadows, len(groups), fused=False)
     kept = [vector.new_full((len(found.params),), value) for value in KEPT.values()]
@@ -343,7 +345,7 @@ def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tens
 
 
 def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:
-    """How far a first step went for each unit of lr: rms over the coordinates that have a gradient. Adam's is 1."""
+    """Size of a first step per unit of lr: rms over the coordinates with a gradient. Adam's is 1."""
     moved, count = 0.0, 0
     for p, copy, grad, rate in zip(active.roster.params, copies, active.grads, rates.tolist(), strict=False):
         if rate:

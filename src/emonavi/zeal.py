@@ -11,17 +11,17 @@ corrections of step k::
     signed      = clip(2 scalar, 0, 1)
     param       = decay param - lr drive ((1 - signed) u + signed 0.5 sign(exp_avg))
 
-It differs from ``fact.py`` in its memory of the gradient, which makes it as steady as Adam at half of Adam's state, in
-the longer memory of rows and columns that goes with it, and in that it steps by sign while the loss rises beyond its
-noise (``clan.py``): a row and a column that are mostly zero promise a step of many times lr. Vectors and scalars follow
-the Adam rule of ``navi.py``. Reflection compares g with the step taken last in the rule's metric, with its denominator
-d as it stood then: <g, u>, <g, g / d>, <u, u d>.
+There are three differences to ``fact.py``. It has a memory of the gradient, which makes it as steady as Adam at half of
+Adam's state. The memory of rows and columns is longer to match. And it steps by sign while the loss rises beyond its
+noise (``clan.py``), since a coordinate whose row and column are mostly zero would take a step of many times lr. Vectors
+and scalars follow the Adam rule of ``navi.py``. Reflection compares g with the last step in the rule's metric, with the
+denominator d of that time: <g, u>, <g, g / d>, <u, u d>.
 
-As published (``emotion="v3"``) it is the rule of ``fact.py`` with one more step before it, of today's gradient, its
-memory being always zero: with blend = (1 - beta1) g, sign(g) where \|scalar\| is above 0.6, else
-blend / (1 + \|blend\|) (norm(g) + eps) where it is above 0.1.
+As published (``emotion="v3"``) it is the rule of ``fact.py`` after one more step, which depends on today's gradient
+only, because the published memory stays zero. With blend = (1 - beta1) g that step is sign(g) if \|scalar\| is above
+0.6, else blend / (1 + \|blend\|) (norm(g) + eps) if it is above 0.1.
 
-Sources: Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235), whose own form has momentum, too; the
+Sources: Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235), which has momentum as well; the
 published rule and the emotion after muooon/EmoNavi.
 """
 
@@ -44,7 +44,7 @@ __all__ = ["EmoZeal", "emozeal", "emozeal_v3"]
 
 
 class EmoZeal(EmoOptimizer):
-    __doc__ = EmoOptimizer.describe(
+    __doc__ = EmoOptimizer._describe(
         """Adafactor-type optimizer with momentum that listens to the loss: near EmoNavi, at half of its state.
 
     State: 4 bytes per float32 parameter of a matrix, and one float32 for each of its rows and columns; vectors keep 8
@@ -67,7 +67,7 @@ class EmoZeal(EmoOptimizer):
     def _layout(self, param: Tensor) -> tuple[str, ...]:
         if param.dim() < 2:
             return ("exp_avg", "exp_avg_sq")
-        # The published rule has a memory of the gradient that stays zero: it is not kept.
+        # The published rule has a memory of the gradient that stays zero, and is not stored.
         return ("exp_avg", "exp_avg_row", "exp_avg_col")[0 if self._emotion.reflects else 1 :]
 
     def _init_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def emozeal_v3(
 ) -> None:
     """Functional form of the published rule for two or more dimensions.
 
-    ``sign`` and ``soft`` are 1 where that step goes before the rule of :func:`~emonavi.fact.emofact`, else 0; the other
+    ``sign`` and ``soft`` are 1 if that step comes before the rule of :func:`~emonavi.fact.emofact`, else 0; the other
     arguments are that rule's. It does not reflect.
     """
     if isinstance(sign, Tensor) or sign:

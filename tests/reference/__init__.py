@@ -1,4 +1,4 @@
-"""Float64 references, written from the formulas (the design's section 1 and 3, the rule files' docstrings).
+"""Float64 references, written from the formulas (in the docstrings of the rule files and of the emotions).
 
 Plain and slow on purpose, in numpy, one tensor at a time. Nothing here may import ``emonavi``.
 """

@@ -6,7 +6,7 @@ import numpy as np
 class NaviReference:
     """m = b1 m + (1-b1) g; v = b2 v + (1-b2) trust g^2; p = decay p - lr m_hat / (sqrt(v_hat) + eps).
 
-    ``vector_of`` names the memory that ``trust`` scales: EmoFact's vectors scale the first one.
+    ``trusted`` names the memory that ``trust`` scales: EmoFact's vectors scale the first one.
     """
 
     def __init__(self, shape, *, betas, eps, corrects_bias=True, trusted="second"):

@@ -1,6 +1,6 @@
-"""Kernels: a rule's whole sweep over a bucket in one call. Each is loaded when it is first wanted.
+"""Kernels: a rule's whole sweep over a bucket in one call. They are loaded when first needed.
 
-A kernel has the rule's name and does what the rule does, tensor by tensor; the rule stays the truth that it must equal.
+A kernel has the name of its rule and must give the same results.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Kernel", "choose", "compared", "follow", "numbers", "planned", "sampled", "squares", "wanted"]
 
-# (lists, scalars, grad_scale, acts, seeds) as Bucket.move has them, for a whole bucket; returns the sums of reflection
-# of each of its tensors, or None where the scalars do not ask for them. One that was chosen for some lists may be
-# called again with other gradients of the same kind.
+# Called with (lists, scalars, grad_scale, acts, seeds) as in Bucket.move, for a whole bucket. Returns the sums of
+# reflection of each tensor, or None if the scalars do not ask for them. It may be called again with other gradients of
+# the same kind.
 Kernel: TypeAlias = Callable[
     [Mapping[str, list[Tensor]], dict[str, Any], Any, Any, "Tensor | None"], "tuple[Tensor, Tensor, Tensor] | None"
 ]
@@ -33,7 +33,7 @@ Kernel: TypeAlias = Callable[
 def choose(
     rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], group: Mapping[str, Any], predicated: bool
 ) -> Kernel | None:
-    """What sweeps a bucket: a kernel, or None for the rule itself, by foreach or tensor by tensor.
+    """The kernel that sweeps a bucket, or None for the rule itself, by foreach or tensor by tensor.
 
     ======  =======  ==========================  ==========================================
     fused   foreach  is there a kernel for it?   swept by
@@ -49,9 +49,9 @@ def choose(
 
     Args:
         rule: the functional form.
-        lists: the bucket's parallel lists, "param" first; those that are left out are not looked at.
+        lists: the bucket's parallel lists, "param" first; those left out are not checked.
         group: options of its group.
-        predicated: no value may be branched on.
+        predicated: control flow may not depend on tensor values.
 
     Raises:
         RuntimeError: the group says ``fused=True``, and there is no kernel for this bucket.
@@ -69,7 +69,7 @@ def choose(
 
 @lru_cache(maxsize=1)
 def _say_missing() -> None:
-    """Warn, once, where there could be kernels and are none."""
+    """Warn once that the kernels are missing, and why."""
     from emonavi.kernels.build import library
 
     why = library()
@@ -79,7 +79,7 @@ def _say_missing() -> None:
 
 
 def wanted(group: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether a group's flags ask for kernels, or leave room for them: on the CPU, those for CUDA ran on no GPU yet."""
+    """Whether a group's flags ask for kernels, or allow them. By default only on the CPU: CUDA's ran on no GPU yet."""
     return bool(group["fused"]) or (group["fused"] is None and group["foreach"] is None and device.type == "cpu")
 
 
@@ -97,13 +97,13 @@ def _kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predica
     return f"there are no kernels for {device}"
 
 
-# Around the sweep a kernel spares one call of torch, or several, for each tensor.
+# Helpers around the sweep that replace one torch call per tensor.
 
 
 def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
-    """Sum of the squares of each of some tensors of one device and dtype; None where there is no kernel for it.
+    """Sum of squares of each tensor, all of one device and dtype; None if there is no kernel for it.
 
-    ``by_rows`` adds up matrices as the kernel does that gathers their rows and columns.
+    ``by_rows`` adds up matrices in the order of the kernel that gathers their rows and columns.
     """
     if tensors[0].is_cpu:
         from emonavi.kernels import cpu
@@ -117,7 +117,7 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
 
 
 def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> bool:
-    """Move each shadow by ``rate`` to its parameter. Returns whether there is a kernel for them; else nothing moved."""
+    """Move each shadow by ``rate`` towards its parameter. Returns False, and moves nothing, if there is no kernel."""
     if not params[0].is_cpu:
         return False
     from emonavi.kernels import cpu
@@ -126,7 +126,7 @@ def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> 
 
 
 def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
-    """0-d tensors as one thing to read and to write; None where there is no kernel for it."""
+    """Reads and writes many 0-d tensors at once; None if there is no kernel for it."""
     if not tensors or not tensors[0].is_cpu:
         return None
     from emonavi.kernels import cpu
@@ -135,7 +135,7 @@ def numbers(tensors: Sequence[Tensor]) -> Numbers | None:
 
 
 def sampled(tensors: Sequence[Tensor], home: torch.device) -> Tensor | None:
-    """The samples of all tensors, one after the other (``displacement.py``); None where there is no kernel for it."""
+    """The samples of all tensors, concatenated (``displacement.py``); None if there is no kernel for it."""
     if not tensors or home.type != "cpu" or not tensors[0].is_cpu:
         return None
     from emonavi.kernels import samples
@@ -146,7 +146,7 @@ def sampled(tensors: Sequence[Tensor], home: torch.device) -> Tensor | None:
 def compared(
     kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, per_rate: Tensor
 ) -> Tensor | None:
-    """Gradients compared with the step before (``displacement.py``); None where there is no kernel for it."""
+    """Compare gradients with the step before (``displacement.py``); None if there is no kernel for it."""
     if not params or not before.is_cpu or not params[0].is_cpu:
         return None
     from emonavi.kernels import samples
@@ -160,7 +160,7 @@ def planned(
     states: Mapping[Tensor, dict[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> Plan | None:
-    """What the next step need not find out again; None where it must."""
+    """A plan for the next steps, or None if they must look for themselves."""
     if roster.numbers is None:
         return None
     from emonavi.kernels.plan import Plan

@@ -1,7 +1,7 @@
-"""The C kernels as a shared library: compiled when first wanted, once for each compiler, processor and version.
+"""The C kernels as a shared library: compiled when first needed, once for each compiler, processor and version.
 
-The library lies in a cache of the user's own (``$XDG_CACHE_HOME/emonavi``, else ``~/.cache/emonavi``). Many processes
-may want it at once: each that finds none compiles its own file and moves it to the common name in one step.
+The library is in a cache of the user (``$XDG_CACHE_HOME/emonavi``, else ``~/.cache/emonavi``). Several processes may
+need it at once: each that finds none compiles its own file and renames it atomically.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from pathlib import Path
 __all__ = ["library"]
 
 SOURCES = [Path(__file__).with_name(name) for name in ("sweep.c", "rules.h")]
-# NaN, infinity and the order of sums stay as the source has them: no -ffast-math. None of these
-# flags changes a value: nobody reads errno, no floating-point exception is trapped, and simd is only what is marked.
+# No -ffast-math: NaN, infinity and the order of sums must stay as in the source. None of these flags changes a value:
+# errno is not read, floating-point exceptions are not trapped, and only marked loops are vectorised out of order.
 FLAGS = ["-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-pthread", "-shared", "-fPIC"]
-TIMEOUT = 120  # seconds; it takes about one
+TIMEOUT = 120  # seconds; a compilation takes about one
 
 
 @functools.cache
 def library() -> ctypes.CDLL | str:
-    """The loaded library, or why there is none."""
+    """The loaded library, or the reason why there is none."""
     if os.name != "posix":
         return f"the C kernels are not made for {platform.system()}"
     words = shlex.split(os.environ.get("CC", "")) or ["cc"]
     found = shutil.which(words[0])
     if found is None:
         return f"there is no C compiler {words[0]!r}: install one (as gcc or clang), or name it in CC"
-    # A launcher comes before the compiler (ccache gcc). Options that are named with it have the last word.
+    # CC may have a launcher before the compiler (ccache gcc), and options after it, which come last to win over ours.
     end = max(i for i, word in enumerate(words) if i == 0 or not word.startswith("-")) + 1
     command = [found, *words[1:end], *FLAGS, *words[end:]]
     try:
@@ -48,9 +48,9 @@ def library() -> ctypes.CDLL | str:
 
 
 def _cached(command: list[str]) -> ctypes.CDLL:
-    """Load the library from the cache, or else make it, in a folder that is gone afterwards where there is no cache."""
+    """Load the library from the cache, or compile it; without a usable cache, in a temporary folder."""
     processor = _processor()
-    native = ["-march=native"] if processor else []  # not where it could meet another processor
+    native = ["-march=native"] if processor else []  # only if the name of the file depends on the processor
     compiler = os.stat(command[0])
     key = [*command, *native, compiler.st_size, compiler.st_mtime_ns, platform.machine(), processor]
     digest = hashlib.sha256(repr(key).encode() + b"".join(s.read_bytes() for s in SOURCES)).hexdigest()[:16]
@@ -60,11 +60,11 @@ def _cached(command: list[str]) -> ctypes.CDLL:
         if _is_ours(folder):
             path = folder / f"sweep-{digest}.so"
             if path.exists() and _is_ours(path):
-                with contextlib.suppress(OSError):  # no library: cut short, or made on another system
+                with contextlib.suppress(OSError):  # not a library: truncated, or of another system
                     return ctypes.CDLL(str(path))
             _compile(command, native, path)
             return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError):  # no home, no space, read-only, a file that is no library
+    except (OSError, RuntimeError):  # no home, no space, read-only, not a library
         pass
     with tempfile.TemporaryDirectory() as private:
         path = Path(private) / "sweep.so"
@@ -73,7 +73,7 @@ def _cached(command: list[str]) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], native: list[str], path: Path) -> None:
-    """Compile to another name beside ``path``, and take that name in one step."""
+    """Compile to a temporary file beside ``path``, then rename it to that."""
     with tempfile.TemporaryDirectory(dir=path.parent) as private:
         made = Path(private) / path.name
         for extra in (native, []):
@@ -82,20 +82,20 @@ def _compile(command: list[str], native: list[str], path: Path) -> None:
                 capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False,
             )  # fmt: skip
             if built.returncode == 0:
-                made.chmod(0o700)  # whatever the umask: what others may write is not taken
+                made.chmod(0o700)  # whatever the umask: a file that others can write is not loaded
                 os.replace(made, path)
                 return
     raise RuntimeError(f"{shlex.join(command)}: {built.stderr.strip()}")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else can have written it: code is loaded from there."""
+    """Whether only this user (or root) can have written it: code is loaded from there."""
     status = path.stat()
     return status.st_uid in (0, os.getuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _processor() -> str:
-    """What tells processors apart that run different instructions; empty where it is not known."""
+    """What distinguishes processors with different instructions; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:

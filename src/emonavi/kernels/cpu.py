@@ -1,4 +1,4 @@
-"""The kernels for the CPU: buckets as the C code takes them."""
+"""The kernels for the CPU: passes buckets to the C code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from emonavi.pieces import in_order
 
 __all__ = ["Numbers", "Sweep", "follow", "in_one_order", "kernel", "plain", "squares", "wanted_size"]
 
-# Of parameters and gradients, with that of their states.
+# Dtype of parameters and gradients: dtype of their state.
 DTYPES = {
     torch.float32: torch.float32,
     torch.float64: torch.float64,
@@ -29,7 +29,7 @@ DTYPES = {
     torch.float16: torch.float32,
 }
 OWN = {Tensor, Parameter}
-VECTORS = ("step_size", "decay", "root", "last_root", "bias", "seeds")  # all else is one number, betas and eps too
+VECTORS = ("step_size", "decay", "root", "last_root", "bias", "seeds")  # others are one number
 
 
 class _Bucket(ctypes.Structure):
@@ -47,7 +47,7 @@ class _Bucket(ctypes.Structure):
 
 
 def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicated: bool) -> Kernel | str:
-    """The kernel for a bucket, or why there is none."""
+    """The kernel for a bucket, or the reason why there is none."""
     if rule not in (emonavi, emolynx, emofact):
         return f"there is no kernel for {rule.__name__}"
     if predicated:
@@ -68,7 +68,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
 
 
 class Sweep:
-    """A kernel for the tensors of one bucket. It may be called again while all but the gradients lie where they lay."""
+    """A kernel for one bucket. It may be called again as long as no tensor but the gradients has moved in memory."""
 
     def __init__(self, sweep: Any, squares: Any, lists: Mapping[str, list[Tensor]], matrices: bool) -> None:
         self._sweep, self._squares, self.matrices = sweep, squares, matrices
@@ -77,7 +77,7 @@ class Sweep:
         self._arrays: _Arrays | None = None
 
     def squares(self, lists: Mapping[str, list[Tensor]]) -> Tensor:
-        """Sum of the squares of each gradient of a bucket that is in order, which is then to be moved by them."""
+        """Sum of squares of each gradient, for a bucket that is in order and is moved next with these gradients."""
         return _squares(self._squares, self._where(lists), first=1)
 
     def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
@@ -103,25 +103,25 @@ class Sweep:
         scalars = {k: float(v) if isinstance(v, Tensor) and k not in VECTORS else v for k, v in scalars.items()}
         vectors = {k: v.contiguous() for k, v in scalars.items() if isinstance(v, Tensor)}
         fields = {k: v for k, v in scalars.items() if v is not None} | {k: v.data_ptr() for k, v in vectors.items()}
-        # Lion and Adafactor have one trust, Adam one for each memory.
+        # Lion and Adafactor have one trust, Adam has one for each memory.
         fields = {"grad_trust": fields.pop("trust", 1.0), "square_trust": 1.0} | fields
         sums = _call(self._sweep, arrays, grad_scale=grad_scale, **fields)
         arrays.gathered = None
         for tensor, copy in home:
             tensor.copy_(copy)
-        torch.autograd.graph.increment_version(lists["param"])  # autograd must see that they are not what they were
+        torch.autograd.graph.increment_version(lists["param"])  # tells autograd that they have changed
         return (sums[:, 0], sums[:, 1], sums[:, 2]) if scalars["reflect"] else None
 
 
 class _Arrays:
-    """Columns of tensors as the C code takes them. Their memory must not go while it does."""
+    """Columns of tensors as the C code takes them. The tensors must stay alive during the call."""
 
     def __init__(self, columns: Sequence[Sequence[Tensor]], matrices: bool = False) -> None:
         self.count = len(columns[0])
         self.size = array("q", [t.numel() for t in columns[0]])
         self.tensors = array("Q", [t.data_ptr() for column in columns for t in column])
         self.dtype = DTYPES[columns[0][0].dtype]
-        self.gathered: Tensor | None = None  # of the gradients, until they have been used
+        self.gathered: Tensor | None = None  # rows and columns of the gradients, until they are used
         self.rows = self.samples = self.stride = self.place = array("q")
         if matrices:
             self.rows = array("q", [len(t) for t in columns[0]])
@@ -133,14 +133,14 @@ class _Arrays:
             loaded.places(ctypes.c_int64(self.count), *pointers)
 
     def point(self, column: int, tensors: Sequence[Tensor]) -> None:
-        """Put other tensors of the same sizes in the place of a column."""
+        """Replace a column by other tensors of the same sizes."""
         self.tensors[column * self.count : (column + 1) * self.count] = array("Q", [t.data_ptr() for t in tensors])
 
 
 def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
-    """Sum of the squares of each tensor, taken in float64; None where there is no kernel for them.
+    """Sum of squares of each tensor, in float64; None if there is no kernel for them.
 
-    With ``by_rows`` those of a matrix are added in the order in which the kernel of EmoFact gathers them.
+    With ``by_rows`` matrices are added up in the order in which EmoFact's kernel gathers them.
     """
     dtype = tensors[0].dtype
     functions = [_function(name, dtype) for name in ("squares", "gather")]
@@ -149,7 +149,7 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
     sums = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
     matrices = [by_rows and t.dim() > 1 and t.numel() > 0 for t in tensors]
     for kind, function in enumerate(functions):
-        # In which order the elements of others lie does not matter, but each must lie there once.
+        # For other tensors the order of elements does not matter, but each must be in memory once.
         places = [i for i, matrix in enumerate(matrices) if matrix == kind]
         held = [t if t.is_contiguous() else t.contiguous() for t in (tensors[i].resolve_neg() for i in places)]
         if held:
@@ -158,7 +158,7 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
 
 
 def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> bool:
-    """Move each shadow by ``rate`` to its parameter. Returns whether there is a kernel for them; else nothing moved."""
+    """Move each shadow by ``rate`` towards its parameter. Returns False, and moves nothing, if there is no kernel."""
     dtype = params[0].dtype
     function = _function("follow", dtype)
     if isinstance(function, str) or not plain(params, dtype) or not plain(shadows, DTYPES[dtype]):
@@ -172,27 +172,27 @@ def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> 
 
 
 class Numbers:
-    """Single float32 numbers that lie anywhere, read and written together."""
+    """Many 0-d float32 tensors, read and written together."""
 
     def __init__(self, library: ctypes.CDLL, tensors: Sequence[Tensor]) -> None:
         self._library = library
-        self._tensors = tensors  # their memory must not go
+        self._tensors = tensors  # keeps them alive
         self._pointers = array("Q", [t.data_ptr() for t in tensors])
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Numbers | None:
-        """Those of 0-d tensors; None where they cannot be reached so."""
+        """From 0-d tensors; None without the library, or if they are not plain."""
         loaded = library()
         return None if isinstance(loaded, str) or not plain(tensors, torch.float32) else cls(loaded, tensors)
 
     def read(self) -> Tensor:
-        """All in turn, as a float64 vector."""
+        """All in order, as a float64 vector."""
         values = torch.empty(len(self._tensors), dtype=torch.float64, device="cpu")
         self._pass(self._library.read_numbers, values)
         return values
 
     def write(self, values: Tensor) -> None:
-        """Set all in turn from a float64 vector."""
+        """Set all in order from a float64 vector."""
         self._pass(self._library.write_numbers, values.contiguous())
 
     def _pass(self, function: Any, values: Tensor) -> None:
@@ -201,18 +201,18 @@ class Numbers:
 
 
 def plain(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
-    """Whether all are torch's own tensors, of this dtype, in the CPU's memory: a subclass may have none of its own."""
+    """Whether all are plain CPU tensors of this dtype, no subclasses: those may have no memory of their own."""
     same = dtype is None or {t.dtype for t in tensors} <= {dtype}
     return same and set(map(type, tensors)) <= OWN and all([t.is_cpu for t in tensors])
 
 
 def in_one_order(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether the elements of each lie one after the other, as they are to be read."""
+    """Whether all are contiguous, and no gradient is a lazily negated view."""
     return all(map(Tensor.is_contiguous, chain(params, grads))) and not any(map(Tensor.is_neg, grads))
 
 
 def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
-    """How many elements a parameter's tensor of this name must have: a kernel would not stop at the end of fewer."""
+    """How many elements the tensor of this name must have: a kernel would run past the end of a smaller one."""
     count = param.numel()
     if rule is not emofact or name in ("param", "grad"):
         return count
@@ -222,7 +222,7 @@ def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
-    """A function of the C library, or why there is none."""
+    """A function of the C library, or the reason why there is none."""
     loaded = library()
     if isinstance(loaded, str):
         return loaded
@@ -231,14 +231,14 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 
 def _squares(function: Any, arrays: _Arrays, first: int = 0) -> Tensor:
-    """Sums of squares of a column, of which those of matrices leave there what was gathered."""
+    """Sums of squares of a column. For matrices it also leaves the gathered rows and columns in ``arrays``."""
     if arrays.place:
         arrays.gathered = torch.empty(arrays.place[-1], dtype=arrays.dtype, device="cpu")
     return _call(function, arrays, first).unbind(1)[0]
 
 
 def _call(function: Any, arrays: _Arrays, first: int = 0, **fields: Any) -> Tensor:
-    """Call a C function on columns from the given one on; returns its sums, of shape (count, 3)."""
+    """Call a C function on the columns from index ``first`` on; returns its sums, of shape (count, 3)."""
     sums = torch.zeros(arrays.count, 3, dtype=torch.float64, device="cpu")
     lines = arrays.size, arrays.rows, arrays.samples, arrays.stride, arrays.tensors, arrays.place
     size, rows, samples, stride, tensors, place = (a.buffer_info()[0] for a in lines)

@@ -1,4 +1,4 @@
-"""The kernels for CUDA devices: buckets as the Triton programs take them. Nothing here waits for the device."""
+"""The kernels for CUDA devices: passes buckets to the Triton programs. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ __all__ = ["kernel", "squares"]
 
 Columns: TypeAlias = Sequence[Sequence[Tensor]]
 
-CHUNK = 1 << 14  # elements of a program: enough to hide what it looks up first, few enough to fill a GPU
-BLOCK = 1 << 10  # elements that it moves at once, eight for each of its 128 threads
-BAND, WIDTH = 64, 256  # rows and columns of a matrix that are a tile: sums are kept for each, a fiftieth of it
-LINES = 256  # rows, columns or samples of a program
+CHUNK = 1 << 14  # elements of a program: enough to hide its first look-ups, few enough to fill a GPU
+BLOCK = 1 << 10  # elements that it moves at once: eight for each of its 128 threads
+BAND, WIDTH = 64, 256  # rows and columns of a matrix in a tile; the sums of a tile are a fiftieth of it
+LINES = 256  # rows, columns or samples in a program
 
 
 class _Table(NamedTuple):
-    """Where the tensors of a bucket lie, as the programs read it."""
+    """Sizes and addresses of a bucket's tensors, as the programs read them."""
 
     numbers: Tensor
     tensors: int
     chunks: int
-    aligned: bool  # each begins at a multiple of 16 bytes
+    aligned: bool  # each address is a multiple of 16
 
     @classmethod
     def of(cls, columns: Sequence[Sequence[Tensor]]) -> _Table:
@@ -65,7 +65,7 @@ class _Table(NamedTuple):
 
 
 class _Sums:
-    """What the chunks of a bucket add to the sums of its tensors."""
+    """The sums of each chunk of a bucket, which are then added up for each tensor."""
 
     def __init__(self, first: Tensor, tensors: int, chunks: int, kinds: int) -> None:
         self.first, self.tensors, self.chunks, self.kinds = first, tensors, chunks, kinds
@@ -81,14 +81,14 @@ class _Sums:
 
 
 def _launch(program: Any, grid: tuple[int, int], table: Tensor, *given: Any, **named: Any) -> None:
-    """Launch a program on the table's device, unless there is nothing to do."""
+    """Launch a program on the table's device, unless its grid is empty."""
     with torch.cuda.device(table.device) if table.is_cuda else nullcontext():
         if 0 not in grid:
             program[grid](table, *given, **named)
 
 
 def _first(parts: Iterable[int]) -> list[int]:
-    """How many parts lie before each tensor, and how many there are."""
+    """How many parts come before each tensor, and their number."""
     return [0, *accumulate(parts)]
 
 
@@ -101,7 +101,7 @@ def _aligned(numbers: Sequence[int]) -> bool:
 
 
 def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kernel | str:
-    """The kernel for a bucket, or why there is none. It branches on no value."""
+    """The kernel for a bucket, or the reason why there is none. It does not branch on values."""
     launch = {emonavi: _navi, emolynx: _lynx, emofact: _fact}.get(rule)
     if launch is None:
         return f"there is no kernel for {rule.__name__} on CUDA"
@@ -114,7 +114,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         wanted = dtype if name in ("param", "grad") else torch.float32
         if not _plain(tensors, wanted, device):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on {device}"
-        # Where one is too short, nothing would stop a program at its end.
+        # A program would run past the end of a tensor that is too small.
         for param, tensor in zip(lists["param"], tensors, strict=True):
             if tensor.numel() != wanted_size(rule, name, param):
                 what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
@@ -123,7 +123,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
     def run(
         lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Tensor | None
     ) -> Any:
-        # Random bits belong to elements in the order of the shape.
+        # Random bits belong to elements in row-major order.
         columns, home = in_order(list(lists.values()), row_major=seeds is not None or rule is emofact)
         given = {k: _on(v, device) for k, v in scalars.items()}
         shared = {"acts": _on(acts, device), "grad_scale": _on(grad_scale, device), "decay": given["decay"]}
@@ -132,7 +132,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         sums = launch(columns, given, shared)
         for tensor, copy in home:
             tensor.copy_(copy)
-        torch.autograd.graph.increment_version(lists["param"])  # autograd must see that they are not what they were
+        torch.autograd.graph.increment_version(lists["param"])  # tells autograd that they have changed
         return sums if scalars["reflect"] else None
 
     return run
@@ -156,14 +156,14 @@ def _lynx(columns: Columns, given: dict[str, Any], shared: dict[str, Any]) -> tu
 
 
 def _fact(columns: Columns, given: dict[str, Any], shared: dict[str, Any]) -> tuple[Tensor, ...]:
-    rows = [t.numel() for t in columns[2]]  # one number remembered for each
+    rows = [t.numel() for t in columns[2]]  # the memory has one number for each row
     widths = [t.numel() for t in columns[3]]
     sampled = [t.numel() for t in columns[4]] if shared["REFLECT"] else [0 for _ in rows]
     strides = [sample_stride(t.numel()) for t in columns[0]]
     down, across = [_parts(r, BAND) for r in rows], [_parts(w, WIDTH) for w in widths]
     tiles = _first(map(mul, down, across))
     of_rows, of_columns, of_samples = (_first(_parts(n, LINES) for n in some) for some in (rows, widths, sampled))
-    sums = _first([*map(mul, across, rows), *map(mul, down, widths)])  # where in the scratch each one's begin
+    sums = _first([*map(mul, across, rows), *map(mul, down, widths)])  # where in the scratch each sum begins
     addresses = [t.data_ptr() for column in columns for t in column]
     n, device = len(rows), columns[0][0].device
     firsts, facts = (*tiles, *of_rows, *of_columns, *of_samples), (*rows, *widths, *sampled, *strides, *sums[:-1])
@@ -188,22 +188,22 @@ def _fact(columns: Columns, given: dict[str, Any], shared: dict[str, Any]) -> tu
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Sum of the squares of each tensor; None where there is no kernel for them."""
+    """Sum of squares of each tensor; None if there is no kernel for them."""
     dtype = tensors[0].dtype
     if dtype not in DTYPES or not _plain(tensors, dtype, tensors[0].device):
         return None
-    # In which order the elements lie does not matter, but each must lie there once.
+    # The order of elements does not matter, but each must be in memory once.
     held = [t if t.is_contiguous() else t.contiguous() for t in (t.resolve_neg() for t in tensors)]
     return _Table.of([held]).sweep(programs.squares, 1, DTYPE=DTYPES[dtype])[0]
 
 
 def _plain(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether all are torch's own tensors of this dtype on this device: a subclass may have no memory of its own."""
+    """Whether all are plain tensors of this dtype and device, no subclasses: those may have no memory of their own."""
     return all([t.dtype is dtype and type(t) in OWN and t.device == device for t in tensors])
 
 
 def _on(value: Any, device: torch.device) -> Any:
-    """A scalar as a program takes it: on the device, as a number, or None."""
+    """A scalar as a program takes it: a tensor on the device, a number, or None."""
     if isinstance(value, Tensor) and (value.dim() or value.device.type == device.type):
         return value.to(device, non_blocking=True).contiguous()
     return None if value is None else float(value)

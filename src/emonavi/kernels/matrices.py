@@ -1,12 +1,12 @@
 """The Triton programs of the Adafactor rule of matrices (``fact.py``): means, memories, sample and move in turn.
 
-A matrix of r rows is cut into tiles of ``BAND`` rows and ``WIDTH`` columns. Of each tile the sums of squares of its
-rows and of its columns are kept apart, and added in the order of the tiles, in float64. The table of int64, for n
+A matrix of r rows is cut into tiles of ``BAND`` rows and ``WIDTH`` columns. The sums of squares of each tile's rows and
+columns are stored separately, and then added in the order of the tiles, in float64. The table, of int64, for n
 matrices::
 
-    first[4, n + 1]   number of tiles, of chunks of rows, of columns and of the sample before each matrix, and of all
+    first[4, n + 1]   number of tiles, of chunks of rows, of columns and of the sample before each matrix, and in total
     facts[6, n]       of each: rows, columns, size of the sample, its stride, and where in the scratch the sums of its
-                      rows begin, one of all rows for each tile across, and of its columns, one for each tile down
+                      rows begin (all rows for each tile across) and of its columns (all columns for each tile down)
     where[k, n]       address of each: parameters, gradients, memories of rows and of columns, and samples
 """
 
@@ -19,7 +19,7 @@ from emonavi.kernels.programs import address, find, get, keep, number, own, put,
 
 __all__ = ["gather", "move", "remember", "sample"]
 
-# Places in the table.
+# Indices in the table.
 TILES, ROWS, COLUMNS, SAMPLES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 PARAM, GRAD, ROW, COLUMN, SAMPLE = (tl.constexpr(i) for i in range(5))
 
@@ -36,10 +36,10 @@ def _where(table, count, column: tl.constexpr, tensor, DTYPE: tl.constexpr, ALIG
 
 @triton.jit
 def _tile(table, count, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    """What this program sweeps: matrix, its rows and columns, and how many tiles lie above this one and beside it."""
+    """The tile of this program: matrix, its rows and columns, and how many tiles are above this one and left of it."""
     tensor, place = find(table, count)
     rows, width = _fact(table, count, 0, tensor), _fact(table, count, 1, tensor)
-    if ALIGNED:  # the same number, of which the compiler sees that 16 divides it
+    if ALIGNED:  # the same number, but the compiler sees that 16 divides it
         width = width // 16 * 16
     across = tl.cdiv(width, WIDTH)
     return tensor, rows, width, place // across, place % across
@@ -50,7 +50,7 @@ def gather(
     table, count, scratch, acts, grad_scale,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the squares of a tile's rows and columns."""
+    """Sums of squares of a tile's rows and columns."""
     if number(acts) != 0:
         tensor, rows, width, above, beside = _tile(table, count, ALIGNED, WIDTH)
         columns = beside * WIDTH + tl.arange(0, WIDTH)
@@ -74,7 +74,7 @@ def remember(
     table, count, scratch, acts, rest1, floor, trust,
     LINES: tl.constexpr, ACROSS: tl.constexpr, BAND: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The memory of some rows, or columns for ``ACROSS``, after today's means of squares."""
+    """Update the memory of some rows (with ``ACROSS``, columns) by today's means of squares."""
     if number(acts) != 0:
         kind: tl.constexpr = COLUMNS if ACROSS else ROWS
         tensor, place = find(table + kind * (count + 1), count)
@@ -95,7 +95,7 @@ def remember(
 
 @triton.jit
 def _root(table, count, column: tl.constexpr, tensor, places, mask):
-    """Roots of the memory of some rows or columns."""
+    """Square roots of the memory of some rows or columns."""
     return tl.sqrt_rn(get(_where(table, count, column, tensor, tl.float32, False) + places, mask, 0.0))
 
 
@@ -103,7 +103,7 @@ def _root(table, count, column: tl.constexpr, tensor, places, mask):
 def sample(
     table, count, chunks, partial, acts, grad_scale, bias, eps, rate, DTYPE: tl.constexpr, LINES: tl.constexpr
 ):  # fmt: skip
-    """What some of a matrix's sample reflects, scaled up to the whole, and then their memory."""
+    """Sums of reflection of some of a matrix's sample, scaled up to the whole; then update their memory."""
     grad_step = tl.zeros((LINES,), tl.float32)
     grad_grad = tl.zeros((LINES,), tl.float32)
     step_step = tl.zeros((LINES,), tl.float32)

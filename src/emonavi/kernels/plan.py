@@ -1,10 +1,10 @@
-"""What one step on the CPU need not find out again after the one before: a plan.
+"""A plan: what one step on the CPU found out, for the next steps.
 
-Of many small tensors the arithmetic takes less time than finding out, tensor by tensor, which of them share a bucket,
-whether a kernel takes them and where they lie. A plan holds what was found. It holds good as long as everything that
-it hangs on is as it was, and that is looked at in every step: the parameters that have a gradient and their groups,
-their states and every tensor in them, where parameters and memories lie, the groups' flags, and what kind of gradients
-there are. To look takes time, too, most of it for fetching each tensor's header.
+With many small tensors, the arithmetic takes less time than finding out, tensor by tensor, which share a bucket,
+whether there is a kernel for them and what their addresses are. A plan keeps this. Each step checks that everything it
+depends on is unchanged: the parameters with a gradient and their groups, their states and every tensor in them, the
+addresses, the groups' flags, and the kind of gradients. The check costs time as well, mostly for fetching each
+tensor's header.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from emonavi.kernels.cpu import Sweep, in_one_order, plain
 
 __all__ = ["Plan"]
 
-# Read for every tensor in every step: by map, which takes half the time of a loop.
+# Used with map for every tensor in every step, in half the time of a loop.
 _pointer, _size, _dtype, _shape = Tensor.data_ptr, Tensor.numel, attrgetter("dtype"), attrgetter("shape")
 FLAGS = ("fused", "foreach", "capturable", "stochastic_rounding", "use_shadow", "state_dtype")
 
 
 class Plan(NamedTuple):
-    """The roster and the buckets of a step, the latter without their gradients."""
+    """The roster and the buckets of a step, without gradients, and what must be unchanged for them to be valid."""
 
     roster: Roster
     buckets: list[Any]  # as ``EmoOptimizer._buckets`` has them
     groups: list[Any]
-    flags: list[Any]  # of them
-    states: dict[Tensor, dict[str, Any]]  # the optimizer's, in a shallow copy
-    kept: list[Any]  # all that they hold
-    storages: list[Any]  # of the tensors there: held, so that nothing else can come to lie where one was,
-    watched: list[Tensor]  # unless a storage itself moves, as into shared memory: the parameters and these tensors,
-    pointers: list[int]  # and where they lie
+    flags: list[Any]  # the groups' flags
+    states: dict[Tensor, dict[str, Any]]  # shallow copy of the optimizer's
+    kept: list[Any]  # all values in the states
+    storages: list[Any]  # of the tensors among them: kept alive so that no address is reused
+    watched: list[Tensor]  # tensors whose address is checked each step
+    pointers: list[int]  # their addresses
     dtypes: list[torch.dtype]  # of the parameters
     sizes: list[int]
-    shapes: list[torch.Size]  # where the rule has rows and columns; else none, which take twice as long to fetch
-    order: Tensor  # where in the buckets' own order each of the roster is
+    shapes: list[torch.Size]  # only if the rule has rows and columns: reading them is slow
+    order: Tensor  # permutation from bucket order to roster order
 
     @classmethod
     def of(
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
         states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[Mapping[str, Any]],
     ) -> Plan | None:
-        """None where a step has to look for itself: without kernels, or where tensors are first brought in order."""
+        """None if a bucket has no kernel, or if its tensors have to be copied into one order first."""
         kernels = [bucket.kernel for *_, bucket in buckets]
         whole = all(map(is_, roster.params, roster.whole))
         if not whole or not all(isinstance(kernel, Sweep) and kernel.in_order for kernel in kernels):
@@ -70,14 +70,14 @@ class Plan(NamedTuple):
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether it holds for these parameters with their gradients."""
+        """Whether the plan is valid for these parameters and gradients."""
         params, grads = found.params, found.grads
         return (
             _same(params, self.roster.whole)
             and found.groups == self.roster.groups
             and _same(groups, self.groups)
             and _flags(groups) == self.flags
-            # Compared by what they are: to look a tensor up takes longer.
+            # Compared by identity: looking tensors up is slower.
             and _same(list(states), list(self.states))
             and _same(list(states.values()), list(self.states.values()))
             and _same(_values(self.roster.states), self.kept)
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
         )
 
     def norms(self, buckets: Sequence[Any]) -> Tensor:
-        """Norm of each gradient in the filled buckets, in the order of the roster."""
+        """Norm of each gradient in filled buckets, in roster order."""
         sums = [bucket.kernel.squares(bucket.lists) for *_, bucket in buckets]
         return (torch.cat(sums)[self.order] if len(sums) > 1 else sums[0]).sqrt()
 
@@ -113,5 +113,5 @@ def _flags(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether they are the very same objects."""
+    """Whether both hold the very same objects."""
     return len(some) == len(others) and all(map(is_, some, others))

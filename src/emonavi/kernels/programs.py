@@ -1,17 +1,17 @@
 """The Triton programs: the rules, chunk by chunk, on a GPU. ``cuda.py`` launches them.
 
-One launch sweeps all tensors of a bucket. A table of int64 says where they lie, for n tensors in k columns::
+One launch sweeps all tensors of a bucket. A table of int64 has their sizes and addresses, for n tensors in k columns::
 
-    first[n + 1]    number of chunks before each tensor, and of all
+    first[n + 1]    number of chunks before each tensor, and in total
     size[n]         elements of each
     where[k, n]     address of each: parameters, gradients, then each state in turn
 
-A program takes one chunk: the operations are those of the functional form, in its order, in float32, with exact
-quotients and roots; the compiler may contract a product and a sum to one rounding. What a chunk adds to the sums of its
-tensor is kept apart and added by a second launch in a fixed order, in float64: two runs are equal bit by bit.
+A program takes one chunk. Its operations are those of the functional form, in the same order, in float32, with exactly
+rounded quotients and roots; the compiler may fuse a product and a sum into one rounding. Each chunk stores its sums,
+and a second launch adds them in a fixed order, in float64, so that two runs are equal bit by bit.
 
-A scalar is a number, or it is read where it lies on the device: nothing waits for it. Numbers of each tensor come as
-vectors. Where ``acts`` is 0 nothing is written but sums of 0.
+A scalar is a number, or is read from the device without waiting. Numbers that differ between tensors are vectors. If
+``acts`` is 0, only sums of 0 are written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 ODD = tl.constexpr(lowbit.GOLDEN)
-OF_PARAM = tl.constexpr(pow(lowbit.GOLDEN, 2, 1 << 32))  # the bits of what a rule writes first, as lowbit.py has them
+OF_PARAM = tl.constexpr(pow(lowbit.GOLDEN, 2, 1 << 32))  # for what a rule writes first, as in lowbit.pack
 
 
 @triton.jit
@@ -53,13 +53,13 @@ def number(value):
 
 @triton.jit
 def own(vector, tensor):
-    """What a vector has for a tensor, as float32; None is 1 for each."""
+    """A tensor's entry of a vector, as float32; None is 1 for all."""
     return 1.0 if vector is None else tl.load(vector + tensor).to(tl.float32)
 
 
 @triton.jit
 def find(first, count):
-    """Which tensor this program's chunk is of, and how many of its chunks lie before it."""
+    """The tensor of this program's chunk, and how many of its chunks come before."""
     chunk = tl.program_id(0)
     low = 0
     high = count
@@ -73,7 +73,7 @@ def find(first, count):
 
 @triton.jit
 def _chunk(table, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """What this program sweeps: tensor and begin of its chunk, the end of the last whole block, and the end."""
+    """The chunk of this program: its tensor, its start, the end of its last whole block, and its end."""
     tensor, place = find(table, count)
     start = place * CHUNK
     end = tl.minimum(start + CHUNK, tl.load(table + count + 1 + tensor))
@@ -82,29 +82,29 @@ def _chunk(table, count, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def address(where, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where a tensor lies, as a pointer."""
+    """Pointer to a tensor."""
     pointer = tl.cast(tl.load(where + tensor), tl.pointer_type(DTYPE))
-    if ALIGNED:  # without this, and the whole blocks, elements would be fetched one by one
+    if ALIGNED:  # without this, and whole blocks, elements are loaded one by one
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
 def get(pointer, mask, other: tl.constexpr):
-    """Elements as float32; where the mask is False, ``other``."""
+    """Load elements as float32; ``other`` where the mask is False."""
     values = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=other)
     return values.to(tl.float32)
 
 
 @triton.jit
 def put(pointer, values, mask):
-    """Store elements; to the nearest where they are stored in fewer bits."""
+    """Store elements, rounded to the nearest in the dtype of the pointer."""
     tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rounded(values, places, seeds, tensor, DTYPE: tl.constexpr):
-    """Parameters rounded at random to what their dtype can hold, as ``lowbit.pack`` does; as they are without seeds."""
+    """Parameters rounded at random to their dtype, as in ``lowbit.pack``; unchanged without seeds."""
     if seeds is not None:
         dropped: tl.constexpr = 13 if tl.float16 == DTYPE else 16
         random = places.to(tl.uint32) * ODD + tl.load(seeds + tensor).to(tl.uint32)
@@ -122,13 +122,13 @@ def _sign(x):
 
 @triton.jit
 def keep(partial, chunks, kind: tl.constexpr, lanes):
-    """Keep what this chunk adds to one of the sums."""
+    """Store one of this chunk's sums."""
     tl.store(partial + kind * chunks + tl.program_id(0), tl.sum(lanes))
 
 
 @triton.jit(do_not_specialize=["count", "chunks"])
 def add_up(table, partial, sums, count, chunks, BLOCK: tl.constexpr):
-    """Add the sums of each tensor's chunks: program (i, k) the k-th of tensor i. ``sums`` is float64, of (k, n)."""
+    """Add the sums of each tensor's chunks: program (i, k) adds the k-th of tensor i. ``sums``: float64, (k, n)."""
     tensor, kind = tl.program_id(0), tl.program_id(1)
     last = tl.load(table + tensor + 1)
     lanes = tl.zeros((BLOCK,), tl.float64)
@@ -151,7 +151,7 @@ def _square_some(grad, mask, lanes):
 def squares(
     table, count, chunks, partial, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Sums of squares: of one column."""
+    """Sums of squares of one column."""
     tensor, start, whole, end = _chunk(table, count, CHUNK, BLOCK)
     grad = address(table + 2 * count + 1, tensor, DTYPE, ALIGNED)
     lanes = tl.zeros((BLOCK,), tl.float32)
@@ -172,7 +172,7 @@ def _navi_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.co
     scale, rest1, beta2, rest2, eps, grad_trust, square_trust, step_size, decay, root, last_root = scalars
     g = get(grad + places, mask, 0.0) * scale
     m = get(exp_avg + places, mask, 0.0)
-    v = get(exp_avg_sq + places, mask, 1.0)  # what is not there adds nothing, with an eps of 0 either
+    v = get(exp_avg_sq + places, mask, 1.0)  # masked elements add nothing, even with an eps of 0
     if REFLECT:
         grad_step, grad_grad, step_step = sums
         denom = tl.div_rn(tl.sqrt_rn(v), last_root) + eps
@@ -194,7 +194,7 @@ def emonavi(
     rest1, beta2, rest2, eps, grad_trust, square_trust,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, REFLECT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The Adam rule, of the columns param, grad, exp_avg and exp_avg_sq."""
+    """The Adam rule, for the columns param, grad, exp_avg and exp_avg_sq."""
     lanes = tl.zeros((BLOCK,), tl.float32)
     sums = (lanes, lanes, lanes)
     if number(acts) != 0:
@@ -236,7 +236,7 @@ def _lynx_some(tensors, places, mask, scalars, sums, seeds, tensor, DTYPE: tl.co
         grad_step, size = sums
         sums = (grad_step + g * _sign(m), size + tl.abs(g))
     memory = m * trust
-    # A sign may hang on it: as lerp has it.
+    # As torch.lerp computes it, since a sign may depend on it.
     near = tl.fma(beta1, memory - g, g)
     blended = tl.where(beta1 < 0.5, near, tl.fma(beta1 - 1, memory - g, memory))
     p = get(param + places, mask, 0.0) * decay - step_size * _sign(blended)
@@ -250,7 +250,7 @@ def emolynx(
     table, count, chunks, partial, seeds, acts, grad_scale, step_size, decay, beta1, rest2, trust,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, REFLECT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The Lion rule, of the columns param, grad and exp_avg."""
+    """The Lion rule, for the columns param, grad and exp_avg."""
     lanes = tl.zeros((BLOCK,), tl.float32)
     sums = (lanes, lanes)
     if number(acts) != 0:

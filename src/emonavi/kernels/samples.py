@@ -1,4 +1,4 @@
-"""Samples by C: what ``displacement.py`` does, without several calls of torch for each tensor."""
+"""Samples by the C code: what ``displacement.py`` does, without several torch calls for each tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Sampling(ctypes.Structure):
 
 
 class _Places:
-    """Where the samples of tensors of given sizes lie."""
+    """Positions of the samples of tensors of given sizes."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self._columns = [array("q", column) for column in zip(*map(places, sizes), strict=True)]
@@ -33,11 +33,11 @@ class _Places:
         self.total = sum(blocks * length for blocks, length, _ in map(places, sizes))
 
 
-_places = lru_cache(maxsize=16)(_Places)  # from step to step the sizes stay
+_places = lru_cache(maxsize=16)(_Places)  # the sizes stay from step to step
 
 
 def samples(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The samples of all tensors, one after the other; None where there is no kernel for them."""
+    """The samples of all tensors, concatenated; None if there is no kernel for them."""
     function = _function("gather_samples", tensors)
     if function is None or not in_one_order(tensors, tensors):
         return None
@@ -51,9 +51,9 @@ def samples(tensors: Sequence[Tensor]) -> Tensor | None:
 def compared(
     kept: Sequence[Tensor], params: Sequence[Tensor], before: Tensor, grads: Tensor, per_rate: Tensor
 ) -> Tensor | None:
-    """The sums over each tensor's sample, shape (3, tensors), in float64; None where there is no kernel for it.
+    """The sums over each tensor's sample, shape (3, tensors), in float64; None if there is no kernel for it.
 
-    As :func:`emonavi.displacement.compared` has them, with one over each effective lr.
+    As in :func:`emonavi.displacement.compared`; ``per_rate`` is one over each effective lr.
     """
     function, dtype = _function("compare_samples", params), DTYPES.get(params[0].dtype)
     same = (before.dtype, grads.dtype, per_rate.dtype) == (dtype, dtype, dtype)
@@ -71,7 +71,7 @@ def compared(
 
 
 def _function(name: str, tensors: Sequence[Tensor]) -> Any:
-    """A function of the C library for tensors of one dtype; None where there is none."""
+    """A function of the C library for tensors of one dtype; None if there is none."""
     loaded, dtype = library(), tensors[0].dtype
     if isinstance(loaded, str) or not plain(tensors, dtype):
         return None
@@ -83,5 +83,5 @@ def _pointers(tensors: Sequence[Tensor]) -> array[int]:
 
 
 def _at(numbers: array[int]) -> ctypes.c_void_p:
-    """Where an array lies, which must not go as long as that is used."""
+    """Address of an array, which must stay alive while it is used."""
     return ctypes.c_void_p(numbers.buffer_info()[0])
