@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import emonavi
-from emonavi.bench import page, running_mean
+from emonavi.bench import page
+from emonavi.bench.figures import running_mean
 from emonavi.bench.tasks import TASKS
 from emonavi.pca import draw
 
@@ -36,7 +37,7 @@ def build(name, **options):
     """Return a fresh EmoNavi on a task, and the task's problem."""
     torch.manual_seed(0)
     problem = TASKS[name].build(0)
-    return emonavi.EmoNavi((p for p in problem.model.parameters() if p.requires_grad), **options), problem
+    return emonavi.EmoNavi(problem.params, **options), problem
 
 
 def sheet(titles):
@@ -111,7 +112,7 @@ def ways(out, steps):
         for cls in (*(emonavi.registry.SIBLINGS[name].cls for name in emonavi.available()), torch.optim.AdamW):
             torch.manual_seed(0)
             problem = TASKS["digits"].build(0)
-            optimizer = cls(problem.model.parameters(), lr=1e-3)
+            optimizer = cls(problem.params, lr=1e-3)
             with emonavi.monitor.trajectory(optimizer, Path(folder) / cls.__name__):
                 for step in range(steps):
                     optimizer.zero_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import emonavi
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 from emonavi.bench.tasks import TASKS
 
 NAMES = ("digits", "diabetes", "flow", "lora", "density")
@@ -26,12 +26,11 @@ def run(task, cls, how, steps):
     """Train; the held-out losses at half of the steps and every fiftieth of them from there on."""
     torch.manual_seed(0)
     problem = task.build(0)
-    params = [p for p in problem.model.parameters() if p.requires_grad]
-    optimizer = cls(params, lr=1e-3)
+    optimizer = cls(problem.params, lr=1e-3)
     losses = []
     for step in range(steps):
         if step == steps // 2 and how == "new":
-            optimizer = cls(params, lr=1e-3)
+            optimizer = cls(problem.params, lr=1e-3)
         if step == steps // 2 and how == "reset":
             optimizer.reset_emotion()
         if step >= steps // 2 and (step - steps // 2) % max(1, steps // 50) == 0:
@@ -69,6 +68,6 @@ if __name__ == "__main__":
                 said = "{task:9} {optimizer:8} {how:6} end {end:.2f}, worst {worst:.2f} of the whole run's; first below"
                 print((said + " the break's loss after {back} of {steps} steps").format(**rows[-1]), flush=True)
     if not small:
-        record = {"command": "python examples/afresh.py", "hardware": hardware(), "versions": versions(), "runs": rows}
+        record = {"command": "python examples/afresh.py", **made_on(), "runs": rows}
         out = Path(__file__).parents[1] / "benchmarks" / "afresh-cpu.json"
         out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

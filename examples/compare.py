@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from transformers import AutoTokenizer
 
 import emonavi
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 
 OURS = ("EmoNavi", "EmoFact", "EmoLynx")
 # The likeliest first: an interrupted comparison has them.
@@ -120,8 +120,8 @@ def main():
     runs = json.loads(out.read_text())["runs"] if options.resume and out.exists() else []
     done = [[r[k] for k in ("weights", "optimizer", "lr", "seed")] for r in runs]
     typed = [arg for arg in sys.argv[1:] if arg != "--resume"]
-    found = {"command": shlex.join(["python", "examples/compare.py", *typed]), "hardware": hardware()}
-    found["versions"] = versions() | {name: version(name) for name in ("prodigyopt", *PACKAGES[options.task])}
+    found = {"command": shlex.join(["python", "examples/compare.py", *typed]), **made_on()}
+    found["versions"] |= {name: version(name) for name in ("prodigyopt", *PACKAGES[options.task])}
     found |= {"steps": options.steps, "seeds": options.seeds, "runs": runs}
     for seed in range(options.seeds):
         for weights, name, lr in GRID[:: 6 if options.small else 1]:

@@ -45,9 +45,9 @@ def train(model, optimizer, examples, steps):
         optimizer.zero_grad()
 
 
-def train_with_trainer(model, examples, steps, lr=1e-3):
+def train_with_trainer(model, examples, steps):
     settings = {"per_device_train_batch_size": 16, "lr_scheduler_type": "constant", "dataloader_pin_memory": False}
-    args = TrainingArguments(max_steps=steps, learning_rate=lr, report_to="none", save_strategy="no", **settings)
+    args = TrainingArguments(max_steps=steps, learning_rate=1e-3, report_to="none", save_strategy="no", **settings)
     kind = (emonavi.EmoNavi, {"lr": args.learning_rate})
     trainer = Trainer(model=model, args=args, train_dataset=examples, optimizer_cls_and_kwargs=kind)
     trainer.train()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import emonavi
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 from emonavi.bench.tasks import TASKS, LoRA
 
 RUNS = [(torch.optim.AdamW, lr) for lr in (1e-3, 3e-3, 1e-2)]
@@ -40,7 +40,7 @@ def train(task, cls, lr, steps):
     """Train the adapters of a task and measure them."""
     torch.manual_seed(0)
     problem = task.build(0)
-    optimizer = cls([p for p in problem.model.parameters() if p.requires_grad], lr=lr)
+    optimizer = cls(problem.params, lr=lr)
     for step in range(steps):
         optimizer.zero_grad()
         problem.loss(step).backward()
@@ -66,6 +66,6 @@ if __name__ == "__main__":
             rows.append(row)
             print("{task:10} {optimizer:10} {lr:6g} {loss:7.3f} {stable:7.2f} {entropy:8.2f} {norm:7.2f}".format(**row))
     if not small:
-        record = {"command": "python examples/rank.py", "hardware": hardware(), "versions": versions(), "runs": rows}
+        record = {"command": "python examples/rank.py", **made_on(), "runs": rows}
         out = Path(__file__).parents[1] / "benchmarks" / "rank-cpu.json"
         out.write_text(json.dumps(record, indent=1) + "\n")

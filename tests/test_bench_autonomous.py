@@ -1,6 +1,7 @@
 """``bench autonomous``: its figures by hand, its shards, and one small cell of each kind."""
 
 import io
+import runpy
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_each_optimizer_of_the_picture_has_its_own_points(tmp_path, monkeypatch)
     assert drawn["EmoNavi, mean"][0] == [pytest.approx(1.1)] and drawn["EmoZeal, mean"][0] == [pytest.approx(1.3)]
     assert drawn["EmoNavi, mean"][1] != drawn["EmoZeal, mean"][1] and "EmoFact, mean" not in drawn
     assert [label.get_text() for label in above[0].get_xticklabels()] == ["64"], "H"
+
+
+def test_a_family_larger_than_the_palette_is_drawn(monkeypatch):
+    family = (*bench.FAMILY, "EmoSeven")
+    monkeypatch.setattr("emonavi.registry.FAMILY", family)
+    again = runpy.run_path(bench.__file__)
+    assert set(again["_COLOURS"]) == {*family, "AdamW"}
 
 
 def test_every_cell_is_there_once():

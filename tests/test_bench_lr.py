@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import html
 import inspect
+import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from pages import Page, probed
 from rich.console import Console
 from test_demo import LINE, NAN, text_of
 from torch import nn
 from typer.testing import CliRunner
 
 from emonavi import cli
-from emonavi.bench import json_line, lr, lr_report, peers, summary
+from emonavi.bench import ledger, lr, lr_report, peers, provenance, summary
+from emonavi.bench.figures import json_line
 from emonavi.bench.ledger import Ledger, Outcome, execute, read_rows
 from emonavi.bench.peers import CONTENDERS
 from emonavi.bench.summary import Entry, Study
@@ -56,7 +57,7 @@ def fill(path: Path, spots: list[Spot] = SPOTS):
     try:
         return execute(
             *(ledger.missing(spots), measure, ledger),
-            **{"workers": 1, "title": "fill", "kind": lambda spot: "", "console": Console(highlight=False)},
+            **{"workers": 1, "title": "fill", "console": Console(highlight=False)},
         )
     finally:
         ledger.close()
@@ -212,6 +213,18 @@ def test_the_loss_reaches_those_who_want_it():
     assert heard == [loss, loss, None]
 
 
+def test_the_state_of_the_sources(tmp_path, monkeypatch):
+    """The kernels' sources count, those of the benches and of the command do not, wherever the library lies."""
+    home = tmp_path / "bench" / "emonavi"
+    monkeypatch.setattr(provenance, "emonavi", SimpleNamespace(__file__=str(home / "__init__.py")))
+    seen = []
+    for name in ("__init__.py", "kernels/a.c", "kernels/a.h", "rule.py", "cli.py", "bench/a.py", "kernels/a.so"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("1")
+        seen.append(provenance.sources())
+    assert len(set(seen[:4])) == 4 and len(set(seen[3:])) == 1
+
+
 def test_divergence_is_a_result(tiny, monkeypatch):
     row = lr.train(lr.Cell("nan", "AdamW", 1e-3, 0, 3))
     assert row["raw"] is None and row["reason"] == "the validation loss is nan"
@@ -301,11 +314,41 @@ def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):
 
     path = tmp_path / "lr.jsonl"
     path.write_text("".join(json_line({**cell._asdict(), "seconds": 1.0, "made_by": "emonavi 0"}) for cell in cells))
-    monkeypatch.setattr(lr, "execute", note)
+    monkeypatch.setattr(ledger, "execute", note)
     for rerun in (False, True):
         options = {"workers": 1, "rerun_ours": rerun, "command": "again", "console": Console(quiet=True)}
         assert lr.run(cells, Ledger(path, lr.Cell), **options) == 0
     assert asked == [[], [cells[1]]]
+
+
+@pytest.mark.parametrize("command", ["lr --tasks digits --optimizers AdamW", "schedules"])
+def test_paths_are_said_as_they_are(command, tmp_path, monkeypatch):
+    """Brackets and colons are no markup."""
+    monkeypatch.setattr(ledger, "execute", lambda *_, **__: Outcome(failures=["a [b] :c:"], stopped=True))
+    out = tmp_path / "[bold]" / ":smile:.jsonl"
+    said = CliRunner().invoke(cli.build(), ["bench", *command.split(), "--out", str(out)]).output
+    assert f"0 of them in {out};" in said
+    assert "no result: a [b] :c:\n" in said and f"everything finished is in {out}. To go on:\n  emonavi " in said
+    out.write_text("".join(map(json_line, ROWS)))
+    assert f"{out.with_suffix('')}/report.html\n" in CliRunner().invoke(cli.build(), ["report", str(out)]).output
+
+
+@pytest.mark.parametrize(
+    ("failures", "stopped", "code"), [([], False, 0), (["x"] * 11, False, 1), (["x"], True, 130)], ids=str
+)
+def test_how_a_bench_ends(failures, stopped, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "execute", lambda *_, **__: Outcome(3, failures, stopped))
+    path = tmp_path / "spots.jsonl"
+    path.write_text('{"place": 1, "size": 0.1, "seconds": 1}\n')
+    seen, console = [], Console(record=True, file=io.StringIO())
+    how = {"workers": 1, "title": "spots", "command": "once more", "console": console}
+    assert ledger.fill(Ledger(path, Spot), SPOTS, measure, lambda rows: seen.append(rows) or ["known"], **how) == code
+    (rows,), said = seen, console.export_text().replace("\n", " ")
+    assert [row["place"] for row in rows] == [1] and " known " in said
+    assert said.count("no result: x") == min(10, len(failures))
+    assert (f"{len(failures)} runs gave no result" in said) == bool(failures)
+    assert ("16 runs are left" in said and said.rstrip().endswith("once more")) == stopped
+    Ledger(path, Spot).close()  # another may write again
 
 
 # --- What is said of them
@@ -366,6 +409,12 @@ def test_a_later_row_and_a_later_budget_count():
     again = [*ROWS, row("alpha", "EmoNavi", 1e-1, 2.0, 2.0), row("beta-3x", "EmoNavi", 1e-3, 5.0, 5.0) | {"steps": 99}]
     assert lines(again)["EmoNavi raw"].worst == pytest.approx(1.1)
     assert "beta-3x" in Study(again).steps and not Study(again).lines("dev")
+
+
+def test_a_loss_of_0_is_a_result(tmp_path):
+    found = lines([*ROWS[:3], row("alpha", "EmoNavi", 1e-3, 0.0, 2.0), row("alpha", "EmoNavi", 1e-1, 2.0, 2.0)])
+    assert found["EmoNavi raw"].mean < 1e-100 and found["EmoNavi calm"].mean == 1.0
+    assert found["EmoNavi raw"].at_best == pytest.approx(0)
 
 
 def test_siblings_are_measured_by_their_own_rules_too():
@@ -482,24 +531,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     assert result.exit_code == 0 and (tmp_path / "results-report" / "report.html").exists()
 
 
-class Links(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.links, self.tags = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-
 def test_report_command(written):
     folder, result = written
     assert result.exit_code == 0, result.output
     assert "Reached: (a)" in result.output and "report.html" in result.output
     page = (folder / "report.html").read_text()
-    links = Links()
-    links.feed(page)
-    assert links.links == [] and "link" not in links.tags
+    found = Page(page)
+    assert found.loads == found.links == [] and "link" not in found.tags
     assert page.count('class="plot"') == 3 + 2 * 3
     assert "it &lt;burst&gt;" in page and "three times the steps" in page
     assert "A mark is a bound" in page and all(f"({letter}) of" in page for letter in "abcd")
@@ -521,7 +559,7 @@ def test_report_of_something_else(tmp_path):
         assert words in " ".join(re.sub(r"[│╭╰─]", "", result.output).split())
 
 
-PROBE = """<script>
+PROBE = """
 const found = { errors: [] };
 addEventListener("error", event => found.errors.push(event.message));
 console.error = (...words) => found.errors.push(words.join(" "));
@@ -539,24 +577,12 @@ const look = () => {
   parent.postMessage(JSON.stringify(found), "*");
 };
 addEventListener("load", look);
-</script>"""
-# In a frame, because a window of Chromium is not narrower than 500 pixels.
-FRAME = """<script>onmessage = event => document.documentElement.dataset.found = event.data</script>
-<iframe src="page.html" style="border: 0; width: {width}px; height: 9000px"></iframe>"""
+"""
 
 
 @pytest.mark.parametrize("width", [390, 1200])
 def test_report_in_a_browser(written, tmp_path, width):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width))
-    (tmp_path / "page.html").write_text((written[0] / "report.html").read_text().replace("<head>", f"<head>{PROBE}", 1))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
-    command += [f"--window-size={width + 20},9100", "--virtual-time-budget=30000", "--dump-dom", frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    found = probed(tmp_path, written[0] / "report.html", PROBE, width)
     assert found["errors"] == []
     assert found["plots"] == 9
     assert found["width"] == width and found["wide"] <= width, "the page scrolls sideways"

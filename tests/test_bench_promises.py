@@ -177,6 +177,16 @@ def test_every_bench_takes_the_whole_family(name, tmp_path, monkeypatch):
     assert f"no optimizer 'nobody': choose from {', '.join(FAMILY)}" in " ".join(refused.output.split())
 
 
+@pytest.mark.parametrize("name", ["stop", "shock", "lowbit", "autonomous", "schedules"])
+def test_a_bench_of_packages_that_are_missing(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda module: None if module in ("sklearn", "mlxtend") else object())
+    monkeypatch.setattr(ledger, "execute", lambda *_, **__: pytest.fail("measured"))
+    result = CliRunner().invoke(cli.build(), ["bench", name, "--out", str(tmp_path / "a.jsonl")])
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert result.output.startswith(f"emonavi bench {name} needs ")
+    assert result.output.endswith('in a clone of emonavi: pip install ".[bench]"\n')
+
+
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_schedules_move_the_lr(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emonavi import cli
-from emonavi.bench import page, step
+from emonavi.bench import capture, page, step
 
 
 def test_every_contender_takes_its_turn(monkeypatch):
@@ -94,6 +94,22 @@ def test_threads_are_lent_and_given_back(monkeypatch):
         step.measure([(4, 3)], rounds=1, threads=threads)
     assert had[0] == 1 and had[-1] == 2 and torch.get_num_threads() == 1
     assert clocks[0] is step.time.process_time and clocks[-1] is step.time.perf_counter
+
+
+@pytest.mark.parametrize("bench", [step, capture])
+def test_threads_are_given_back_where_a_measurement_breaks_off(bench, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture, "_backward", fail)
+    monkeypatch.setattr(step, "_seconds", fail)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step.measure([(4, 3)]) if bench is step else capture.measure(width=2, layers=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -12,18 +12,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from pages import Page
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 import emonavi
-from emonavi import bench, cli
-from emonavi.bench import Findings, Result, demo, report, runner, tasks
+from emonavi import cli
+from emonavi.bench import demo, demo_folder, demo_report, demo_run, tasks
+from emonavi.bench.demo_folder import Findings, Result
+from emonavi.bench.figures import json_line, running_mean
 from emonavi.bench.tasks import Problem, Task
 
 STEPS = 12
@@ -100,8 +102,8 @@ def strict_rows(path: Path) -> list[dict]:
 @pytest.fixture(scope="module", params=["AdamW", "EmoNavi"])
 def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    run = runner.Run(LINE, request.param, 0.03, 5, STEPS)
-    return run, folder, list(runner.train(run, folder))
+    run = demo_run.Run(LINE, request.param, 0.03, 5, STEPS)
+    return run, folder, list(demo_run.train(run, folder))
 
 
 def test_result(trained):
@@ -133,9 +135,9 @@ def test_history_is_that_of_the_plain_loop(trained):
         optimizer.step()
         losses.append(loss.item())
 
-    path = bench.history_path(folder, "line", run.optimizer, 0.03)
+    path = demo_folder.history_path(folder, "line", run.optimizer, 0.03)
     assert len(strict_rows(path)) == STEPS
-    history = bench.read_history(path)
+    history = demo_folder.read_history(path)
     assert history["step"] == list(range(1, STEPS + 1))
     assert history["loss"] == pytest.approx(losses, rel=1e-5)
     assert history["val"][-1] == events[-1].val_loss == pytest.approx(problem.val(), rel=1e-5)
@@ -160,17 +162,17 @@ def test_event_files(trained):
     assert ("emo/scalar" in tags) == ("emo/trust" in tags) == (run.optimizer == "EmoNavi")
     assert [e.step for e in board.Scalars("loss/val")] == [0, STEPS]
     assert board.Scalars("loss/val")[-1].value == pytest.approx(events[-1].val_loss, rel=1e-6)
-    history = bench.read_history(bench.history_path(folder, "line", run.optimizer, 0.03))
+    history = demo_folder.read_history(demo_folder.history_path(folder, "line", run.optimizer, 0.03))
     assert [e.value for e in board.Scalars("loss/train")] == pytest.approx(history["loss"], rel=1e-6)
     assert len(board.Scalars("emo/lr/group_0")) == STEPS
 
 
 def test_a_loss_that_is_no_number_is_a_divergence(tmp_path):
-    *_, result = runner.train(runner.Run(NAN, "AdamW", 0.1, 0, STEPS), tmp_path)
+    *_, result = demo_run.train(demo_run.Run(NAN, "AdamW", 0.1, 0, STEPS), tmp_path)
     assert result.status == "diverged"
     result.append(tmp_path / "results.jsonl")
     assert strict_rows(tmp_path / "results.jsonl")[0]["val_loss"] is None
-    (again,) = bench.read_results(tmp_path / "results.jsonl")
+    (again,) = demo_folder.read_results(tmp_path / "results.jsonl")
     assert math.isnan(again.val_loss)
     assert again.train_loss == result.train_loss
 
@@ -216,10 +218,10 @@ def write_folder(folder: Path, losses: dict, failed: tuple = ()) -> Findings:
             if (task, name, lr) in failed:
                 result = Result(task, name, lr, 0, 40, "failed", reason="ValueError: a < b")
             result.append(folder / "results.jsonl")
-            with bench.history_path(folder, task, name, lr).open("w") as file:
+            with demo_folder.history_path(folder, task, name, lr).open("w") as file:
                 for step in range(1, 41):
                     loss = value + 9 / step
-                    file.write(bench.json_line({"step": step, "loss": loss, "lr": lr, "scalar": math.sin(step)}))
+                    file.write(json_line({"step": step, "loss": loss, "lr": lr, "scalar": math.sin(step)}))
     return Findings.load(folder)
 
 
@@ -232,7 +234,7 @@ def text_of(renderable, width: int = 80) -> str:
 
 def test_table(tmp_path):
     found = write_folder(tmp_path, LOSSES, failed=(("alpha", "EmoFact", 1e-3),))
-    table = text_of(report.table(found))
+    table = text_of(demo_report.table(found))
     rows = [line.split() for line in table.splitlines()]
     assert ["EmoNavi", "1.000*", "1.100", "1.500", "1.50"] in rows
     assert ["EmoFact", "2.000*", "failed", "2.000*", "-"] in rows
@@ -246,7 +248,7 @@ def test_table(tmp_path):
 def test_table_in_forty_columns(tmp_path):
     """No name and no figure is cut off."""
     found = write_folder(tmp_path, LOSSES, failed=(("alpha", "EmoFact", 1e-3),))
-    table = text_of(report.table(found, 40), 40)
+    table = text_of(demo_report.table(found, 40), 40)
     rows = [line.split() for line in table.splitlines()]
     assert ["EmoNavi", "1.000*", "1.100", "1.500"] in rows
     assert ["EmoFact", "2.000*", "failed", "2.000*"] in rows
@@ -255,14 +257,14 @@ def test_table_in_forty_columns(tmp_path):
 
 def test_the_command_that_is_shown_can_be_pasted(tmp_path):
     found = write_folder(tmp_path / "my runs", LOSSES)
-    shown = text_of(report.contents(found), 400).splitlines()[-2:]
+    shown = text_of(demo_report.contents(found), 400).splitlines()[-2:]
     felt = tmp_path / "my runs" / "tb"
     commands = [["tensorboard", "--logdir", str(felt)], ["emonavi", "plot", str(felt / "alpha")]]
     assert list(map(shlex.split, shown)) == commands
 
 
 def test_sentences_hold_the_measured_figures(tmp_path):
-    said = " ".join(bench.sentences(write_folder(tmp_path, LOSSES)))
+    said = " ".join(demo_folder.sentences(write_folder(tmp_path, LOSSES)))
     # geometric means over alpha and beta, of the runs that ended with a number
     assert f"{math.sqrt(1.5 * 2):.2f} with EmoNavi, {math.sqrt(1 * 4):.2f} with EmoFact and" in said
     assert f"{math.sqrt(9 * 100 / 25.5):.2f} with AdamW" in said
@@ -273,74 +275,56 @@ def test_sentences_hold_the_measured_figures(tmp_path):
     assert "on alpha AdamW (lr 1e-3) and on beta EmoFact (lr 1e-3)" in said
     assert "the same by construction" in said, "EmoFact has three equal figures on alpha"
     other = LOSSES | {("alpha", "EmoFact"): (2.0, 2.1, 2.2)}
-    assert "the same by construction" not in " ".join(bench.sentences(write_folder(tmp_path / "other", other)))
+    assert "the same by construction" not in " ".join(demo_folder.sentences(write_folder(tmp_path / "other", other)))
 
 
 def test_sentences_leave_out_what_failed_or_is_missing(tmp_path):
     losses = LOSSES | {("beta", "AdamW"): (100.0, 25.5, None)}
-    said = " ".join(bench.sentences(write_folder(tmp_path / "a", losses, failed=(("alpha", "EmoFact", 1e-3),))))
+    said = " ".join(demo_folder.sentences(write_folder(tmp_path / "a", losses, failed=(("alpha", "EmoFact", 1e-3),))))
     assert "Left out here, because runs failed: EmoFact." in said
     assert "on alpha" in said and "beta" not in said
     assert "1.50 with EmoNavi and 9.00 with AdamW" in said
     nothing = {key: (1.0, None, None) for key in LOSSES}
-    assert bench.sentences(write_folder(tmp_path / "b", nothing)) == [
+    assert demo_folder.sentences(write_folder(tmp_path / "b", nothing)) == [
         "There is no task at which every optimizer has all its runs and a loss: nothing to compare."
     ]
 
 
-class Tags(HTMLParser):
-    """Collects what a page would load, and its visible cells."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.text: list[str] = []
-        self.scripts = 0
-
-    def handle_starttag(self, tag, attrs):
-        self.scripts += tag == "script"
-        self.loads += [value for key, value in attrs if key in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def test_page_and_pictures(tmp_path):
     found = write_folder(tmp_path, LOSSES, failed=(("alpha", "EmoFact", 1e-3),))
-    report.write(found)
+    demo_report.write(found)
     for task in ("alpha", "beta"):
         assert (tmp_path / f"{task}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    tags = Tags()
-    tags.feed(page)
-    assert tags.loads == [], "the page has to work without a network"
+    shown = Page(page)
+    assert shown.loads == shown.links == [], "the page has to work without a network"
     assert "@import" not in page.split("</style>")[0] and "url(" not in page.split("</style>")[0]
     assert '<div class="key">' in page, "so few names wrap; none is scrolled away"
     assert page.count("plotly.js v") == 1, "plotly.js belongs into the page once"
-    assert tags.scripts == 2 + 6  # plotly.js, the page's own, and a plot for each task and learning rate
-    text = "".join(tags.text)
+    assert shown.tags.count("script") == 2 + 6  # plotly.js, the page's own, and a plot for each task and learning rate
+    text = "".join(shown.words)
     for expected in ("1.000 ★", "failed", "nan", "diverges", "emonavi demo <&>", "ValueError: a < b", "a machine"):
         assert expected in text
-    for sentence in bench.sentences(found):
+    for sentence in demo_folder.sentences(found):
         assert sentence in text
 
 
 def test_page_of_an_unfinished_demo(tmp_path):
     found = write_folder(tmp_path, {key: (1.0, None, None) for key in LOSSES})
-    report.write(found)
+    demo_report.write(found)
     assert "6 of 18 runs" in (tmp_path / "report.html").read_text()
     only = {key: losses for key, losses in found.results.items() if key[0] == "beta"}
-    table = text_of(report.table(replace(found, results=only)))
+    table = text_of(demo_report.table(replace(found, results=only)))
     assert "task beta" in table and "task alpha" not in table
 
 
 def test_curves_are_smoothed_and_keep_gaps():
-    assert bench.running_mean([2.0, 2.0, math.nan, 2.0])[3] == pytest.approx(2.0)
-    assert math.isnan(bench.running_mean([2.0, math.nan])[1])
-    jump = bench.running_mean([0.0] * 50 + [1.0] * 50)
+    assert running_mean([2.0, 2.0, math.nan, 2.0])[3] == pytest.approx(2.0)
+    assert math.isnan(running_mean([2.0, math.nan])[1])
+    jump = running_mean([0.0] * 50 + [1.0] * 50)
     assert 0 < jump[50] < 0.1 and jump[-1] > 0.9
     curves = {("AdamW", 0.1): {"loss": [2.0, 1e9, math.nan], "lr": [1e-3, 1e-3, 1e-3]}}
-    low, high, _ = bench.axis_range(curves, "loss")
+    low, high, _ = demo_folder.axis_range(curves, "loss")
     assert low < 2 and high < 10, "an explosion must not flatten the others"
 
 
@@ -358,13 +342,13 @@ def test_curves_are_smoothed_and_keep_gaps():
 )
 def test_short_figures(loss, words):
     result = Result("t", "AdamW", 0.1, 0, 1, "done", val_loss=loss)
-    assert report.short(result, loss).plain == words
+    assert demo_report.short(result, loss).plain == words
 
 
-def new_board() -> tuple[demo.Board, list[runner.Run]]:
+def new_board() -> tuple[demo.Board, list[demo_run.Run]]:
     """A board of two workers, and its runs."""
     runs = [
-        runner.Run(task, optimizer, lr, 0, task.steps)
+        demo_run.Run(task, optimizer, lr, 0, task.steps)
         for task in tasks.DEMO.values()
         for optimizer in demo.OPTIMIZERS
         for lr in demo.LRS
@@ -376,7 +360,7 @@ def test_live_picture_fits_80_columns():
     board, runs = new_board()
     board.begin(0, runs[30])
     board.begin(1, runs[12])
-    board.progress(0, runner.Progress(123, 28364.0, 148.0, 1.234e-05, -0.12, "braking"))
+    board.progress(0, demo_run.Progress(123, 28364.0, 148.0, 1.234e-05, -0.12, "braking"))
     done = Result("diabetes", "EmoNavi", 1e-5, 0, 360, "done", val_loss=28364.0, seconds=2.0)
     board.begin(1, runs[24])
     board.finish(1, done)
@@ -398,7 +382,7 @@ def test_live_picture_cuts_no_figure(width):
         value = 10.1 + place  # as short as a figure may be: four characters
         board.finish(0, Result(run.task.name, run.optimizer, run.lr, 0, 360, "done", val_loss=value, seconds=2.0))
     board.begin(0, runs[30])
-    board.progress(0, runner.Progress(123, 0.0001234, 148.0, 1.234e-05, -0.12, "braking"))
+    board.progress(0, demo_run.Progress(123, 0.0001234, 148.0, 1.234e-05, -0.12, "braking"))
     picture = text_of(board, width).splitlines()
     assert len(picture) <= 24 or width < 40
     assert "…" not in "".join(picture)
@@ -433,7 +417,7 @@ def demo_process(code: str, folder: Path, **env: str) -> subprocess.Popen:
 
 def run_with(**chosen: Task) -> None:
     """Run the command on other tasks; called in the processes that ``demo_process`` starts."""
-    demo.run_demo.__kwdefaults__["tasks"] = chosen
+    demo.DEMO = chosen
     cli.app()
 
 
@@ -444,7 +428,7 @@ def test_one_bad_run_does_not_end_the_demo(tmp_path):
     )
     out, _ = process.communicate(timeout=50)
     assert process.returncode == 1, out
-    results = bench.read_results(folder / "results.jsonl")
+    results = demo_folder.read_results(folder / "results.jsonl")
     assert len(results) == 36
     of = {name: [r for r in results if r.task == name] for name in ("line", "broken", "deadly")}
     assert {r.status for r in of["line"]} == {"done"}
@@ -458,6 +442,15 @@ def test_one_bad_run_does_not_end_the_demo(tmp_path):
     assert "[36/36]" in out and "\x1b" not in out, "plain lines where there is no terminal"
     assert (folder / "report.html").exists() and (folder / "line.png").exists()
     assert len(list((folder / "tb" / "line").glob("*/*/events*"))) == 12
+
+
+def test_where_the_tracebacks_are(tmp_path, monkeypatch, capsys):
+    """Brackets and colons of a path are no markup."""
+    monkeypatch.setattr(demo, "DEMO", {"line": LINE})
+    monkeypatch.setattr(demo, "_execute", lambda runs, folder, *_: runs[0].failed("x").append(folder / "results.jsonl"))
+    folder = tmp_path / "[bold]" / ":smile:"
+    assert demo.run_demo(folder, quick=True, seed=0, workers=1, command="emonavi demo") == 1
+    assert f"1 of 12 runs failed; tracebacks: {folder / 'worker.log'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import warnings
 from functools import partial
-from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pages import Page, browse, found_in
 
 import emonavi
 
@@ -217,21 +215,6 @@ def site(tmp_path_factory):
     return out
 
 
-class Loads(HTMLParser):
-    """Collects what a page loads and where its links go."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.loads, self.links, self.anchors = [], [], set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.anchors |= {found[key] for key in ("id", "name") if found.get(key)}
-        for key in {"src", "href", "data"} & found.keys():
-            (self.links if tag == "a" else self.loads).append(found[key])
-
-
 @pytest.mark.parametrize(("page", "language"), [("ja/emotion.html", "ja"), ("emotion.html", "en")])
 def test_pages_say_their_language(site, page, language):
     assert f'<html lang="{language}"' in (site / page).read_text(encoding="utf-8")
@@ -246,7 +229,7 @@ def test_no_blank_falls_into_a_japanese_sentence(page):
 
 
 def test_links_lead_somewhere_and_nothing_is_fetched(site):
-    pages = {path: Loads(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if path.name != "404.html"}
     assert len(pages) > 15
     for path, page in pages.items():
         for load in page.loads:
@@ -277,18 +260,6 @@ const look = async page => {
 </script>"""
 
 
-def chromium(tmp_path: Path, address: str, *options: str) -> str:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
-    command += ["--window-size=700,900", "--enable-logging=stderr", *options, "--dump-dom", address]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    # What a page writes to its console is an error or a warning: the site itself writes nothing.
-    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
-    return shown.stdout
-
-
 def test_the_site_in_a_browser(site, tmp_path):
     pages = [path.relative_to(site).as_posix() for path in sorted(site.rglob("*.html")) if path.name != "404.html"]
     missing = []
@@ -305,9 +276,9 @@ def test_the_site_in_a_browser(site, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = f"http://127.0.0.1:{server.server_port}/"
-        dom = chromium(tmp_path, f"{home}look.htm", "--virtual-time-budget=60000")
+        dom = browse(tmp_path, f"{home}look.htm", "--virtual-time-budget=60000")
         server.shutdown()
-    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    found = found_in(dom)
     assert sorted(found) == sorted(pages)
     assert [path for path in missing if "favicon" not in path] == []
     for page, seen in found.items():
@@ -316,6 +287,6 @@ def test_the_site_in_a_browser(site, tmp_path):
 
 
 def test_the_search_works_from_a_folder(site, tmp_path):
-    dom = chromium(tmp_path, f"{(site / 'index.html').as_uri()}?q=hypergradient", "--virtual-time-budget=20000")
+    dom = browse(tmp_path, f"{(site / 'index.html').as_uri()}?q=hypergradient", "--virtual-time-budget=20000")
     assert 'class="md-search-result__link"' in dom
     assert "emotion.html" in dom[dom.index("md-search-result__list") :]

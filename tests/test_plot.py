@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import json
 import math
 import os
 import re
 import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from pages import Page, probed
 from typer.testing import CliRunner
 
 import emonavi
@@ -71,6 +68,13 @@ def test_every_folder_below_is_a_run(trained):
     assert math.isnan(old.last("emo/trust"))
     (alone,) = plot.read(folder / "b" / "navi")
     assert alone.label == "navi"
+
+
+def test_a_folder_in_one_of_the_same_name_has_another(tmp_path):
+    write(tmp_path / "x", drive=[1.0])
+    assert [run.label for run in plot.read(tmp_path / "x")] == ["x"]
+    write(tmp_path / "x" / "x", drive=[1.0])
+    assert [run.label for run in plot.read(tmp_path / "x")] == [".", "x"]
 
 
 def test_what_was_written_last_counts(tmp_path):
@@ -234,25 +238,6 @@ def test_more_runs_than_lines_that_differ(trained, tmp_path, monkeypatch):
         plot.draw(trained[0], tmp_path)
 
 
-class Page(HTMLParser):
-    """Collects what a page would load, its figures and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.loads, self.figures, self.words, self.inside = [], [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.loads += [value for key, value in attrs if key in ("src", "href", "srcset", "data")]
-        self.inside = dict(attrs).get("type", "") if tag == "script" else tag
-
-    def handle_data(self, data):
-        if self.inside == "application/json":
-            self.figures.append(json.loads(data))
-        elif self.inside not in ("", "style"):
-            self.words.append(data)
-
-
 def test_picture_and_page(tmp_path):
     steps = range(1, 201)
     write(
@@ -339,32 +324,20 @@ def test_a_run_of_one_step_is_a_point(tmp_path, saved):
     assert {t["mode"] for figure in Page(page.read_text()).figures for t in figure["data"]} == {"markers"}
 
 
-# In a frame, because a window of Chromium is not narrower than 500 pixels.
-FRAME = """<iframe src="emonavi-plot.html" style="border: 0; width: 375px; height: 9000px"></iframe>
-<script>onmessage = event => document.documentElement.dataset.found = event.data</script>"""
-PROBE = """<script>addEventListener("load", () => {
+PROBE = """addEventListener("load", () => {
   const all = name => [...document.querySelectorAll(name)], table = all(".wide")[0];
   const tall = all(".names span").filter(name => name.getBoundingClientRect().height > 30);
   const broken = all("tr > td, tr + tr > th").filter(cell => cell.getBoundingClientRect().height > 40);
   const found = [tall.length, broken.length, table.scrollWidth - table.clientWidth];
   parent.postMessage(JSON.stringify([...found, document.documentElement.scrollWidth]), "*");
-});</script>"""
+});"""
 
 
 def test_page_on_a_phone(tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
     rates = {f"lr/group_{i}": [1e-3 * (i + 1), 2e-3 * (i + 1)] for i in range(8)}
     write(tmp_path / "a", loss_short=[0.5, 0.25], drive=[1.0, 5.92], trust=[0.0, 0.66], **rates)
     _, page, _ = plot.draw(tmp_path / "a", tmp_path)
-    page.write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
-    (tmp_path / "frame.html").write_text(FRAME)
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}"]
-    command += ["--window-size=500,9100", "--virtual-time-budget=20000", "--dump-dom"]
-    command += [(tmp_path / "frame.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    tall, broken, hidden, wide = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    tall, broken, hidden, wide = probed(tmp_path, page, PROBE, 375)
     assert (tall, broken) == (0, 0), "a line breaks between a sample and its name"
     assert hidden == 0, "the table of a single run scrolls"
     assert wide <= 375

@@ -224,6 +224,19 @@ def test_what_is_refused():
         emonavi.gradient_release(torch.optim.SGD(model_of().parameters()))
 
 
+def test_a_release_that_was_removed_leaves_a_later_one_alone():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters())
+    first = emonavi.gradient_release(optimizer)
+    first.remove()
+    second = emonavi.gradient_release(optimizer)
+    first.remove()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert optimizer._release is second and optimizer._intake.releases
+    assert optimizer.emotion.steps == 1 and all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("what", ["reset_emotion", "load_state_dict", "deepcopy", "calm"])
 def test_nothing_comes_between_backward_and_step(what):
     model = model_of()

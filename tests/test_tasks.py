@@ -16,12 +16,8 @@ from emonavi.bench.tasks import DEMO, OPTIONAL, TASKS, Problem, data, embed, fie
 SHORT = [name for name in TASKS if not name.endswith("-3x")]  # the longer ones are built by the same functions
 
 
-def weights(problem: Problem) -> list[torch.nn.Parameter]:
-    return [p for p in problem.model.parameters() if p.requires_grad]
-
-
 def losses(problem: Problem, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(weights(problem), lr=1e-3)
+    optimizer = torch.optim.AdamW(problem.params, lr=1e-3)
     values = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -76,7 +72,7 @@ def test_every_trained_weight_has_a_gradient():
     for name in SHORT:
         problem = TASKS[name].build(0)
         problem.loss(0).backward()
-        assert all(p.grad is not None for p in weights(problem)), name
+        assert all(p.grad is not None for p in problem.params), name
         assert all(p.grad is None for p in problem.model.parameters() if not p.requires_grad), name
 
 
@@ -112,7 +108,7 @@ def test_the_exact_swing_has_no_residual():
 
     class Exact(torch.nn.Module):
         def forward(self, times):
-            return fields._swing(times)[:, None]
+            return fields._swing(times)
 
     problem = OPTIONAL["swing"].build(0)
     problem.model.inner = Exact()
@@ -158,7 +154,7 @@ def test_adapters_of_a_pretrained_model():
     assert all("up" in name or "down" in name for name in named - {"head.weight", "head.bias"}), "adapters alone train"
     first = problem.loss(0).item()
     assert first == problem.loss(0).item() != other.loss(0).item(), "nothing is random but the batches and the start"
-    optimizer = torch.optim.AdamW(weights(problem), lr=3e-3)
+    optimizer = torch.optim.AdamW(problem.params, lr=3e-3)
     for _ in range(3):
         optimizer.zero_grad()
         loss = problem.loss(0)

@@ -24,11 +24,10 @@ try:
 except ModuleNotFoundError:  # the command is installed without the extra, too
     typer = None  # type: ignore[assignment]
 
-__all__ = ["BENCH_NEEDS", "DEMO_NEEDS", "app", "build", "make", "refuse", "require", "writing"]
+__all__ = ["BENCH_NEEDS", "DEMO_NEEDS", "app", "build", "make", "refuse", "require", "typed", "writing"]
 
 # Module -> the package that brings it.
 DEMO_NEEDS = {
-    "typer": "typer",
     "rich": "rich",
     "matplotlib": "matplotlib",
     "plotly": "plotly",
@@ -37,7 +36,7 @@ DEMO_NEEDS = {
 }
 _PLOT_NEEDS = {name: DEMO_NEEDS[name] for name in ("matplotlib", "plotly", "tensorboard")}
 _PCA_NEEDS = {"matplotlib": "matplotlib"}
-BENCH_NEEDS = {name: name for name in ("typer", "rich", "matplotlib", "plotly")}
+BENCH_NEEDS = {name: name for name in ("rich", "matplotlib", "plotly")}
 
 
 def app() -> None:
@@ -61,6 +60,11 @@ def build() -> typer.Typer:
     commands.command("list", short_help="The optimizers: bytes, when to choose which.")(siblings)
     commands.add_typer(benches(), name="bench")
     return commands
+
+
+def typed() -> str:
+    """The command line, to be written beside what it made."""
+    return shlex.join(["emonavi", *sys.argv[1:]])
 
 
 def refuse(command: str, missing: list[str], extra: str = "demo") -> int:
@@ -130,10 +134,9 @@ def demo(
 
     from emonavi.bench.demo import run_demo
 
-    command = shlex.join(["emonavi", *sys.argv[1:]])
     code = 130
     with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C while the report is written
-        code = run_demo(folder, quick=quick, seed=seed, workers=workers, command=command)
+        code = run_demo(folder, quick=quick, seed=seed, workers=workers, command=typed())
     raise typer.Exit(code)
 
 
@@ -172,11 +175,10 @@ def report(
 ) -> None:
     """Say what `emonavi bench lr` has found, and write an HTML page and PNGs; the bench may still be running."""
     require("emonavi report", BENCH_NEEDS, "bench")
-    from rich.console import Console
-
     from emonavi.bench import lr_report
     from emonavi.bench.ledger import read_rows
     from emonavi.bench.summary import Study
+    from emonavi.bench.tables import console
 
     folder = out or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-report"))
     try:
@@ -191,12 +193,10 @@ def report(
         problem = f"{file} is not of `emonavi bench lr`: {error}; name another file"
         raise typer.BadParameter(problem, param_hint="FILE") from error
     make(folder)
-    console = Console(highlight=False)
-    console.print(lr_report.table(study, console.width))
-    for sentence in lr_report.verdicts(study):
-        console.print(sentence, markup=False)
+    shown = console()
+    shown.print(lr_report.table(study, shown.width), *lr_report.verdicts(study), sep="\n")
     for path in lr_report.write(study, folder, str(file)):
-        console.print(str(path), markup=False, soft_wrap=True)
+        shown.print(str(path), soft_wrap=True)
 
 
 def siblings() -> None:

@@ -134,8 +134,12 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def label(home: Path, folder: Path) -> str:
-    """Name of a run: its folder, as seen from the one that was asked for."""
-    return home.relative_to(folder).as_posix() if home != folder else folder.resolve().name
+    """Name of a run: its folder, as seen from the one that was asked for.
+
+    That one itself has its own name, or is "." where a folder in it has the same name.
+    """
+    name = folder.resolve().name
+    return name if home == folder and not (folder / name).exists() else home.relative_to(folder).as_posix()
 
 
 def _read(home: Path) -> dict[str, dict[int, float]]:

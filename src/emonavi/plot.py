@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import emonavi
-from emonavi.bench import lr_label, page
+from emonavi.bench import page
+from emonavi.bench.figures import lr_label
 from emonavi.events import Curve, Run, read
 
 if TYPE_CHECKING:

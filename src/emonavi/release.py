@@ -88,8 +88,9 @@ class Release:
         self.refuse("remove()")
         for handle in self._handles:
             handle.remove()
-        self._optimizer._release = None
-        self._optimizer._intake.releases = False
+        if self._optimizer._release is self:  # not another one's, made since
+            self._optimizer._release = None
+            self._optimizer._intake.releases = False
 
     def refuse(self, what: str) -> None:
         """Raise where a step has begun and not ended."""
@@ -173,8 +174,7 @@ class Release:
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
         stepped = torch.stack([torch.as_tensor(m.acts, device=m.norm.device) for m in moved.values()])
         active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
-        optimizer._end(vector, state)
-        optimizer._note_skipped(acts)
+        optimizer._end(vector, state, acts)
         return True
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +25,10 @@ from torch import Tensor
 
 import emonavi
 from emonavi.autonomous import Merger, nesterov
-from emonavi.bench import factor, loss_of, lr_label, page
+from emonavi.bench import page
+from emonavi.bench.figures import factor, loss_of, lr_label
 from emonavi.bench.ledger import Row
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem, data
 from emonavi.bench.tasks.text import CharTransformer, next_character
@@ -119,14 +120,13 @@ def measure(cell: Cell) -> Row:
     figures = _synchronous(cell, problems) if cell.scheme == "sync" else _autonomous(cell, problems)
     seconds = time.process_time() - started - figures.pop("looking")
     figures |= {"step_seconds": seconds / figures["worker_steps"], "val": problems[0].val()}
-    return figures | {"hardware": hardware(), "versions": versions()}
+    return figures | made_on()
 
 
 def _optimizer(cell: Cell, problem: Problem) -> Any:
-    params = problem.params
     if cell.optimizer == PEER:
-        return torch.optim.AdamW(params, lr=cell.lr)
-    return emonavi.create(cell.optimizer, params, lr=cell.lr, process_group=None)
+        return torch.optim.AdamW(problem.params, lr=cell.lr)
+    return emonavi.create(cell.optimizer, problem.params, lr=cell.lr, process_group=None)
 
 
 def _synchronous(cell: Cell, problems: Sequence[Problem]) -> Row:
@@ -139,7 +139,7 @@ def _synchronous(cell: Cell, problems: Sequence[Problem]) -> Row:
         for problem in problems:
             (problem.loss(step) / cell.workers).backward()
         optimizer.step()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in problems[0].params)
     sent = [4 * trained] + [_LOSS_BYTES] * (cell.optimizer != PEER)
     return {"sent": sent, "times": cell.steps, "worker_steps": cell.steps * cell.workers, "looking": 0.0}
 
@@ -209,7 +209,7 @@ def pace(cell: Cell, rank: int) -> float:
 # --- What was found
 
 _ADDED = {"mean": "", "outer": ", outer", "shared": ", drives", "moments": ", memory"}
-_COLOURS = {**dict(zip(FAMILY, page.PALETTE, strict=True)), PEER: page.GREY}
+_COLOURS = {**dict(zip(FAMILY, cycle(page.PALETTE), strict=False)), PEER: page.GREY}
 _MARKS: dict[str, dict[str, Any]] = {"mean": {"marker": "o"}, "outer": {"marker": "s", "ls": "", "mfc": "none"}}
 
 

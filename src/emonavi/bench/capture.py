@@ -21,23 +21,23 @@ import torch
 from torch import nn
 
 import emonavi
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import hardware, made_on
+from emonavi.bench.workers import torch_threads
 
 __all__ = ["LISTENERS", "MARKS", "measure", "report"]
 
 LISTENERS = (0, 1, 4)
 MARKS = {1: 1.01, 4: 1.05}  # the ratios that may not be passed
 
+_BATCH = 4  # rows that go through the model
 
-def measure(
-    width: int = 500, layers: int = 400, batch: int = 4, rounds: int = 100, warm_up: int = 3
-) -> dict[int, dict[str, Any]]:
+
+def measure(width: int = 500, layers: int = 400, rounds: int = 100, warm_up: int = 3) -> dict[int, dict[str, Any]]:
     """Milliseconds of a backward and its ratio to one that nobody hears, by the number of listeners.
 
     Args:
         width: of each layer; a layer has about its square of parameters.
         layers: number of ``Linear`` layers, each with a bias.
-        batch: rows that go through the model.
         rounds: timed backward passes of each variant.
         warm_up: rounds before those.
 
@@ -46,20 +46,18 @@ def measure(
         >>> sorted(figures), figures[0]["ratio"]
         ([0, 1, 4], 1.0)
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
-    x = torch.randn(batch, width)
+    x = torch.randn(_BATCH, width)
     times: dict[int, list[float]] = {n: [] for n in LISTENERS}
-    for turn in range(warm_up + rounds):
-        first = turn % len(LISTENERS)
-        for n in LISTENERS[first:] + LISTENERS[:first]:
-            with _listening(model, n):
-                took = _backward(model, x)
-            if turn >= warm_up:
-                times[n].append(1e3 * took)
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        for turn in range(warm_up + rounds):
+            first = turn % len(LISTENERS)
+            for n in LISTENERS[first:] + LISTENERS[:first]:
+                with _listening(model, n):
+                    took = _backward(model, x)
+                if turn >= warm_up:
+                    times[n].append(1e3 * took)
     return {n: _summary(times[n], times[0]) for n in LISTENERS}
 
 
@@ -105,8 +103,8 @@ def report(out: Path | None = None, rounds: int = 100) -> list[str]:
         lines.append(f"{n:9} {r['ms']:8.2f} {r['ratio']:8.4f} {r['quartiles'][0]:8.4f} {r['quartiles'][1]:8.4f} {mark}")
     if out is not None:
         figures = {
-            "hardware": hardware(), "versions": versions(), "load": load, "rounds": rounds,
-            "model": "400 Linear(500, 500), batch 4", "marks": MARKS, "listeners": result,
+            **made_on(), "load": load, "rounds": rounds,
+            "model": f"400 Linear(500, 500), batch {_BATCH}", "marks": MARKS, "listeners": result,
         }  # fmt: skip
         out.write_text(json.dumps(figures, indent=1) + "\n")
     return lines

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require, writing
+from emonavi.cli import BENCH_NEEDS, DEMO_NEEDS, make, refuse, require, typed, writing
 
 if TYPE_CHECKING:
     from emonavi.bench.ledger import Ledger
@@ -60,6 +58,15 @@ def _writable(file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
             raise PermissionError(f"{file} cannot be written")
+
+
+def _need(command: str, task: str) -> None:
+    """Leave where a package that a task is made of is missing."""
+    from emonavi.bench.tasks import OPTIONAL, TASKS
+
+    wanted = (TASKS | OPTIONAL)[task]
+    needs = {module: DEMO_NEEDS.get(module, module.replace("_", "-")) for module in wanted.needs.split()}
+    require(command, needs, wanted.extra)
 
 
 def _ledger(out: Path, cell: type[Any]) -> Ledger[Any]:
@@ -116,19 +123,18 @@ def landscape(
 ) -> None:
     """Draw paths on five functions of two variables, from lrs over five decades: siblings and peers, a few minutes."""
     require("emonavi bench landscape", BENCH_NEEDS, "bench")
-    from rich.console import Console
-
     from emonavi.bench import landscape as bench
     from emonavi.bench.peers import missing
+    from emonavi.bench.tables import console
     from emonavi.registry import FAMILY
 
     names = _chosen(optimizers, (*FAMILY, *bench.PEERS))
     make(out)
     if absent := missing([name for name in names if name in bench.PEERS]):
         raise typer.Exit(refuse("emonavi bench landscape", absent, "bench"))
-    console = Console(highlight=False)
-    for shown in bench.run(out, names, steps, shlex.join(["emonavi", *sys.argv[1:]])):
-        console.print(shown, soft_wrap=True)
+    terminal = console()
+    for shown in bench.run(out, names, steps, typed()):
+        terminal.print(shown, soft_wrap=True)
 
 
 def learning_rates(
@@ -152,10 +158,9 @@ def learning_rates(
 ) -> None:
     """Final losses over a grid of tasks, optimizers and learning rates; may be stopped and continued at any time."""
     require("emonavi bench lr", BENCH_NEEDS, "bench")
-    from rich.console import Console
-
     from emonavi.bench import lr
     from emonavi.bench.peers import CONTENDERS, missing
+    from emonavi.bench.tables import console
     from emonavi.bench.tasks import OPTIONAL, TASKS
 
     if split not in ("", "dev", "test") or (quick and full):
@@ -168,17 +173,14 @@ def learning_rates(
     if not names:
         problem = f"no task that was chosen is in the split {split!r}: {splits}; choose others, or leave --split out"
         raise typer.BadParameter(problem, param_hint="--split")
-    for task in (known[name] for name in names):
-        needs = {module: DEMO_NEEDS.get(module, module.replace("_", "-")) for module in task.needs.split()}
-        require(f"emonavi bench lr --tasks {task.name}", needs, task.extra)
+    for name in names:
+        _need(f"emonavi bench lr --tasks {name}", name)
     contenders = _chosen(optimizers, CONTENDERS, usual=lr.QUICK_OPTIMIZERS if quick else ())
     cells = lr.grid(names, contenders, lr.HALF_DECADES if full else lr.STANDARD, seeds or (3 if full else 1))
     if absent := missing(sorted({cell.optimizer for cell in cells})):
         raise typer.Exit(refuse("emonavi bench lr", absent, "bench"))
     ledger = _ledger(out, lr.Cell)
-    command = shlex.join(["emonavi", *sys.argv[1:]])
-    console = Console(highlight=False)
-    raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=command, console=console))
+    raise typer.Exit(lr.run(cells, ledger, workers=workers, rerun_ours=rerun_ours, command=typed(), console=console()))
 
 
 # In the list of commands, and on a page of its own.
@@ -220,33 +222,26 @@ def _ledgered(name: str) -> Callable[..., None]:
         workers: Annotated[int, typer.Option(min=1, help="Processes that train, with one thread each.")] = 2,
     ) -> None:
         require(f"emonavi bench {name}", BENCH_NEEDS, "bench")
-        from rich.console import Console
-
-        from emonavi.bench.ledger import execute
-        from emonavi.bench.runner import hardware
+        from emonavi.bench.ledger import fill
+        from emonavi.bench.tables import console
         from emonavi.registry import FAMILY
 
         bench = import_module(f"emonavi.bench.{name}")
         cells = bench.cells(_chosen(optimizers, FAMILY), seeds)
+        for task in dict.fromkeys(cell.task for cell in cells):
+            _need(f"emonavi bench {name}", task)
         ledger = _ledger(out, bench.Cell)
-        console = Console(highlight=False)
-        try:
-            todo = ledger.missing(cells)
-            console.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {ledger.path}; {hardware()}")
-            outcome = execute(
-                todo, bench.measure, ledger, workers=workers, title=f"bench {name}", kind=lambda c: c.task,
-                console=console,
-            )  # fmt: skip
-        finally:
-            ledger.close()
-        rows = [ledger.rows[c] for c in cells if c in ledger.rows]
-        for line in (*outcome.failures, *bench.lines(rows)):
-            console.print(line, markup=False, soft_wrap=True)
-        if hasattr(bench, "draw"):
-            bench.draw(rows, ledger.path.with_suffix(".png"))
-        if outcome.stopped:
-            console.print(f"Stopped; the same command goes on. Everything finished is in {ledger.path}.")
-        raise typer.Exit(130 if outcome.stopped else 1 if outcome.failures else 0)
+
+        def found(rows: list[dict[str, Any]]) -> Iterator[Any]:
+            yield from bench.lines(rows)
+            if hasattr(bench, "draw"):
+                bench.draw(rows, ledger.path.with_suffix(".png"))
+
+        code = fill(
+            ledger, cells, bench.measure, found,
+            workers=workers, title=f"bench {name}", command=typed(), console=console(),
+        )  # fmt: skip
+        raise typer.Exit(code)
 
     command.__doc__ = _LEDGERED[name][1]
     return command

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -25,9 +25,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import Findings, Result, lr_label, report, sentences
-from emonavi.bench.runner import Progress, Run, hardware, train, versions
-from emonavi.bench.tasks import DEMO, Task
+from emonavi.bench import demo_report
+from emonavi.bench.demo_folder import Findings, Result, sentences
+from emonavi.bench.demo_run import Progress, Run, train
+from emonavi.bench.figures import lr_label
+from emonavi.bench.provenance import made_on
+from emonavi.bench.tables import console
+from emonavi.bench.tasks import DEMO
 from emonavi.bench.workers import Failure, Worker, stop_on_sigint
 from emonavi.terminal import MOOD_STYLE
 
@@ -40,14 +44,12 @@ _CREW = {"now training": 22, "": 10, "step": 7, "loss": 9, "drive": 7, "trust": 
 _GAP = 2
 
 
-def run_demo(
-    folder: Path, *, quick: bool, seed: int, workers: int, command: str, tasks: Mapping[str, Task] = DEMO
-) -> int:
+def run_demo(folder: Path, *, quick: bool, seed: int, workers: int, command: str) -> int:
     """Train everything, write the folder and print the report; return the exit code (0, 1 failed runs, 130 Ctrl-C)."""
-    steps = {name: task.quick_steps if quick else task.steps for name, task in tasks.items()}
+    steps = {name: task.quick_steps if quick else task.steps for name, task in DEMO.items()}
     runs = [
         Run(task, optimizer, lr, seed, steps[task.name])
-        for task in tasks.values()
+        for task in DEMO.values()
         for lr in LRS
         for optimizer in OPTIMIZERS
     ]
@@ -58,23 +60,22 @@ def run_demo(
         "seed": seed,
         "quick": quick,
         "workers": workers,
-        "hardware": hardware(),
-        "versions": versions(),
+        **made_on(),
         "optimizers": OPTIMIZERS,
         "lrs": LRS,
         "tasks": [
             {"name": task.name, "title": task.title, "metric": task.metric, "steps": steps[task.name]}
-            for task in tasks.values()
+            for task in DEMO.values()
         ],
     }
     (folder / "run.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
-    console = Console(highlight=False)
+    terminal = console()
     board = Board(runs, min(workers, len(runs)), quick)
     with stop_on_sigint() as stopped:
-        with board.shown(console):
+        with board.shown(terminal):
             _execute(runs, folder, board, stopped)
-        return _finish(folder, console, len(runs), bool(stopped))
+        return _finish(folder, terminal, len(runs), bool(stopped))
 
 
 def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
@@ -82,13 +83,13 @@ def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
     found = Findings.load(folder)
     if found.results:
         with console.status("writing the report") if console.is_terminal else contextlib.nullcontext():
-            report.write(found)
+            demo_report.write(found)
         coloured = console.color_system is not None and not console.no_color
-        console.print(report.table(found, console.width, coloured))
+        console.print(demo_report.table(found, console.width, coloured))
         for sentence in sentences(found):
             console.print(sentence, style="bold" if not stopped else None)
             console.print()
-        console.print(report.contents(found))
+        console.print(demo_report.contents(found))
     if stopped:
         console.print(f"\nStopped: {len(found.results)} of {planned} runs finished, kept in {folder}", soft_wrap=True)
         return 130
@@ -205,9 +206,7 @@ class Board:
             if result.status == "failed":
                 outcome = f"failed: {result.reason}"
             where = f"{result.task:<9}{result.optimizer:<8} lr {lr_label(result.lr)}"
-            self.console.print(
-                f"[{len(self.results)}/{len(self.runs)}] {where}  {outcome}", markup=False, soft_wrap=True
-            )
+            self.console.print(f"[{len(self.results)}/{len(self.runs)}] {where}  {outcome}", soft_wrap=True)
 
     def _left(self) -> str:
         """Time left: each waiting run takes as long as its task's runs usually do, as far as anything is known."""
@@ -281,7 +280,7 @@ class Board:
         for lr in LRS:
             table.add_column(lr_label(lr), justify="right", min_width=4, no_wrap=True)
         for optimizer in OPTIMIZERS:
-            table.add_row(*(report.short(self.results.get((task, optimizer, lr)), best) for lr in LRS))
+            table.add_row(*(demo_report.short(self.results.get((task, optimizer, lr)), best) for lr in LRS))
         return table
 
 
@@ -292,7 +291,7 @@ def _cells(slot: Slot) -> dict[str, RenderableType]:
         "now training": f"{run.task.name} {run.optimizer} {lr_label(run.lr)}",
         "": ProgressBar(total=run.steps, completed=at.step, width=_CREW[""], complete_style="cyan"),
         "step": f"{at.step}/{run.steps}" if at.step else Text("set-up", style="dim"),
-        "loss": "" if math.isnan(at.loss) else report.loss_text(at.loss),
+        "loss": "" if math.isnan(at.loss) else demo_report.loss_text(at.loss),
         "drive": "" if at.drive is None else f"{at.drive:.2g}",
         "trust": "" if at.trust is None else f"{at.trust:+.2f}",
         "mood": Text(at.mood, style=MOOD_STYLE.get(at.mood, "")),

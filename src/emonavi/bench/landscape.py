@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emonavi.bench import json_line, lr_label, page
+from emonavi.bench import page
+from emonavi.bench.figures import json_line, lr_label
 from emonavi.bench.lr import switch
 from emonavi.bench.peers import CONTENDERS
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import plain
 from emonavi.registry import SIBLINGS
 
@@ -134,7 +135,7 @@ def run(out: Path, optimizers: Sequence[str], steps: int, command: str) -> Itera
         rows += [found.row() for found in walks]
         pictures.append(_draw(walks, out / f"landscape-{name}.png"))
         yield from tables(rows[-len(walks) :])
-    record = {"command": command, "hardware": hardware(), "versions": versions(), "steps": steps}
+    record = {"command": command, **made_on(), "steps": steps}
     lines = ",\n".join(json_line(row).rstrip() for row in rows)
     file = out / "landscape.json"
     file.write_text(f'{json.dumps(record)[:-1]}, "walks": [\n{lines}\n]}}\n', encoding="utf-8")

@@ -13,22 +13,23 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 
-from emonavi.bench import json_line
+from emonavi.bench.figures import json_line
+from emonavi.bench.provenance import hardware
 from emonavi.bench.workers import Failure, Worker, stop_on_sigint
 
-__all__ = ["Ledger", "Outcome", "Row", "execute", "read_rows"]
+__all__ = ["Ledger", "Outcome", "Row", "execute", "fill", "read_rows"]
 
-C = TypeVar("C", bound=tuple[Any, ...])  # a NamedTuple
+C = TypeVar("C", bound=tuple[Any, ...])  # a NamedTuple; cells with the same first field take about the same time
 Row = dict[str, Any]
 
 _LINE_EVERY = 5.0  # seconds between two lines where there is no terminal: a log of thousands of runs is not read
@@ -144,7 +145,6 @@ def execute(
     *,
     workers: int,
     title: str,
-    kind: Callable[[C], str],
     console: Console,
 ) -> Outcome:
     """Measure cells in their order, in spawned processes, and append what comes to the ledger until Ctrl-C.
@@ -155,11 +155,10 @@ def execute(
         ledger: where the rows go.
         workers: processes.
         title: stands before the bar.
-        kind: cells of one kind take about the same time; for the estimate of the time left.
         console: where progress is shown: a bar in a terminal, else a line now and then.
     """
     outcome = Outcome()
-    clock = _Clock(kind, cells, ledger.rows, workers)
+    clock = _Clock(cells, ledger.rows, workers)
     log = ledger.path.with_suffix(".log")
     waiting = list(reversed(cells))
     crew = [Worker(partial(_measured, measure), log) for _ in range(min(workers, len(cells)))]
@@ -209,21 +208,20 @@ def _settle(cell: C, answer: Row | Failure, ledger: Ledger[C], clock: _Clock, ou
 class _Clock:
     """Estimates the time left: each waiting cell takes as long as its kind usually does, as far as that is known."""
 
-    def __init__(self, kind: Callable[[C], str], cells: Sequence[C], rows: dict[C, Row], workers: int) -> None:
-        self.kind: Callable[[Any], str] = kind
+    def __init__(self, cells: Sequence[C], rows: dict[C, Row], workers: int) -> None:
         self.workers = workers
-        self.ahead = Counter(map(kind, cells))
-        self.seconds: dict[str, list[float]] = {}
+        self.ahead = Counter(cell[0] for cell in cells)
+        self.seconds: dict[Any, list[float]] = {}
         self.done = 0
         for cell, row in rows.items():  # of earlier starts
-            self.seconds.setdefault(kind(cell), []).append(row["seconds"])
+            self.seconds.setdefault(cell[0], []).append(row["seconds"])
 
     def note(self, cell: Any, seconds: float | None) -> None:
         """Note that a cell is finished, and how long it took (None: it failed)."""
-        self.ahead[self.kind(cell)] -= 1
+        self.ahead[cell[0]] -= 1
         self.done += 1
         if seconds is not None:
-            self.seconds.setdefault(self.kind(cell), []).append(seconds)
+            self.seconds.setdefault(cell[0], []).append(seconds)
 
     def left(self) -> str:
         """Write the time left as hours, minutes and seconds."""
@@ -252,6 +250,59 @@ def _shown(title: str, total: int, clock: _Clock, console: Console) -> Iterator[
         nonlocal said
         if what and (time.monotonic() - said > _LINE_EVERY or clock.done == total):
             said = time.monotonic()
-            console.print(f"[{clock.done}/{total}] left {clock.left()}  {what}", markup=False, soft_wrap=True)
+            console.print(f"[{clock.done}/{total}] left {clock.left()}  {what}", soft_wrap=True)
 
     yield line
+
+
+# --- A whole bench
+
+
+def fill(
+    ledger: Ledger[C],
+    cells: Sequence[C],
+    measure: Callable[[C], Row],
+    found: Callable[[list[Row]], Iterable[RenderableType]],
+    *,
+    todo: Sequence[C] | None = None,
+    workers: int,
+    title: str,
+    command: str,
+    console: Console,
+) -> int:
+    """Measure what is missing, say how that went and what is known now, and close the ledger.
+
+    Args:
+        ledger: where the rows are.
+        cells: the whole grid.
+        measure: makes the figures of a cell, see :func:`execute`.
+        found: what to say of the rows of the grid.
+        todo: cells to measure, if not those without a row.
+        workers: processes.
+        title: stands before the bar.
+        command: what goes on after Ctrl-C.
+        console: where all this is said.
+
+    Returns:
+        The exit code: 0, 1 where some cells gave no row, 130 after Ctrl-C.
+    """
+    out = ledger.path
+    todo = ledger.missing(cells) if todo is None else todo
+    try:
+        console.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {out}; {hardware()}", soft_wrap=True)
+        outcome = execute(todo, measure, ledger, workers=workers, title=title, console=console)
+    finally:
+        ledger.close()
+    for failure in outcome.failures[:10]:
+        console.print(f"no result: {failure}", soft_wrap=True)
+    if outcome.failures:
+        log = out.with_suffix(".log")
+        console.print(f"{len(outcome.failures)} runs gave no result; tracebacks: {log}", soft_wrap=True)
+    for said in found([ledger.rows[cell] for cell in cells if cell in ledger.rows]):
+        console.print(said, soft_wrap=True)
+    if outcome.stopped:
+        left = len(todo) - outcome.finished
+        console.print(f"Stopped, {left} runs are left; everything finished is in {out}. To go on:", soft_wrap=True)
+        console.print(f"  {command}", soft_wrap=True)
+        return 130
+    return 1 if outcome.failures else 0

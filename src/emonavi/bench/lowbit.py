@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench import loss_of, lr_label
+from emonavi.bench.figures import loss_of, lr_label, mean_ratio
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
@@ -109,6 +109,5 @@ def lines(rows: Sequence[Row]) -> Iterator[Table]:
 def _mean(pairs: Sequence[tuple[Row, Row]], falls: bool) -> float:
     """Mean over the seeds: geometric of final losses, plain of falls, which may be none at all."""
     if falls:
-        shares: list[float] = [(r["before"] - r["raw"]) / (base["before"] - base["raw"]) for r, base in pairs]
-        return sum(shares) / len(shares)
-    return math.exp(sum(math.log(loss_of(r["raw"]) / loss_of(base["raw"])) for r, base in pairs) / len(pairs))
+        return fmean((r["before"] - r["raw"]) / (base["before"] - base["raw"]) for r, base in pairs)
+    return mean_ratio(loss_of(r["raw"]) / loss_of(base["raw"]) for r, base in pairs)

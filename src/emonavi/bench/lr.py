@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from emonavi.bench import running_mean
-from emonavi.bench.ledger import Ledger, Row, execute
+from emonavi.bench.figures import running_mean
+from emonavi.bench.ledger import Ledger, Row, fill
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import made_on
 from emonavi.bench.tasks import OPTIONAL, TASKS, Problem
 
 __all__ = ["HALF_DECADES", "QUICK_OPTIMIZERS", "QUICK_TASKS", "STANDARD", "Cell", "grid", "run", "switch", "train"]
@@ -49,12 +49,7 @@ def train(cell: Cell) -> Row:
     torch.manual_seed(cell.seed)
     problem = task.build(cell.seed)
     figures: Row = {"raw": math.inf, "calm": None, "reason": "", "train": math.inf, "skipped_steps": 0, "trace": {}}
-    figures |= {
-        "split": task.split,
-        "made_by": contender.version(),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+    figures |= {"split": task.split, "made_by": contender.version(), **made_on()}
     losses: list[float] = []
     rates: list[float] = []
     try:
@@ -158,30 +153,16 @@ def run(
     cells: Sequence[Cell], ledger: Ledger[Cell], *, workers: int, rerun_ours: bool, command: str, console: Console
 ) -> int:
     """Fill the ledger; return the exit code (0, 1 some cells gave no row, 130 Ctrl-C)."""
-    out = ledger.path
-    try:
-        todo = ledger.missing(cells)
-        old = [c for c in cells if c in ledger.rows and CONTENDERS[c.optimizer].ours]
-        now = CONTENDERS["EmoNavi"].version()
-        old = [cell for cell in old if ledger.rows[cell].get("made_by") != now]
-        if old and rerun_ours:
-            todo = [cell for cell in cells if cell in {*todo, *old}]
-        elif old:
-            console.print(f"{len(old)} rows of ours are of other sources than {now}: --rerun-ours makes them anew")
-        console.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {out}; {hardware()}", soft_wrap=True)
-        outcome = execute(
-            todo, train, ledger, workers=workers, title="bench lr", kind=lambda cell: cell.task, console=console
-        )
-    finally:
-        ledger.close()
-    for failure in outcome.failures[:10]:
-        console.print(f"no result: {failure}", markup=False, soft_wrap=True)
-    if outcome.stopped:
-        left = len(todo) - outcome.finished
-        console.print(f"Stopped, {left} runs are left; everything finished is in {out}. To go on:", soft_wrap=True)
-        console.print(f"  {command}", soft_wrap=True)
-        return 130
-    if outcome.failures:
-        console.print(f"{len(outcome.failures)} runs gave no result; tracebacks: {out.with_suffix('.log')}")
-    console.print(f"emonavi report {out}  shows what was found", soft_wrap=True)
-    return 1 if outcome.failures else 0
+    todo = ledger.missing(cells)
+    now = CONTENDERS["EmoNavi"].version()
+    ours = [cell for cell in cells if cell in ledger.rows and CONTENDERS[cell.optimizer].ours]
+    old = [cell for cell in ours if ledger.rows[cell].get("made_by") != now]
+    if old and rerun_ours:
+        todo = [cell for cell in cells if cell in {*todo, *old}]
+    elif old:
+        console.print(f"{len(old)} rows of ours are of other sources than {now}: --rerun-ours makes them anew")
+    said = [f"emonavi report {ledger.path}  shows what was found"]
+    return fill(
+        ledger, cells, train, lambda rows: said, todo=todo,
+        workers=workers, title="bench lr", command=command, console=console,
+    )  # fmt: skip

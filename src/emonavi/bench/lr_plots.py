@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emonavi.bench import lr_label, page
+from emonavi.bench import page
+from emonavi.bench.figures import lr_label
 from emonavi.bench.peers import YARDSTICK
 from emonavi.bench.summary import Entry, Study, share
 

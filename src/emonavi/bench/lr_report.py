@@ -14,7 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import lr_label, page
+from emonavi.bench import page
+from emonavi.bench.figures import lr_label
 from emonavi.bench.lr_plots import figure, pictured, profile, style, sweep, traces, write_png
 from emonavi.bench.peers import OWN_RULE, YARDSTICK
 from emonavi.bench.summary import CAP, NEAR, Line, Study, marks, times

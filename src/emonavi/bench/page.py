@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from emonavi.bench import log_ticks, lr_label
+from emonavi.bench.figures import log_ticks, lr_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

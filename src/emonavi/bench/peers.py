@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench.runner import sources
+from emonavi.bench.provenance import sources
 from emonavi.registry import FAMILY
 
 __all__ = ["CONTENDERS", "OWN_RULE", "YARDSTICK", "Contender", "choose", "missing"]
@@ -137,7 +137,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("Lion", "pytorch_optimizer", 1e-4, _LION),
         Contender("SGD", "torch", 1e-3, _sgd),
         Contender("Muon", "pytorch_optimizer", 2e-2, _muon),
-        _emotional("AdamW", 1e-3, lambda params, lr: torch.optim.AdamW(params, lr=lr)),
+        _emotional("AdamW", 1e-3, torch.optim.AdamW),
         _emotional("SGD", 1e-3, _sgd),
         _emotional("Muon", 2e-2, _muon),
         Contender(

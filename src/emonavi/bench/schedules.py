@@ -9,7 +9,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import emonavi
-from emonavi.bench import loss_of, lr_label
+from emonavi.bench.figures import loss_of, lr_label
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS

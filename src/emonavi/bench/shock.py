@@ -2,8 +2,8 @@
 
 At 40 % of a run, or in its first steps, something happens, once or several times in a row. Its held-out loss is
 compared with that of the undisturbed run, same seed and same batches, 50 steps or a tenth of the run later (whichever
-is more), and at the end. A task that switches (inputs
-change their sign) is compared with a fresh run on the new task, as long as what was left.
+is more), and at the end. A task that switches (inputs change their sign) is compared with a fresh run on the new task,
+as long as what was left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench import loss_of, lr_label
+from emonavi.bench.figures import loss_of, lr_label
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem

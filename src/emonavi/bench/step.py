@@ -30,7 +30,8 @@ from torch import Tensor, nn
 import emonavi
 from emonavi.bearer import Bearer
 from emonavi.bench import page
-from emonavi.bench.runner import hardware, versions
+from emonavi.bench.provenance import hardware, made_on
+from emonavi.bench.workers import torch_threads
 
 __all__ = ["CONTENDERS", "LISTS", "Contender", "draw", "measure", "report"]
 
@@ -43,6 +44,8 @@ LISTS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
 }
 LARGE = 1 << 24  # parameters: what fits a cache has no limit by memory
 BANDWIDTH = "memory"  # the turn that measures it
+
+_WARM_UP = 2  # turns before those that are timed; the last of them is for the memory
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -99,7 +102,7 @@ CONTENDERS = [
 
 
 def measure(
-    shapes: Sequence[tuple[int, ...]], rounds: int = 15, warm_up: int = 2, device: str = "cpu", threads: int = 1
+    shapes: Sequence[tuple[int, ...]], rounds: int = 15, device: str = "cpu", threads: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Figures of each contender on parameters of the given shapes, which all of them move in turn.
 
@@ -108,8 +111,6 @@ def measure(
         largest memory that a step takes beside, over the bytes of the parameters; None where the system does not
         tell) and ``share`` of the limit for large lists; under :data:`BANDWIDTH` the ``gb_per_s``.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
@@ -122,15 +123,15 @@ def measure(
     steps[BANDWIDTH] = lambda: buffer.add_(1.0)
     times: dict[str, list[float]] = {name: [] for name in steps}
     extra: dict[str, int | None] = {}
-    for turn in range(warm_up + rounds):
-        for name, step in steps.items():
-            if turn == warm_up - 1:
-                extra[name] = _extra_memory(step) if device == "cpu" else _extra_on_device(step)
-                continue
-            seconds = _seconds(step, clock) if device == "cpu" else _seconds_on_device(step)
-            if turn >= warm_up:
-                times[name].append(seconds)
-    torch.set_num_threads(before)
+    with torch_threads(threads):
+        for turn in range(_WARM_UP + rounds):
+            for name, step in steps.items():
+                if turn == _WARM_UP - 1:
+                    extra[name] = _extra_memory(step) if device == "cpu" else _extra_on_device(step)
+                    continue
+                seconds = _seconds(step, clock) if device == "cpu" else _seconds_on_device(step)
+                if turn >= _WARM_UP:
+                    times[name].append(seconds)
     typical = {name: statistics.median(some) for name, some in times.items()}
     speed = 8 * len(buffer) / typical[BANDWIDTH]
     figures: dict[str, dict[str, Any]] = {BANDWIDTH: {"gb_per_s": speed / 1e9}}
@@ -240,7 +241,7 @@ def report(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"no device {device} to measure on: choose cpu, or cuda where torch.cuda.is_available()")
     place = hardware() if device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware()}"
-    figures: dict[str, Any] = {"hardware": place, "versions": versions(), "threads": threads, "rounds": rounds}
+    figures: dict[str, Any] = {**made_on(), "hardware": place, "threads": threads, "rounds": rounds}
     figures |= {"device": device, "load": {}, "lists": {}}
     clock = "time of the device" if device != "cpu" else "processor time" if threads == 1 else "elapsed time"
     many = f"{threads} thread{'s' * (threads > 1)}"

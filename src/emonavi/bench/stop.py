@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import emonavi
-from emonavi.bench import loss_of
+from emonavi.bench.figures import loss_of
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS

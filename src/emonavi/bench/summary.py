@@ -16,15 +16,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from emonavi.bench import loss_of, lr_label
+from emonavi.bench.figures import loss_of, lr_label, mean_ratio
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK
 
 __all__ = ["CAP", "NEAR", "Entry", "Line", "Study", "marks", "width"]
 
 NEAR = (1.10, 1.25, 1.40)  # times the yardstick: what is counted
 CAP = 100.0  # a run that exploded counts as this in a mean: otherwise one decides them all
-
-Pair = tuple[str, float]  # task, lr
 
 _NUMBER, _LOSS = (int, float), (int, float, type(None))  # a loss that was no finite number is null
 _HOLDS: dict[str, Any] = {
@@ -203,7 +201,7 @@ def width(by_lr: Mapping[float, float], tau: float) -> float:
 
 def _mean(ratios: Sequence[float]) -> float:
     """Geometric mean, each ratio capped."""
-    return math.exp(statistics.fmean(math.log(min(ratio, CAP)) for ratio in ratios)) if ratios else math.nan
+    return mean_ratio(min(ratio, CAP) for ratio in ratios) if ratios else math.nan
 
 
 # --- The marks

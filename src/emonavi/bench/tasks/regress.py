@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
@@ -33,18 +34,10 @@ def _regressor(features: int) -> nn.Module:
     return _mlp(features, 1).append(nn.Flatten(0))
 
 
-def _regression(seed: int, arrays: Split) -> Problem:
-    x, y, x_val, y_val = arrays
+def _regression(seed: int, arrays: Callable[[], Split]) -> Problem:
+    x, y, x_val, y_val = arrays()
     batch = partial(epoch_batch, seed, inputs=x, targets=y, size=32, noise=_FEATURE_NOISE)
     return Problem(initialised(seed, partial(_regressor, x.shape[1])), F.mse_loss, batch, (x_val, y_val))
-
-
-def _diabetes(seed: int) -> Problem:
-    return _regression(seed, _diabetes_data())
-
-
-def _autompg(seed: int) -> Problem:
-    return _regression(seed, data.autompg())
 
 
 # --- A density: how bright is a pixel, given the ones above and to the left
@@ -86,9 +79,10 @@ def _density(seed: int) -> Problem:
     return Problem(model, _negative_log_likelihood, batch, (x_val, y_val), _inverse_likelihood)
 
 
-DIABETES = Task("diabetes", "diabetes, MLP on raw targets", "mean squared error", 360, 120, _diabetes, needs="sklearn")
+_DIABETES, _AUTOMPG = (partial(_regression, arrays=arrays) for arrays in (_diabetes_data, data.autompg))
+DIABETES = Task("diabetes", "diabetes, MLP on raw targets", "mean squared error", 360, 120, _DIABETES, needs="sklearn")
 TASKS = (
     DIABETES,
-    Task("autompg", "cars' weights in pounds, MLP", "mean squared error", 400, 134, _autompg, "test", "mlxtend"),
+    Task("autompg", "cars' weights in pounds, MLP", "mean squared error", 400, 134, _AUTOMPG, "test", "mlxtend"),
     Task("density", "a pixel from its neighbours, Gaussian", "exp(nats)", 400, 134, _density, "test", "sklearn"),
 )

@@ -15,7 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import Curves, Findings, Result, axis_range, factor, lr_label, page, sentences
+from emonavi.bench import page
+from emonavi.bench.demo_folder import Curves, Findings, Result, axis_range, sentences
+from emonavi.bench.figures import factor, lr_label
 
 __all__ = ["contents", "loss_text", "short", "table", "write"]
 

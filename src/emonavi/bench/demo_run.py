@@ -1,4 +1,4 @@
-"""One run: a task of ``tasks.py``, an optimizer and a learning rate, in the plain loop that every user writes.
+"""One run: a task, an optimizer and a learning rate, in the plain loop that every user writes.
 
 ``train`` is a generator: it yields a ``Progress`` now and then, and at the end one ``Result``. Beside it lie two
 records of every step: a JSON-lines file under ``history/`` and TensorBoard event files under ``tb/``.
@@ -6,11 +6,7 @@ records of every step: a JSON-lines file under ``history/`` and TensorBoard even
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-import os
-import platform
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -21,14 +17,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 import emonavi
-from emonavi.bench import Result, history_path, json_line, lr_label
+from emonavi.bench.demo_folder import Result, history_path
+from emonavi.bench.figures import json_line, lr_label
+from emonavi.bench.provenance import versions
 from emonavi.bench.tasks import Problem, Task
 from emonavi.registry import FAMILY
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Progress", "Run", "hardware", "sources", "train", "versions"]
+__all__ = ["Progress", "Run", "train"]
 
 _VAL_EVERY = 50  # steps: often enough to see the course, rare enough not to cost more than the training
 _TRAIN_MEAN = 20  # steps: a single batch is too noisy to be called the final training loss
@@ -65,30 +63,6 @@ class Progress:
     drive: float | None = None
     trust: float | None = None
     mood: str = ""
-
-
-def versions() -> dict[str, str]:
-    """Versions that the figures depend on."""
-    return {"emonavi": emonavi.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def sources() -> str:
-    """Short hash of the library's own source files, without the benches: tells two states of a version apart."""
-    digest = hashlib.sha256()
-    folder = Path(emonavi.__file__).parent
-    for path in sorted(p for p in folder.rglob("*.py") if p.name != "cli.py" and "bench" not in p.parts):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def hardware() -> str:
-    """Name the processor; the count is of the cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux leaves platform.processor() empty
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}, {platform.system()}"
 
 
 def train(run: Run, folder: Path) -> Iterator[Progress | Result]:
