@@ -64,8 +64,8 @@ class Contender:
     least: float = 0.0  # bytes of a float32 parameter in a large matrix that must be moved; 0: not known
 
 
-def _ours(sibling: str) -> Build:
-    return lambda params: emonavi.create(sibling, params, capture=False)
+def _ours(sibling: str, **options: Any) -> Build:
+    return lambda params: emonavi.create(sibling, params, capture=False, **options)
 
 
 def _peer(name: str) -> Build:
@@ -74,6 +74,7 @@ def _peer(name: str) -> Build:
 
 OPTIMIZERS: dict[str, Build] = {
     **{name + own: _ours(name) for name in ("EmoNavi", "EmoLynx", "EmoFact") for own in ("", " fused")},
+    "EmoNavi shadow": _ours("EmoNavi", use_shadow=True),
     "AdamW": torch.optim.AdamW,
     "Emotional(AdamW)": lambda params: emonavi.Emotional(torch.optim.AdamW(params), capture=False),
     "Adafactor": torch.optim.Adafactor,
@@ -96,6 +97,7 @@ CONTENDERS = [
         for name, least in {"EmoNavi": 32.0, "EmoLynx": 24.0, "EmoFact": 16.0}.items()
         for way, flags in _WAYS.items()
     ),
+    Contender("EmoNavi fused + shadow", "EmoNavi shadow", _WAYS["fused"], least=40.0),
     *(Contender(f"Emotional(AdamW {way})", "Emotional(AdamW)", _WAYS[way]) for way in ("fused", "foreach")),
     *(Contender(name, name) for name in OPTIMIZERS if name.startswith("Adafactor") or "pytorch_optimizer" in name),
 ]
