@@ -65,4 +65,5 @@ if __name__ == "__main__":
     after, right = evaluate(model, held_out)
     felt = f"loss felt last {optimizer.emotion.loss:.3f}, drive {optimizer.emotion.drive:.3f}"
     print(f"worker {rank}: held-out loss {before:.3f} -> {after:.3f}, {right:.0%} right; {felt}", flush=True)
+    dist.barrier()  # who leaves first may not take the connections of the others along
     dist.destroy_process_group()

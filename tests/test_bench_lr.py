@@ -325,6 +325,7 @@ def test_rows_of_older_sources(tmp_path, tiny, monkeypatch):
 def test_paths_are_said_as_they_are(command, tmp_path, monkeypatch):
     """Brackets and colons are no markup."""
     monkeypatch.setattr(ledger, "execute", lambda *_, **__: Outcome(failures=["a [b] :c:"], stopped=True))
+    monkeypatch.setattr(sys, "argv", ["emonavi", "bench", *command.split()])
     out = tmp_path / "[bold]" / ":smile:.jsonl"
     said = CliRunner().invoke(cli.build(), ["bench", *command.split(), "--out", str(out)]).output
     assert f"0 of them in {out};" in said

@@ -382,3 +382,14 @@ def test_a_backward_that_failed_is_ended_by_zero_grad():
         optimizer.step()
         optimizer.zero_grad()  # after a step that has ended it ends nothing
     assert optimizer.emotion.steps == 7
+
+
+def test_lr_zero_in_mid_run_is_no_step_without_gradients(recwarn):
+    model = torch.nn.Linear(3, 1)
+    optimizer = emonavi.EmoNavi(model.parameters())
+    emonavi.gradient_release(optimizer)
+    for t in range(25):
+        optimizer.param_groups[0]["lr"] = 1e-3 if t < 2 else 0.0
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    assert not [w for w in recwarn if "had a gradient" in str(w.message)]

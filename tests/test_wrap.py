@@ -313,20 +313,37 @@ def published(params):
     return pytorch_optimizer.EmoNavi(params, use_shadow=True)
 
 
-class Decaying(torch.optim.SGD):
-    """Has a schedule of its own."""
+class Averaging(torch.optim.SGD):
+    """Keeps a shadow of its own."""
 
     def step(self, closure=None):
         super().step(closure)
-        for group in self.param_groups:
-            group["lr"] *= 0.5
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["made"] = state.get("made", 0) + ("shadow" not in state)
+            state.setdefault("shadow", p.detach().clone())
 
 
-def test_a_schedule_inside_the_optimizer_is_heard():
+def test_what_the_optimizer_calls_a_shadow_is_left_alone():
     params = weights()
-    optimizer = emonavi.Emotional(Decaying(params, lr=0.1))
-    train(optimizer, params, 3)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+    inner = Averaging(params, lr=0.01)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    inner.step()
+    optimizer = emonavi.Emotional(inner)
+    train(optimizer, params, 4, start=1)
+    assert [inner.state[p]["made"] for p in params] == [1] * len(params)
+
+
+def test_samples_of_another_model_crash_nothing():
+    """Of the same number of elements, loaded behind the wrapper's back: a kernel would write past the end."""
+    for sizes in ((100, 2000), (2000, 100)):
+        params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
+        optimizer = emonavi.Emotional(torch.optim.SGD(params, lr=0.01))
+        train(optimizer, params, 2)
+        kept = [optimizer.state[p]["step_sample"] for p in params]
+        some = displacement.samples(params, torch.ones(2))
+        assert kernels.compared(kept[::-1], params, some, some, torch.ones(2)) is None
 
 
 def test_a_second_wrapper_does_not_take_over_what_the_first_one_saw():

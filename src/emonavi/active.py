@@ -15,7 +15,7 @@ from emonavi.distributed import is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
 from emonavi.scalars import Number, clamp, like, where
-from emonavi.sweep import Bucket, lean, to_home
+from emonavi.sweep import lean, to_home
 
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
@@ -151,13 +151,12 @@ class Active(NamedTuple):
             buckets.setdefault((group, p.device, dtypes, own, names), []).append(place)
         return buckets
 
-    def bucket(self, places: list[int], layout: tuple[str, ...], **how: Any) -> Bucket:
-        """The bucket of the tensors at these places, with the state tensors of their layout and the scales of those."""
+    def lists(self, places: list[int], layout: tuple[str, ...]) -> dict[str, list[Tensor]]:
+        """Parallel lists of the tensors at these places, their state tensors and the scales of those."""
         params, states = self.roster.params, self.roster.states
         lists = {"param": [params[i] for i in places], "grad": [self.grads[i] for i in places]}
         names = [k for name in layout for k in (name, scale_of(name)) if k in states[places[0]]]
-        lists |= {name: [states[i][name] for i in places] for name in names}
-        return Bucket(places, lists, **how)
+        return lists | {name: [states[i][name] for i in places] for name in names}
 
     def lean(self, mood: Mood, predicated: bool, fused: bool) -> None:
         """Move tensors and their shadows towards each other, as the mood says; at lr 0 only the shadows move."""
@@ -165,7 +164,7 @@ class Active(NamedTuple):
         kinds: dict[Any, list[int]] = {}
         for i, (p, state) in enumerate(zip(params, states, strict=True)):
             if "shadow" in state:
-                kinds.setdefault((groups[i], p.device, p.dtype), []).append(i)
+                kinds.setdefault((groups[i], p.device, p.dtype, state["shadow"].dtype), []).append(i)
         for places in kinds.values():
             pull = where(like(mood.pull, self.lr[places[0]]) > 0, mood.pull, 0.0)
             some, shadows = [params[i] for i in places], [states[i]["shadow"] for i in places]

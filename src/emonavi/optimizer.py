@@ -239,7 +239,7 @@ class EmoOptimizer(Bearer):
 
     def _lined_up(
         self, found: Found, heard: Loss | None, predicated: bool
-    ) -> tuple[Active, Sequence[Any], Loss | None, Tensor]:
+    ) -> tuple[Active, Sequence[Bucket], Loss | None, Tensor]:
         """Who moves, in which buckets, and the loss and the norm that all ranks agree on.
 
         Raises before anything moves.
@@ -317,21 +317,19 @@ class EmoOptimizer(Bearer):
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
         return {name: memory.shape for name, memory in self._memories(like).items()}
 
-    def _buckets(self, active: Active, predicated: bool) -> list[tuple[dict[str, Any], tuple[str, ...], Rule, Bucket]]:
-        """The step's tensors in buckets, each with its group, its layout and its rule. Raises before anything moves."""
+    def _buckets(self, active: Active, predicated: bool) -> list[Bucket]:
+        """The step's tensors in buckets. Raises before anything moves."""
         found = []
         for (index, *_, layout), places in active.buckets(self._layout, self._needs_whole).items():
-            group = self.param_groups[index]
+            group, lists = self.param_groups[index], active.lists(places, layout)
             rule, cut = self._rule(layout)
-            how = {"cut": cut, "foreach": group["foreach"] is not False, "predicated": predicated}
-            bucket = active.bucket(places, layout, **how)
-            if not self._needs_whole(active.roster.whole[places[0]]):
-                bucket = bucket._replace(kernel=choose(rule, bucket.lists, group, predicated))
-            found.append((group, layout, rule, bucket))
+            whole = self._needs_whole(active.roster.whole[places[0]])
+            kernel = None if whole else choose(rule, lists, group, predicated)
+            found.append(Bucket(rule, group, layout, places, lists, cut, predicated, kernel))
         return found
 
     def _sweep(
-        self, active: Active, buckets: Sequence[Any], mood: Mood, acts: Number, options: Options, first: int = 0
+        self, active: Active, buckets: Sequence[Bucket], mood: Mood, acts: Number, options: Options, first: int = 0
     ) -> Sums:
         """Move every tensor, bucket by bucket, and gather the sums for reflection."""
         own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
@@ -345,17 +343,17 @@ class EmoOptimizer(Bearer):
         reflect = self._emotion.reflects and options.use_trust
         parts: list[tuple[list[int], Reflected]] = []
         wholes = self._wholes(active, mood.grad_scale)
-        for group, layout, rule, bucket in buckets:
-            at = integers(tuple(bucket.places), active.lr.device)
-            scalars = self._scalars(layout, group, active.steps[at], step_sizes[at], mood.trust)
+        for bucket in buckets:
+            group, at = bucket.group, integers(tuple(bucket.places), active.lr.device)
+            scalars = self._scalars(bucket.layout, group, active.steps[at], step_sizes[at], mood.trust)
             scalars |= {"decay": decays[at] if group["weight_decay"] else None, "reflect": reflect}
-            scalars |= self._switch(layout, mood)
+            scalars |= self._switch(bucket.layout, mood)
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
             seeds = lowbit.seeds(active.steps[at], at + first).to(bucket.lists["param"][0].device) if rounds else None
             scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
-            reflected = bucket.move(rule, scalars, scale, acts, seeds)
+            reflected = bucket.move(scalars, scale, acts, seeds)
             if reflected is not None:
                 parts.append((bucket.places, reflected))
         return gather(parts, weight)
@@ -369,8 +367,7 @@ class EmoOptimizer(Bearer):
             param_group: ``"params"`` and the group's own options, as in ``torch.optim``.
 
         Raises:
-            ValueError: an option is out of range, is one for all groups, or is a sibling's that this optimizer does not
-                have; or the rule cannot move a parameter.
+            ValueError: an option is out of range, or is one for all groups; or the rule cannot move a parameter.
             RuntimeError: ``fused=True``, and there is no kernel. Nothing has changed then.
         """
         checks.mapping(param_group)

@@ -157,7 +157,7 @@ class Release:
         if begun is None or not moved:
             if idle:
                 optimizer._intake.clear()  # as a normal step at lr 0
-            return False
+            return idle
         vector = begun.vector
         emotion: Any = optimizer._emotion
         active = self._active(Found(list(moved), [m.group for m in moved.values()], [p.detach() for p in moved]))

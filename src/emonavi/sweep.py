@@ -31,16 +31,20 @@ Rule = Callable[..., Reflected | None]
 class Bucket(NamedTuple):
     """Parallel lists of tensors, and how to sweep them."""
 
+    rule: Rule
+    group: dict[str, Any]  # whose options hold
+    layout: tuple[str, ...]  # names of the state tensors, in the order that the rule takes them
     places: list[int]  # indices in the step's vectors
     lists: dict[str, list[Tensor]]  # "param", "grad" and one list for each state name
     cut: bool  # tensors may be cut: the rule is elementwise
-    foreach: bool
     predicated: bool  # never branch on a value
     kernel: Kernel | None = None  # moves the whole bucket instead of the rule
 
-    def move(
-        self, rule: Rule, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
-    ) -> Reflected | None:
+    def with_grads(self, grads: list[Tensor]) -> Bucket:
+        """The same bucket with other gradients."""
+        return self._replace(lists=self.lists | {"grad": grads})
+
+    def move(self, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None) -> Reflected | None:
         """Apply the rule. Returns the sums of reflection, in the order of the tensors, if the rule gives any.
 
         ``seeds`` are for the random rounding of each tensor (``lowbit.py``); None rounds to the nearest.
@@ -54,7 +58,8 @@ class Bucket(NamedTuple):
         # step could take several times the memory of the parameters.
         device, reflects = self.lists["param"][0].device, False
         sums = torch.zeros((3, len(self.places)), dtype=widest(device), device=device)
-        for piece in pieces(self.lists, cut=self.cut and self.foreach, stack=self.foreach):
+        foreach = self.group["foreach"] is not False
+        for piece in pieces(self.lists, cut=self.cut and foreach, stack=foreach):
             index: slice | Tensor
             if len(piece.owners) == 1:
                 at = piece.owners[0]
@@ -64,7 +69,7 @@ class Bucket(NamedTuple):
                 shape = (-1, *(1 for _ in piece.batch["param"].shape[1:]))
                 own = {k: scalars[k][index].view(shape) for k in singles}
             own_seeds = None if seeds is None else seeds[index]
-            reflected = self._apply(rule, piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
+            reflected = self._apply(piece, scalars | own, grad_scale if scales else None, acts, own_seeds)
             if reflected is not None:
                 reflects, added = True, torch.stack(reflected).to(sums.dtype)
                 if isinstance(index, slice):
@@ -74,14 +79,14 @@ class Bucket(NamedTuple):
         return (sums[0], sums[1], sums[2]) if reflects else None
 
     def _apply(
-        self, rule: Rule, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
+        self, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
         written = [name for name in piece.batch if name != "grad"]
         before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
         batch = lowbit.unpack(piece.batch)
         if grad_scale is not None:
             batch["grad"] = batch["grad"] * like(batch["grad"], grad_scale)
-        reflected = rule(*batch.values(), **scalars)
+        reflected = self.rule(*batch.values(), **scalars)
         random = None if seeds is None else lowbit.noise(seeds, piece.start, batch["param"][0].numel())
         lowbit.pack(batch, piece.batch, random)
         # If the gradient was not finite, undo what the rule wrote, without waiting for the device.

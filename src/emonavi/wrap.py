@@ -111,11 +111,12 @@ class Emotional(Bearer):
             # Left by an earlier wrapper; the optimizer may have moved since without it.
             for name in OF_THE_RUN:
                 group.pop(name, None)
-            for p in group["params"]:
+            for p in group["params"] if "inner" in group else ():
                 for name in ("step_sample", "shadow"):
                     optimizer.state.get(p, {}).pop(name, None)
             dress(optimizer, group, felt)
         self._own = felt
+        self._had_shadow = bool(felt["use_shadow"])
         self.param_groups[0]["emotion"] = self._fresh()
         self.writer = writer
 
@@ -163,8 +164,9 @@ class Emotional(Bearer):
         if options.use_shadow:
             active.lean(mood, predicated=False, fused=True)
             self._follow_idle(active.roster.whole, mood.follow, fused=True)
-        else:
-            self._drop_shadows()
+        elif self._had_shadow:
+            self._drop_shadows()  # ours: the optimizer may keep something of that name
+        self._had_shadow = options.use_shadow
         sums = gather((), active.lr)  # zeros
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
@@ -209,10 +211,7 @@ class Emotional(Bearer):
             yield
         finally:
             for i, lr in lrs.items():
-                written = self.param_groups[i]["lr"]
-                changed = not isinstance(lr, Tensor) and written != acting[i] != 0
-                # An optimizer with its own schedule may have changed the lr: apply the same factor to the user's.
-                self.param_groups[i]["lr"] = lr * written / acting[i] if changed else lr
+                self.param_groups[i]["lr"] = lr
             for p, grad in scaled:
                 p.grad = grad
 
@@ -304,6 +303,7 @@ class Emotional(Bearer):
             self.param_groups[0]["emotion"] = self._fresh()
             what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
             warnings.warn(what, stacklevel=callers_level())
+        self._had_shadow = bool(self.param_groups[0]["use_shadow"])
         self._note_begun()
         self._intake.clear()
 
@@ -333,6 +333,7 @@ class Emotional(Bearer):
         super().__setstate__(state)
         self._setup(*settings)
         self._options()
+        self._had_shadow = bool(self.param_groups[0]["use_shadow"])
         self._note_begun()
 
 

@@ -63,7 +63,8 @@ def choose(
         return kernel
     if group["fused"]:
         raise RuntimeError(f"fused=True: {kernel}; leave fused at None, and foreach is used where there is no kernel")
-    _say_missing()
+    if not predicated:
+        _say_missing()
     return None
 
 

@@ -163,9 +163,7 @@ def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> 
     function = _function("follow", dtype)
     if isinstance(function, str) or not plain(params, dtype) or not plain(shadows, DTYPES[dtype]):
         return False
-    if not in_one_order([*params, *shadows], params) or list(map(Tensor.numel, params)) != list(
-        map(Tensor.numel, shadows)
-    ):
+    if [p.shape for p in params] != [s.shape for s in shadows] or not in_one_order([*params, *shadows], params):
         return False
     _call(function, _Arrays([params, shadows]), follow=rate)
     return True

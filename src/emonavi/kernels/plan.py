@@ -53,15 +53,15 @@ class Plan(NamedTuple):
         groups: Sequence[Mapping[str, Any]],
     ) -> Plan | None:
         """None if a bucket has no kernel, or if its tensors have to be copied into one order first."""
-        kernels = [bucket.kernel for *_, bucket in buckets]
+        kernels = [bucket.kernel for bucket in buckets]
         whole = all(map(is_, roster.params, roster.whole))
         if not whole or not all(isinstance(kernel, Sweep) and kernel.in_order for kernel in kernels):
             return None
         kept = _values(roster.states)
         memories = [value for value in kept if isinstance(value, Tensor)]
         watched = [*roster.whole, *memories]
-        without = [(*rest, bucket._replace(lists=bucket.lists | {"grad": []})) for *rest, bucket in buckets]
-        places = torch.tensor([i for *_, bucket in buckets for i in bucket.places], device="cpu")
+        without = [bucket.with_grads([]) for bucket in buckets]
+        places = torch.tensor([i for bucket in buckets for i in bucket.places], device="cpu")
         return cls(
             roster, without, list(groups), _flags(groups), dict(states), kept,
             [t.untyped_storage() for t in memories], watched, list(map(_pointer, watched)),
@@ -93,15 +93,12 @@ class Plan(NamedTuple):
 
     def norms(self, buckets: Sequence[Any]) -> Tensor:
         """Norm of each gradient in filled buckets, in roster order."""
-        sums = [bucket.kernel.squares(bucket.lists) for *_, bucket in buckets]
+        sums = [bucket.kernel.squares(bucket.lists) for bucket in buckets]
         return (torch.cat(sums)[self.order] if len(sums) > 1 else sums[0]).sqrt()
 
     def filled(self, grads: Sequence[Tensor]) -> list[Any]:
         """The buckets with the gradients of a step."""
-        return [
-            (*rest, bucket._replace(lists=bucket.lists | {"grad": [grads[i] for i in bucket.places]}))
-            for *rest, bucket in self.buckets
-        ]
+        return [bucket.with_grads([grads[i] for i in bucket.places]) for bucket in self.buckets]
 
 
 def _values(states: Sequence[Mapping[str, Any]]) -> list[Any]:

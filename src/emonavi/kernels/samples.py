@@ -30,7 +30,7 @@ class _Places:
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self._columns = [array("q", column) for column in zip(*map(places, sizes), strict=True)]
         self.c = ctypes.byref(_Sampling(len(sizes), *map(_at, self._columns)))
-        self.total = sum(blocks * length for blocks, length, _ in map(places, sizes))
+        self.sizes = [blocks * length for blocks, length, _ in map(places, sizes)]
 
 
 _places = lru_cache(maxsize=16)(_Places)  # the sizes stay from step to step
@@ -42,7 +42,7 @@ def samples(tensors: Sequence[Tensor]) -> Tensor | None:
     if function is None or not in_one_order(tensors, tensors):
         return None
     found = _places(tuple(map(Tensor.numel, tensors)))
-    gathered = torch.empty(found.total, dtype=DTYPES[tensors[0].dtype], device="cpu")
+    gathered = torch.empty(sum(found.sizes), dtype=DTYPES[tensors[0].dtype], device="cpu")
     where = _pointers(tensors)
     function(found.c, _at(where), ctypes.c_void_p(gathered.data_ptr()))
     return gathered
@@ -60,9 +60,10 @@ def compared(
     if function is None or not same or not plain(kept, dtype) or not in_one_order([*params, *kept], params):
         return None
     found = _places(tuple(map(Tensor.numel, params)))
-    held = sum(map(Tensor.numel, kept)), before.numel(), grads.numel(), per_rate.numel()
-    if held != (MEMORIES * found.total, found.total, found.total, len(params)):
-        return None  # torch says what does not fit: a kernel would read and write past the end
+    total = sum(found.sizes)
+    fits = [tuple(m.shape) for m in kept] == [(MEMORIES, n) for n in found.sizes] and len(per_rate) == len(params)
+    if not fits or len(before) != total or len(grads) != total:
+        return None  # state of another model, say: the kernel would read and write past its end
     sums = torch.empty(MEMORIES, len(params), dtype=torch.float64, device="cpu")
     moved, memories = _pointers(params), _pointers(kept)
     before_at, grads_at, per_rate_at, sums_at = (ctypes.c_void_p(t.data_ptr()) for t in (before, grads, per_rate, sums))
