@@ -852,6 +852,19 @@ def test_a_shadow_that_was_off_begins_at_todays_weights(make):
 
 
 @pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+def test_a_step_at_lr_zero_drops_the_shadow_too(make):
+    params = weights()
+    if make == "Emotional":
+        optimizer = emonavi.Emotional(torch.optim.AdamW(params), use_shadow=True)
+    else:
+        optimizer = make.make(params, use_shadow=True)
+    train(optimizer, params, 3)
+    optimizer.param_groups[0] |= {"use_shadow": False, "lr": 0.0}
+    optimizer.step(loss=1.0)
+    assert not any("shadow" in s for s in optimizer.state.values())
+
+
+@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
 @pytest.mark.parametrize("bounds", [{"lr": 1e-6}, {"lr": 1e-3, "max_lr": 1e-5}], ids=["floor", "wall"])
 def test_a_step_without_a_group_does_not_move_its_lr(make, bounds):
     """The bounds of the others would force the drive that all share to where it suits only them."""

@@ -161,14 +161,13 @@ class Active(NamedTuple):
     def lean(self, mood: Mood, predicated: bool, fused: bool) -> None:
         """Move tensors and their shadows towards each other, as the mood says; at lr 0 only the shadows move."""
         _, params, states, groups, *_ = self.roster
-        kinds: dict[Any, list[int]] = {}
-        for i, (p, state) in enumerate(zip(params, states, strict=True)):
+        of_groups: dict[int, list[int]] = {}
+        for place, state in enumerate(states):
             if "shadow" in state:
-                kinds.setdefault((groups[i], p.device, p.dtype, state["shadow"].dtype), []).append(i)
-        for places in kinds.values():
+                of_groups.setdefault(groups[place], []).append(place)
+        for places in of_groups.values():
             pull = where(like(mood.pull, self.lr[places[0]]) > 0, mood.pull, 0.0)
-            some, shadows = [params[i] for i in places], [states[i]["shadow"] for i in places]
-            lean(some, shadows, pull, mood.follow, predicated, fused)
+            lean([(params[i], states[i]["shadow"]) for i in places], pull, mood.follow, predicated, fused)
 
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Before a tensor's second step, scale by a factor what its memories hold: its first gradient.

@@ -300,16 +300,13 @@ class Bearer(torch.optim.Optimizer):
         Otherwise calm() would show an old value of a weight that seldom has a gradient, or is frozen by now.
         """
         busy = set(moved)
-        kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        pairs = []
         for p in self._params():
             shadow = self.state.get(p, {}).get("shadow") if p not in busy else None
             if shadow is not None and not p.is_meta:
-                own, here = local(shadow), local(p.detach())
-                here = here.to(own.device)
-                kinds.setdefault((here.device, here.dtype, own.dtype), []).append((here, own))
-        for pairs in kinds.values():
-            params, shadows = map(list, zip(*pairs, strict=True))
-            lean(params, shadows, 0.0, follow, isinstance(follow, Tensor), fused)
+                own = local(shadow)
+                pairs.append((local(p.detach()).to(own.device), own))
+        lean(pairs, 0.0, follow, isinstance(follow, Tensor), fused)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Shapes of a parameter's state tensors, by name, as stored."""

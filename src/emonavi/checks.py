@@ -52,7 +52,7 @@ def emotion(given: Any, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
             given = ast.literal_eval(given.strip())
     if isinstance(given, Mapping):
         constants = [field.name for field in dataclasses.fields(Emotion)]
-        if not constants or not set(given) <= set(constants):
+        if not set(given) <= set(constants):
             raise ValueError(f"emotion={given!r}: the constants of an emotion are {', '.join(constants)}")
         given = Emotion(**given)
     if isinstance(given, Emotion):

@@ -211,8 +211,7 @@ class EmoOptimizer(Bearer):
 
     def _stay(self, found: Found) -> None:
         """Make the state only: distributed checkpoints create it by a step at lr 0."""
-        for p in found.params:
-            self._make_state(p)
+        self._make_states(found.params)
         self._intake.clear()
 
     def _move(self, found: Found, heard: Loss | None) -> None:
@@ -252,8 +251,6 @@ class EmoOptimizer(Bearer):
             return self._active(self._plan.roster, found.grads), buckets, heard, norm
         self._plan = None
         self._check_fit(found.params)
-        if not self.param_groups[0]["use_shadow"]:
-            self._drop_shadows()
         moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
         grads = [local_grad(p) for p in moved.params]
         fused = any(wanted(group, vector.device) for group in self.param_groups)
@@ -291,12 +288,18 @@ class EmoOptimizer(Bearer):
 
     def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
         """Make missing state of ``params``; return the roster of ``moved``."""
-        for p in params:
-            self._make_state(p)
+        self._make_states(params)
         if self._is_loaded:
             hand_on(moved.params, [self.state[p] for p in moved.params], self._peers())
             self._is_loaded = False
         return Roster.of(moved, self.state, len(self.param_groups), fused)
+
+    def _make_states(self, params: Sequence[Tensor]) -> None:
+        """Make the state of parameters where it is missing; without ``use_shadow`` drop the shadows of all."""
+        if not self.param_groups[0]["use_shadow"]:
+            self._drop_shadows()
+        for p in params:
+            self._make_state(p)
 
     def _make_state(self, param: Tensor) -> None:
         """Make the missing state of a parameter."""

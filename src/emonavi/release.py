@@ -105,10 +105,7 @@ class Release:
         if not optimizer._moves(everything):
             return None
         optimizer._check_fit(params)
-        if not optimizer.param_groups[0]["use_shadow"]:
-            optimizer._drop_shadows()
-        for p in params:
-            optimizer._make_state(p)
+        optimizer._make_states(params)
         active = self._active(everything)
         predicated = optimizer._is_predicated(vector.device)
         state, options = optimizer._opening(active, Ranks(), predicated)

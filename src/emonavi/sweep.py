@@ -96,22 +96,31 @@ class Bucket(NamedTuple):
         return reflected
 
 
-def lean(
-    params: list[Tensor], shadows: list[Tensor], pull: Number, follow: Number, predicated: bool, fused: bool
-) -> None:
+def lean(pairs: Sequence[tuple[Tensor, Tensor]], pull: Number, follow: Number, predicated: bool, fused: bool) -> None:
     """Move parameters by ``pull`` towards their shadows, then the shadows by ``follow`` towards them.
 
-    The parameters share a device and a dtype, and so do the shadows. ``fused`` uses a kernel if there is one.
+    ``fused`` uses a kernel if there is one.
     """
     pulls, follows = (predicated or bool(rate) for rate in (pull, follow))
-    if not (pulls or follows) or (fused and not pulls and kernels.follow(params, shadows, float(follow))):
+    if not (pulls or follows):
         return
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for param, shadow in pairs:
+        kinds.setdefault((param.device, param.dtype, shadow.dtype), []).append((param, shadow))
+    for alike in kinds.values():
+        params, shadows = map(list, zip(*alike, strict=True))
+        if not fused or pulls or not kernels.follow(params, shadows, float(follow)):
+            _lean_alike(params, shadows, pull if pulls else None, follow if follows else None)
+
+
+def _lean_alike(params: list[Tensor], shadows: list[Tensor], pull: Number | None, follow: Number | None) -> None:
+    """The same by torch, for parameters of one device and dtype, and shadows of one; None moves nothing."""
     for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
         param, shadow = piece.batch["param"], piece.batch["shadow"]
-        if pulls:
+        if pull is not None:
             param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
             piece.write_back(["param"])
-        if follows:
+        if follow is not None:
             shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
             piece.write_back(["shadow"])
 

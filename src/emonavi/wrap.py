@@ -164,9 +164,6 @@ class Emotional(Bearer):
         if options.use_shadow:
             active.lean(mood, predicated=False, fused=True)
             self._follow_idle(active.roster.whole, mood.follow, fused=True)
-        elif self._had_shadow:
-            self._drop_shadows()  # ours: the optimizer may keep something of that name
-        self._had_shadow = options.use_shadow
         sums = gather((), active.lr)  # zeros
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
@@ -218,6 +215,9 @@ class Emotional(Bearer):
     def _make_state(self, params: list[Tensor]) -> None:
         """Make missing state of the emotion. After the optimizer's step: it makes its own only where state is empty."""
         group = self.param_groups[0]
+        if self._had_shadow and not group["use_shadow"]:
+            self._drop_shadows()  # only then: the optimizer may keep something of that name
+        self._had_shadow = bool(group["use_shadow"])
         for p in params:
             state = self.state[p]
             if group["use_trust"] and "step_sample" not in state:

@@ -19,7 +19,18 @@ from emonavi.lynx import emolynx
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 
-__all__ = ["Numbers", "Sweep", "follow", "in_one_order", "kernel", "plain", "squares", "wanted_size"]
+__all__ = [
+    "Numbers",
+    "Sweep",
+    "address",
+    "follow",
+    "function_of",
+    "in_one_order",
+    "kernel",
+    "plain",
+    "squares",
+    "wanted_size",
+]
 
 # Dtype of parameters and gradients: dtype of their state.
 DTYPES = {
@@ -57,7 +68,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
         wanted = dtype if name in ("param", "grad") else DTYPES[dtype]
         if not plain(tensors, wanted):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on the CPU"
-    sweep, squares = _function(rule.__name__, dtype), _function("gather" if rule is emofact else "squares", dtype)
+    sweep, squares = function_of(rule.__name__, dtype), function_of("gather" if rule is emofact else "squares", dtype)
     if isinstance(sweep, str):
         return sweep
     params = lists["param"]
@@ -128,7 +139,7 @@ class _Arrays:
             self.stride = array("q", [sample_stride(n) for n in self.size])
             self.samples = array("q", [sample_size(n) for n in self.size])
             self.place = array("q", [0]) * (self.count + 1)
-            pointers = [ctypes.c_void_p(a.buffer_info()[0]) for a in (self.size, self.rows, self.place)]
+            pointers = map(address, (self.size, self.rows, self.place))
             loaded: Any = library()
             loaded.places(ctypes.c_int64(self.count), *pointers)
 
@@ -143,7 +154,7 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
     With ``by_rows`` matrices are added up in the order in which EmoFact's kernel gathers them.
     """
     dtype = tensors[0].dtype
-    functions = [_function(name, dtype) for name in ("squares", "gather")]
+    functions = [function_of(name, dtype) for name in ("squares", "gather")]
     if any(isinstance(function, str) for function in functions) or not plain(tensors, dtype):
         return None
     sums = torch.empty(len(tensors), dtype=torch.float64, device="cpu")
@@ -160,7 +171,7 @@ def squares(tensors: Sequence[Tensor], by_rows: bool = False) -> Tensor | None:
 def follow(params: Sequence[Tensor], shadows: Sequence[Tensor], rate: float) -> bool:
     """Move each shadow by ``rate`` towards its parameter. Returns False, and moves nothing, if there is no kernel."""
     dtype = params[0].dtype
-    function = _function("follow", dtype)
+    function = function_of("follow", dtype)
     if isinstance(function, str) or not plain(params, dtype) or not plain(shadows, DTYPES[dtype]):
         return False
     if [p.shape for p in params] != [s.shape for s in shadows] or not in_one_order([*params, *shadows], params):
@@ -194,8 +205,7 @@ class Numbers:
         self._pass(self._library.write_numbers, values.contiguous())
 
     def _pass(self, function: Any, values: Tensor) -> None:
-        pointers = ctypes.c_void_p(self._pointers.buffer_info()[0])
-        function(ctypes.c_int64(len(self._pointers)), pointers, ctypes.c_void_p(values.data_ptr()))
+        function(ctypes.c_int64(len(self._pointers)), address(self._pointers), ctypes.c_void_p(values.data_ptr()))
 
 
 def plain(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
@@ -219,7 +229,12 @@ def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
     return lines[name] if name in lines else sample_size(count)
 
 
-def _function(name: str, dtype: torch.dtype) -> Any:
+def address(numbers: array[int]) -> ctypes.c_void_p:
+    """Address of an array, which must stay alive while it is used."""
+    return ctypes.c_void_p(numbers.buffer_info()[0])
+
+
+def function_of(name: str, dtype: torch.dtype) -> Any:
     """A function of the C library, or the reason why there is none."""
     loaded = library()
     if isinstance(loaded, str):

@@ -6,14 +6,12 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from emonavi.displacement import MEMORIES, RATE, places
-from emonavi.kernels.build import library
-from emonavi.kernels.cpu import DTYPES, in_one_order, plain
+from emonavi.kernels.cpu import DTYPES, address, function_of, in_one_order, plain
 
 __all__ = ["compared", "samples"]
 
@@ -28,9 +26,10 @@ class _Places:
     """Positions of the samples of tensors of given sizes."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
-        self._columns = [array("q", column) for column in zip(*map(places, sizes), strict=True)]
-        self.c = ctypes.byref(_Sampling(len(sizes), *map(_at, self._columns)))
-        self.sizes = [blocks * length for blocks, length, _ in map(places, sizes)]
+        found = list(map(places, sizes))
+        self._columns = [array("q", column) for column in zip(*found, strict=True)]
+        self.c = ctypes.byref(_Sampling(len(sizes), *map(address, self._columns)))
+        self.sizes = [blocks * length for blocks, length, _ in found]
 
 
 _places = lru_cache(maxsize=16)(_Places)  # the sizes stay from step to step
@@ -38,13 +37,14 @@ _places = lru_cache(maxsize=16)(_Places)  # the sizes stay from step to step
 
 def samples(tensors: Sequence[Tensor]) -> Tensor | None:
     """The samples of all tensors, concatenated; None if there is no kernel for them."""
-    function = _function("gather_samples", tensors)
-    if function is None or not in_one_order(tensors, tensors):
+    dtype = tensors[0].dtype
+    function = function_of("gather_samples", dtype)
+    if isinstance(function, str) or not plain(tensors, dtype) or not in_one_order(tensors, tensors):
         return None
     found = _places(tuple(map(Tensor.numel, tensors)))
-    gathered = torch.empty(sum(found.sizes), dtype=DTYPES[tensors[0].dtype], device="cpu")
+    gathered = torch.empty(sum(found.sizes), dtype=DTYPES[dtype], device="cpu")
     where = _pointers(tensors)
-    function(found.c, _at(where), ctypes.c_void_p(gathered.data_ptr()))
+    function(found.c, address(where), ctypes.c_void_p(gathered.data_ptr()))
     return gathered
 
 
@@ -55,9 +55,11 @@ def compared(
 
     As in :func:`emonavi.displacement.compared`; ``per_rate`` is one over each effective lr.
     """
-    function, dtype = _function("compare_samples", params), DTYPES.get(params[0].dtype)
-    same = (before.dtype, grads.dtype, per_rate.dtype) == (dtype, dtype, dtype)
-    if function is None or not same or not plain(kept, dtype) or not in_one_order([*params, *kept], params):
+    function, wide = function_of("compare_samples", params[0].dtype), DTYPES.get(params[0].dtype)
+    same = (before.dtype, grads.dtype, per_rate.dtype) == (wide, wide, wide)
+    if isinstance(function, str) or not same or not plain(params, params[0].dtype) or not plain(kept, wide):
+        return None
+    if not in_one_order([*params, *kept], params):
         return None
     found = _places(tuple(map(Tensor.numel, params)))
     total = sum(found.sizes)
@@ -67,22 +69,11 @@ def compared(
     sums = torch.empty(MEMORIES, len(params), dtype=torch.float64, device="cpu")
     moved, memories = _pointers(params), _pointers(kept)
     before_at, grads_at, per_rate_at, sums_at = (ctypes.c_void_p(t.data_ptr()) for t in (before, grads, per_rate, sums))
-    function(found.c, _at(moved), _at(memories), before_at, grads_at, per_rate_at, ctypes.c_double(RATE), sums_at)
+    function(
+        found.c, address(moved), address(memories), before_at, grads_at, per_rate_at, ctypes.c_double(RATE), sums_at
+    )
     return sums
-
-
-def _function(name: str, tensors: Sequence[Tensor]) -> Any:
-    """A function of the C library for tensors of one dtype; None if there is none."""
-    loaded, dtype = library(), tensors[0].dtype
-    if isinstance(loaded, str) or not plain(tensors, dtype):
-        return None
-    return getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}", None)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> array[int]:
     return array("Q", list(map(Tensor.data_ptr, tensors)))
-
-
-def _at(numbers: array[int]) -> ctypes.c_void_p:
-    """Address of an array, which must stay alive while it is used."""
-    return ctypes.c_void_p(numbers.buffer_info()[0])
