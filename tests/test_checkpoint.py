@@ -3,6 +3,7 @@
 import collections
 import copy
 import pickle
+import types
 import warnings
 
 import pytest
@@ -94,6 +95,55 @@ def test_pickle_and_deepcopy_of_the_optimizer(case, config, way):
     optimizer = case.make(params, **config.kwargs)
     train(optimizer, params, 12)
     check_twin(way(optimizer), optimizer, params, start=12)
+
+
+BOLD = {"done": 0.05, "sure": 0.02}
+
+
+@siblings
+def test_constants_of_the_emotion_are_in_the_checkpoint(case):
+    """So a run that was begun with some of its own is resumed without naming them again."""
+    params, straight = weights(), weights()
+    optimizer, uninterrupted = case.make(params, emotion=BOLD), case.make(straight, emotion=BOLD)
+    train(optimizer, params, 12)
+    train(uninterrupted, straight, 12)
+    for _ in range(2):
+        writer = types.SimpleNamespace(add_scalar=lambda *_: None)
+        params, optimizer = resumed(case, params, optimizer, through_file, {"writer": writer})
+        assert optimizer._emotion == emonavi.Emotion(**BOLD) == optimizer._recorder._emotion
+    train(optimizer, params, 12, start=12)
+    train(uninterrupted, straight, 12, start=12)
+    assert differences(contents(optimizer), contents(uninterrupted)) == []
+    assert "emotion_constants: {'sure': 0.02, 'done': 0.05}" in repr(optimizer)
+
+
+@siblings
+def test_constants_of_another_run(case):
+    optimizer, plain = case.make(weights(), emotion=BOLD), case.make(weights())
+    other = case.make(weights(), emotion={"sure": 0.3})
+    other.load_state_dict(plain.state_dict())  # it names none
+    assert other.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.3}
+    with pytest.warns(
+        UserWarning, match=r"constants of the emotion are taken, .*0\.05.* constructor's, {'sure': 0\.3}"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["emotion_constants"] = {"surely": 0.3}
+    before = contents(plain)
+    with pytest.raises(ValueError, match=r"'surely': 0\.3.*constants of an emotion are start, "):
+        plain.load_state_dict(saved)
+    assert differences(before, contents(plain)) == []
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+def test_constants_in_a_distributed_checkpoint(flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, other = model_of(), model_of()
+    first, second = (emonavi.EmoNavi(m.parameters(), emotion=BOLD, capture=False) for m in (model, other))
+    train(first, list(model.parameters()), 3)
+    saved = through_file(get_optimizer_state_dict(model, first, options=options))
+    set_optimizer_state_dict(other, second, saved, options=options)
+    assert second.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.02, "done": 0.05}
 
 
 @siblings

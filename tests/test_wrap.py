@@ -669,6 +669,17 @@ def test_groups_given_to_the_wrapped_optimizer_itself():
     assert optimizer.emotion.steps == 6
 
 
+def test_constants_of_the_emotion_are_in_the_checkpoint():
+    params, again = matrices(), matrices()
+    optimizer = ADAMW.make(params, emotion={"sure": 0.02})
+    train(optimizer, params, 3)
+    other = ADAMW.make(again)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert other._emotion == emonavi.Emotion(sure=0.02)
+    # Put around anew, it begins with the constants that the new wrapper is given.
+    assert "emotion_constants" not in emonavi.Emotional(optimizer.inner).param_groups[0]
+
+
 def test_checkpoints_that_do_not_fit():
     optimizer, params, _ = run(ADAMW, 3)
     before = contents(optimizer)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from emonavi.distributed import Ranks, default_group, is_piece, local
 from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
-from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak
+from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak, callers_level
 from emonavi.scalars import Number, exp, like, widest
 from emonavi.sweep import all_norms, lean, to_home, wide
 
@@ -351,6 +352,24 @@ class Bearer(torch.optim.Optimizer):
             self._recorder.record(vector, self._effective_lr(vector, state.log_drive))
         if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
             self._skipped.note(not acts)
+
+    def _put_constants(self) -> None:
+        """Put the emotion's constants into the first group, unless they are the defaults, for checkpoints."""
+        group = self.param_groups[0]
+        group.pop("emotion_constants", None)
+        if self._emotion.constants:
+            group["emotion_constants"] = self._emotion.constants
+
+    def _take_constants(self) -> None:
+        """Go on with the constants of the checkpoint that was loaded, as with the options in its groups."""
+        saved, mine = self.param_groups[0].get("emotion_constants"), self._emotion.constants
+        if saved is None or saved == mine:
+            return
+        if mine:
+            what = f"the checkpoint's constants of the emotion are taken, {saved}, and not the constructor's, {mine}"
+            warnings.warn(what, stacklevel=callers_level())
+        self._emotion = checks.emotion(saved)
+        self.writer = self.writer  # a new recorder, which knows them
 
     # The state vector -------------------------------------------------------------------------------------------
 

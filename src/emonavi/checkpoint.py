@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from emonavi import lowbit
+from emonavi import checks, lowbit
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
 from emonavi.machine import KEPT, Machine
@@ -145,6 +145,7 @@ def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
         saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
         mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
+    checks.emotion(state_dict["param_groups"][0].get("emotion_constants", {}))  # raises for unknown ones
 
 
 def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:

@@ -24,6 +24,7 @@ Source: the emotional scalar is an idea of muooon/EmoNavi.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -188,6 +189,12 @@ class Emotion(Reflection):
         "max_lr": None,
     }
     fixed: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Those that are not the defaults, for checkpoints."""
+        own = {field.name: float(getattr(self, field.name)) for field in dataclasses.fields(Emotion)}
+        return {name: value for name, value in own.items() if value != getattr(Emotion, name)}
 
     def initial(self) -> list[float]:
         """The state vector at the start of a run."""

@@ -85,6 +85,10 @@ class Machine(Protocol):
         """The options that it has at a fixed value."""
 
     @property
+    def constants(self) -> dict[str, float]:
+        """Its constants that are not the defaults."""
+
+    @property
     def keeps(self) -> float:
         """Lower bound on the factor by which a step's weight decay multiplies the weights."""
 

@@ -131,6 +131,7 @@ class EmoOptimizer(Bearer):
         self._setup(machine, *settings)
         # Made here and of fixed shape: distributed checkpoints lose state that appears later, or elsewhere.
         self.param_groups[0]["emotion"] = self._fresh()
+        self._put_constants()
         self.writer = writer
 
     def _setup(self, *settings: Any) -> None:
@@ -421,6 +422,7 @@ class EmoOptimizer(Bearer):
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``; the emotion is in the first group."""
         self._refuse_midway("state_dict()")
+        self._put_constants()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -437,6 +439,7 @@ class EmoOptimizer(Bearer):
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
         self._is_loaded, self._plan = True, None
+        self._take_constants()
         self._note_begun()
         self._intake.clear()
 

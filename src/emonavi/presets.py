@@ -76,6 +76,7 @@ class Preset:
     corrects_bias: ClassVar[bool] = False
     reflects: ClassVar[bool] = False
     keeps: ClassVar[float] = 0.0
+    constants: ClassVar[dict[str, float]] = {}
 
     def initial(self) -> list[float]:
         """The state vector at the start of a run."""

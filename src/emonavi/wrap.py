@@ -118,6 +118,7 @@ class Emotional(Bearer):
         self._own = felt
         self._had_shadow = bool(felt["use_shadow"])
         self.param_groups[0]["emotion"] = self._fresh()
+        self._put_constants()
         self.writer = writer
 
     @property
@@ -279,6 +280,7 @@ class Emotional(Bearer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; the emotion is in the first group."""
         self._refuse_midway("state_dict()")
+        self._put_constants()
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -304,6 +306,7 @@ class Emotional(Bearer):
             what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
             warnings.warn(what, stacklevel=callers_level())
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
+        self._take_constants()
         self._note_begun()
         self._intake.clear()
 
