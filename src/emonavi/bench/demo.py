@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -32,7 +31,7 @@ from emonavi.bench.figures import lr_label
 from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import console
 from emonavi.bench.tasks import DEMO
-from emonavi.bench.workers import Failure, Worker, stop_on_sigint
+from emonavi.bench.workers import Failure, crew, stop_on_sigint
 from emonavi.terminal import MOOD_STYLE
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]
@@ -103,39 +102,27 @@ def _finish(folder: Path, console: Console, planned: int, stopped: bool) -> int:
 
 def _execute(runs: list[Run], folder: Path, board: Board, stopped: list[int]) -> None:
     """Keep all workers busy until everything is done or Ctrl-C."""
-    waiting = list(runs)
-    begin = partial(Worker, partial(train, folder=folder), folder / "worker.log")
-    crew = [begin() for _ in board.slots]
-    last_task = ["" for _ in crew]
-    try:
-        while not stopped:
-            for slot, worker in enumerate(crew):
-                if worker.job is None and waiting:
-                    run = _take(waiting, last_task[slot])
-                    last_task[slot] = run.task.name
-                    worker.begin(run)
-                    board.begin(slot, run)
-            busy = [w for w in crew if w.job is not None]
-            if not busy:
-                return
-            ready = wait([w.connection for w in busy], timeout=0.1)
-            for slot, worker in enumerate(crew):
-                if worker.job is None or worker.connection not in ready:
-                    continue
-                event = worker.receive()
-                if isinstance(event, Progress):
-                    board.progress(slot, event)
-                    continue
-                result = worker.job.failed(event.reason) if isinstance(event, Failure) else event
+    waiting, last_task = list(runs), [""] * len(board.slots)
+
+    def take(slot: int) -> Run | None:
+        if not waiting:
+            return None
+        run = _take(waiting, last_task[slot])
+        last_task[slot] = run.task.name
+        return run
+
+    stream, log = partial(train, folder=folder), folder / "worker.log"
+    at_work = crew(len(board.slots), stream, log, take, stopped, ends=lambda content: isinstance(content, Result))
+    with contextlib.closing(at_work) as messages:
+        for slot, run, content in filter(None, messages):
+            if content is None:
+                board.begin(slot, run)
+            elif isinstance(content, Progress):
+                board.progress(slot, content)
+            else:
+                result = run.failed(content.reason) if isinstance(content, Failure) else content
                 result.append(folder / "results.jsonl")
                 board.finish(slot, result)
-                worker.job = None
-                if not worker.process.is_alive():
-                    worker.end()
-                    crew[slot] = begin()
-    finally:
-        for worker in crew:
-            worker.end()
 
 
 def _take(waiting: list[Run], last_task: str) -> Run:

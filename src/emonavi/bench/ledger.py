@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from emonavi.bench.figures import json_line
 from emonavi.bench.provenance import hardware
-from emonavi.bench.workers import Failure, Worker, stop_on_sigint
+from emonavi.bench.workers import Failure, crew, stop_on_sigint
 
 __all__ = ["Ledger", "Outcome", "Row", "execute", "fill", "read_rows"]
 
@@ -160,27 +159,15 @@ def execute(
     outcome = Outcome()
     clock = _Clock(cells, ledger.rows, workers)
     log = ledger.path.with_suffix(".log")
-    waiting = list(reversed(cells))
-    crew = [Worker(partial(_measured, measure), log) for _ in range(min(workers, len(cells)))]
+    waiting = iter(cells)
     with stop_on_sigint() as stopped, _shown(title, len(cells), clock, console) as show:
-        try:
-            while not stopped and (waiting or any(worker.job for worker in crew)):
-                for slot, worker in enumerate(crew):
-                    if worker.job is not None or not waiting:
-                        continue
-                    if not worker.process.is_alive():
-                        worker.end()
-                        worker = crew[slot] = Worker(partial(_measured, measure), log)
-                    worker.begin(waiting.pop())
-                ready = wait([worker.connection for worker in crew if worker.job], timeout=0.2)
-                for worker in crew:
-                    if worker.connection in ready:
-                        answer, cell, worker.job = worker.receive(), worker.job, None
-                        show(_settle(cell, answer, ledger, clock, outcome))
-                show("")
-        finally:
-            for worker in crew:
-                worker.end()
+        stream, size = partial(_measured, measure), min(workers, len(cells))
+        with contextlib.closing(crew(size, stream, log, lambda _: next(waiting, None), stopped)) as messages:
+            for message in messages:
+                if message is None or message.content is None:
+                    show("")
+                else:
+                    show(_settle(message.job, message.content, ledger, clock, outcome))
     outcome.stopped = bool(stopped)
     return outcome
 

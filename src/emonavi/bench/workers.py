@@ -10,16 +10,16 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Failure", "Worker", "stop_on_sigint", "torch_threads"]
+__all__ = ["Failure", "Message", "Worker", "crew", "stop_on_sigint", "torch_threads"]
 
 Stream = Callable[[Any], Iterable[Any]]  # from a job to its messages; has to be picklable, so of a module's top level
 
@@ -95,6 +95,61 @@ class Worker:
         self.process.terminate()
         self.process.join(5)
         self.connection.close()
+
+
+class Message(NamedTuple):
+    """What came of a job, and from which worker of a crew; None at its begin."""
+
+    slot: int
+    job: Any
+    content: Any
+
+
+def crew(
+    size: int,
+    stream: Stream,
+    log: Path,
+    take: Callable[[int], Any],
+    stopped: Sequence[Any],
+    ends: Callable[[Any], bool] = lambda content: True,
+) -> Generator[Message | None, None, None]:
+    """Keep workers busy until no job is left, or ``stopped`` is no longer empty. Close it to stop at once.
+
+    Args:
+        size: how many workers.
+        stream: what they do with a job.
+        log: where their stderr goes.
+        take: the next job for a worker, by its number; None if there is none.
+        stopped: see :func:`stop_on_sigint`.
+        ends: whether a message is the last one of its job. A Failure always is.
+
+    Yields:
+        Each message, and None several times a second.
+    """
+    workers = [Worker(stream, log) for _ in range(size)]
+    try:
+        while not stopped:
+            for slot, worker in enumerate(workers):
+                if worker.job is None and (job := take(slot)) is not None:
+                    if not worker.process.is_alive():
+                        worker.end()
+                        worker = workers[slot] = Worker(stream, log)
+                    worker.begin(job)
+                    yield Message(slot, job, None)
+            slots = {worker.connection: slot for slot, worker in enumerate(workers) if worker.job is not None}
+            if not slots:
+                return
+            for ready in wait(list(slots), timeout=0.1):
+                slot = slots[ready]  # type: ignore[index]
+                worker = workers[slot]
+                message = Message(slot, worker.job, worker.receive())
+                if isinstance(message.content, Failure) or ends(message.content):
+                    worker.job = None
+                yield message
+            yield None
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 @contextlib.contextmanager
