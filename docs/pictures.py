@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import emonavi
-from emonavi.bench import page
+from emonavi import page
 from emonavi.bench.figures import running_mean
 from emonavi.bench.tasks import TASKS
 from emonavi.pca import draw

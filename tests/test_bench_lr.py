@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,12 +26,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from emonavi import cli
-from emonavi.bench import ledger, lr, lr_report, peers, provenance, summary
+from emonavi.bench import capture, commands, ledger, lr, lr_report, peers, provenance, step, summary
 from emonavi.bench.figures import json_line
 from emonavi.bench.ledger import Ledger, Outcome, execute, read_rows
 from emonavi.bench.peers import CONTENDERS
 from emonavi.bench.summary import Entry, Study
 from emonavi.bench.tasks import TASKS
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # --- The ledger
 
@@ -107,7 +110,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     assert all(row["twice"] == 2 * row["place"] and row["seconds"] >= 0.1 and row["size"] == 0.1 for row in rows)
     # What raises gives no row: it is tried again at the next start.
     assert not outcome.stopped and outcome.failures == ["-1 0.1: RuntimeError: no such place"]
-    assert "RuntimeError: no such place" in path.with_suffix(".log").read_text()
+    assert "RuntimeError: no such place" in path.with_name("spots.jsonl.log").read_text()
     ledger = Ledger(path, Spot)
     assert ledger.missing([Spot(-1, 0.1), Spot(3, 0.1), Spot(3, 0.6)]) == [Spot(-1, 0.1), Spot(3, 0.6)]
     ledger.close()
@@ -121,6 +124,44 @@ def test_a_ledger_refuses_what_it_cannot_read(tmp_path):
     path.write_text('{"other": 1}\n')
     with pytest.raises(ValueError, match="a ledger of something else: a row lacks 'place'; name another file"):
         Ledger(path, Spot)
+
+
+def test_a_ledger_may_be_called_a_log(tmp_path):
+    path = tmp_path / "spots.log"
+    assert fill(path, [Spot(-1, 0.1), Spot(1, 0.1)]).finished == 1
+    assert [row["place"] for row in read_rows(path)] == [1]
+    assert "no such place" in path.with_name("spots.log.log").read_text()
+    Ledger(path, Spot).close()
+
+
+_CELLS = {"lr": lr.Cell} | {name: import_module(f"emonavi.bench.{name}").Cell for name in commands._LEDGERED}
+
+
+@pytest.mark.parametrize("bench", _CELLS)
+def test_a_ledger_of_another_bench_is_refused(bench, tmp_path):
+    """Also where its rows have all that the cells of this one have."""
+    content = json_line({**dict.fromkeys(_CELLS[bench]._fields, 1), "seconds": 1.0})
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    for name in _CELLS.keys() - {bench}:
+        with pytest.raises(ValueError, match=r"a\.jsonl is a ledger of something else: a row .*; name another file"):
+            Ledger(path, _CELLS[name])
+    Ledger(path, _CELLS[bench]).close()
+    assert path.read_text() == content
+    if bench == "lr":
+        result = CliRunner().invoke(cli.build(), ["bench", "stop", "--out", str(path)])
+        said = " ".join(re.sub("[│╭╰─]", "", result.output).split())
+        words = "a row is of task, optimizer, lr, seed, ..., and not of task, optimizer, seed, steps; name another file"
+        assert result.exit_code == 2 and words in said
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*.jsonl")), ids=lambda path: path.name)
+def test_committed_ledgers_can_be_gone_on_with(file, tmp_path):
+    path = tmp_path / file.name
+    path.write_bytes(file.read_bytes())
+    filled = Ledger(path, _CELLS[file.name.split("-")[0]])
+    filled.close()
+    assert 0 < len(filled.rows) <= len(read_rows(path)) and path.stat().st_size == file.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -272,6 +313,17 @@ def test_a_split_without_a_task_is_refused(chosen, tmp_path):
 def test_a_ledger_that_cannot_be_opened(command, tmp_path):
     result = CliRunner().invoke(cli.build(), ["bench", *command.split(), "--out", str(tmp_path)])
     assert result.exit_code == 2 and "name another file" in result.output
+
+
+@pytest.mark.parametrize("command", ["step", "capture", "lr --tasks digits", "autonomous"])
+def test_figures_are_not_called_a_picture(command, tmp_path, monkeypatch):
+    """The picture that is drawn beside them would take their place."""
+    for module, name in ((step, "report"), (capture, "report"), (ledger, "execute")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured"))
+    out = tmp_path / "new" / "fig.PNG"
+    result = CliRunner().invoke(cli.build(), ["bench", *command.split(), "--out", str(out)])
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert "fig.PNG is the name of a picture: name a file for figures" in " ".join(result.output.split())
 
 
 def test_a_task_of_packages_that_are_missing(monkeypatch, tmp_path):
@@ -545,6 +597,39 @@ def test_report_command(written):
     assert "Tinted: this library's" in page and "var(--near)" not in page.split(".ours {")[1].split("}")[0]
     for name in ("profiles", "loss-vs-lr", "effective-lr"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+_LOST = {"reason": "it burst", "trace": {}}
+_YOUNG = {
+    "the first run": [row("diabetes", "AdamW + cosine", 1e-5, 2.0)],
+    "runs that began": [row("diabetes", "AdamW + cosine", lr, 2.0, trace={}) for lr in (1e-5, 1e-4, 1e-3, 1e-2)],
+    "lost yardsticks": [row("diabetes", "AdamW + cosine", 1e-3, None, **_LOST), row("diabetes", "EmoNavi", 1.0, 1, 2)],
+    "a yardstick of 0": [row("diabetes", "AdamW + cosine", 1e-3, 0.0), row("diabetes", "EmoNavi", 1e-3, 1.0, 2.0)],
+    "ours alone": [row("diabetes", "EmoNavi", 1e-3, 1.0, 2.0)],
+    "a lost run of ours": [row("diabetes", "EmoNavi", 1e-3, None, **_LOST)],
+}
+
+
+@pytest.mark.parametrize("rows", _YOUNG.values(), ids=_YOUNG)
+def test_report_of_a_bench_that_has_just_begun(rows, tmp_path):
+    file = tmp_path / "lr.jsonl"
+    file.write_text("".join(map(json_line, rows)))
+    result = CliRunner().invoke(cli.build(), ["report", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "No mark can be judged yet" in result.output
+    made = {path.name for path in (tmp_path / "lr").iterdir()}
+    assert made == {"report.html", "profiles.png", "loss-vs-lr.png", "effective-lr.png"}
+    assert "diabetes 90" in (tmp_path / "lr" / "report.html").read_text()
+
+
+def test_no_half_of_a_report_is_written(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(lr_report, "png", fail)
+    with pytest.raises(MemoryError):
+        lr_report.write(Study(ROWS), tmp_path / "lr", "lr.jsonl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_of_something_else(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from emonavi import cli
-from emonavi.bench import capture, page, step
+from emonavi import cli, page
+from emonavi.bench import capture, step
 
 
 def test_every_contender_takes_its_turn(monkeypatch):

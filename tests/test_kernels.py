@@ -158,6 +158,19 @@ def test_a_broken_library_is_made_anew(cache):
 
 
 @compiled
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 0.95])
+def test_a_library_that_was_cut_short_is_made_anew(cache, share):
+    """The loader would take much of one, and the process would die of SIGBUS: so in processes of their own."""
+    assert make_in_processes(1) == [0]
+    (made,) = cache.iterdir()
+    whole = made.read_bytes()
+    os.truncate(made, int(share * len(whole)))
+    assert make_in_processes(3) == [0] * 3
+    (anew,) = cache.iterdir()
+    assert anew.read_bytes() == whole
+
+
+@compiled
 def test_a_library_that_others_can_write_is_not_loaded(cache, monkeypatch):
     build.library()
     cache.chmod(0o777)

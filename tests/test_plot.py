@@ -409,6 +409,12 @@ def test_a_folder_whose_name_is_no_text(trained, tmp_path):
         plot.draw(tmp_path, tmp_path / "out")
 
 
+def test_the_library_imports_nothing_of_its_benches():
+    folder = Path(emonavi.__file__).parent
+    ours = [file for file in folder.rglob("*.py") if "bench" not in file.relative_to(folder).parts]
+    assert [file.name for file in ours if "from emonavi.bench" in file.read_text()] == ["cli.py"]
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "plotly" else object())
     result = CliRunner().invoke(cli.build(), ["plot", "anything"])

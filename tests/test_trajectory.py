@@ -81,6 +81,110 @@ def test_a_loop_that_fails_leaves_its_way(tmp_path):
     assert len(read(tmp_path)[0]) == 3
 
 
+@pytest.mark.parametrize("cls", [emonavi.EmoNavi, torch.optim.SGD])
+@pytest.mark.filterwarnings("error")
+def test_a_second_part_goes_on_where_the_first_one_ended(cls, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = cls([weight], lr=1e-2)
+    with trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 3)
+    first = read(tmp_path)[1]
+    with pytest.raises(RuntimeError, match="at once"), trajectory(optimizer, tmp_path):
+        raise RuntimeError("at once")
+    assert torch.equal(read(tmp_path)[1], first)
+    with trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 2)
+    steps, found = read(tmp_path)
+    assert steps.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(found[:4], first) and torch.equal(found[5], weight.detach())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_long_run_that_goes_on_is_thinned_as_before(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    for _ in range(3):
+        with trajectory(optimizer, tmp_path):
+            descend(optimizer, [weight], 301)
+    steps, found = read(tmp_path)
+    assert steps[0] == 0 and steps[-1] == 903 and len(steps) <= RECORDS + 1
+    gaps = steps.diff()
+    assert (gaps > 0).all() and gaps.max() <= 4, "no part is coarser than the others"
+    assert (found[1:] < found[:-1]).all(), "each record is of its own step"
+
+
+def test_a_record_that_goes_on_from_other_weights(tmp_path):
+    """After a resume from a checkpoint before the crash, or in the folder of another run."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1e-2)
+    with trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 3)
+    weight.data.fill_(1.0)
+    warning = pytest.warns(UserWarning, match="goes on after step 3, but from other weights")
+    with warning as told, trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 3)
+    assert told[0].filename == __file__
+    steps, found = read(tmp_path)
+    assert steps.tolist() == list(range(7)) and torch.equal(found[1:4], found[4:])
+
+
+def test_the_record_of_another_network_is_refused_and_kept(tmp_path):
+    def follow(count, coordinates=64):
+        weight = torch.nn.Parameter(torch.ones(count))
+        optimizer = torch.optim.SGD([weight], lr=1e-2)
+        with trajectory(optimizer, tmp_path, coordinates=coordinates):
+            descend(optimizer, [weight], 2)
+
+    path = tmp_path / FILE
+    follow(300)
+    before = path.read_bytes()
+    for count, coordinates in ((500, 64), (300, 65)):
+        remedy = rf"records 64 of 300 weights, and not {coordinates} of {count}: name another folder"
+        with pytest.raises(ValueError, match=remedy):
+            follow(count, coordinates)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:100])
+    with pytest.raises(ValueError, match=rf"{FILE} is no record of weights \(\w+\): name another folder"):
+        follow(300)
+    assert path.read_bytes() == before[:100]
+    torch.save({"steps": torch.arange(1), "weights": torch.ones(1, 5)}, path)  # of a run that was killed
+    follow(300)
+    assert read(tmp_path)[1].shape == (3, 64)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in mid-run", "at the end"])
+@pytest.mark.parametrize("size", [2, 9])
+def test_a_weight_of_another_size_ends_the_record_and_not_the_training(size, late, tmp_path):
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=1e-2)
+    warning = pytest.warns(UserWarning, match="another size than at step 2: the record of the weights ends there")
+    with warning as told, trajectory(optimizer, tmp_path) as recorded:
+        recorded._every = 2  # as in a long run
+        descend(optimizer, weights, 3)
+        weights[0].data, weights[0].grad = torch.ones(size), None
+        if not late:
+            descend(optimizer, weights, 5)
+    assert len(told) == 1
+    assert read(tmp_path)[0].tolist() == [0, 2]
+
+
+def test_a_disk_that_is_full_leaves_the_record_from_before(tmp_path, monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1e-2)
+    with trajectory(optimizer, tmp_path):
+        descend(optimizer, [weight], 3)
+
+    def write_bytes(path, content):
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match="No space left"), trajectory(optimizer, tmp_path):
+        pytest.fail("it is told before the loop")
+    assert len(read(tmp_path)[0]) == 4 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_told_before_the_loop(tmp_path):
     weight = torch.nn.Parameter(torch.ones(2))
     (tmp_path / "file").touch()
@@ -171,7 +275,11 @@ def test_a_run_that_diverged_is_drawn_up_to_there(tmp_path):
 def test_runs_that_cannot_be_drawn_are_left_out(runs, tmp_path, monkeypatch):
     """One that still trains or was killed, one that is damaged, one that may not be read."""
     Trajectory(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)).save(runs / "trains")
-    for name, held in (("damaged", torch.ones(3)), ("flat", {"steps": torch.arange(3), "weights": torch.ones(3)})):
+    for name, held in (
+        ("damaged", torch.ones(3)),
+        ("flat", {"steps": torch.arange(3), "weights": torch.ones(3)}),
+        ("narrow", {"steps": torch.arange(3), "weights": torch.ones(3, 1)}),
+    ):
         (runs / name).mkdir()
         torch.save(held, runs / name / FILE)
     whole = Path.read_bytes
@@ -189,6 +297,7 @@ def test_runs_that_cannot_be_drawn_are_left_out(runs, tmp_path, monkeypatch):
     assert rest == [
         f"left out: {runs / 'damaged' / FILE} is no record of weights (TypeError): record it anew",
         f"left out: {runs / 'flat' / FILE} is no record of weights (IndexError): record it anew",
+        f"left out: {runs / 'narrow' / FILE} holds samples of 1 weight: two are needed for a plane",
         f"left out: {runs / 'navi' / FILE} cannot be read: permission denied",
         f"left out: {runs / 'trains' / FILE} holds 1 finite sample: three are needed for a plane, and most come when "
         "the run ends",
@@ -197,7 +306,7 @@ def test_runs_that_cannot_be_drawn_are_left_out(runs, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.build(), ["plot", "--pca", str(runs)])
     assert result.exit_code == 2
     said = re.sub(r"[\s│|]+", " ", result.output)
-    assert "(TypeError): record it anew; nor can the other 3 be drawn" in said
+    assert "(TypeError): record it anew; nor can the other 4 be drawn" in said
 
 
 @pytest.mark.parametrize("name", ["Nov30_08-02-4{}_workstation-07_lr1e-3_batch64", "Nov30_" * 30 + "{}", "{}"])

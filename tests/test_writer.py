@@ -187,6 +187,49 @@ def test_writing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+class Board(Notebook):
+    """What a SummaryWriter is to us."""
+
+    def __init__(self, log_dir):
+        super().__init__()
+        self.log_dir = log_dir
+
+
+@pytest.mark.parametrize("boards", [lambda: [Notebook()] * 2, lambda: [Board("runs/gan"), Board("runs/../runs/gan")]])
+def test_two_that_write_in_turns_into_one_run_are_told_once(boards):
+    models, groups = zip(*(two_groups() for _ in range(2)), strict=True)
+    pair = [EmoNavi(params, writer=board) for params, board in zip(groups, boards(), strict=True)]
+    for model, optimizer in zip(models, pair, strict=True):
+        train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="overwrite each other: give each a writer of its own") as told:
+        for _ in range(3):
+            for model, optimizer in zip(models, pair, strict=True):
+                train(model, optimizer, 1)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_who_follows_on_another_is_not_told():
+    """A cell run once more, a resume beside the first optimizer, the same writer again, a folder each."""
+    board = Board("runs/first")
+    model, groups = two_groups()
+    optimizer = EmoNavi(groups, writer=board)
+    train(model, optimizer, 2)
+    optimizer.writer = optimizer.writer
+    train(model, optimizer, 2)
+    again, groups = two_groups()
+    resumed = EmoNavi(groups, writer=Board("runs/first"))
+    resumed.load_state_dict(optimizer.state_dict())
+    train(again, resumed, 2)
+    beside = Board("runs/second")
+    twin, groups = two_groups()
+    other = EmoNavi(groups, writer=beside)
+    for _ in range(2):
+        train(twin, other, 1)
+        train(again, resumed, 1)
+    assert len(board.of("emo/drive")) == 4 and len(beside.of("emo/drive")) == 2
+
+
 # TensorBoard itself --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from emonavi.machine import Machine
+from emonavi.notices import callers_level
 from emonavi.terminal import live
 from emonavi.trajectory import trajectory
 
@@ -37,6 +40,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     }
 }
 _laid_out: weakref.WeakSet[Any] = weakref.WeakSet()  # writers that have the layout
+_last: dict[Any, weakref.ref[Recorder]] = {}  # who wrote last, by where it is written
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,10 @@ class Recorder:
         self.writer = writer
         self._emotion = emotion
         self._ring: list[tuple[Tensor, Tensor]] = []
+        # Of a SummaryWriter, its folder: two of them for one folder write into one run.
+        folder = vars(writer).get("log_dir") if hasattr(writer, "__dict__") else None
+        self._place = os.path.realpath(folder) if isinstance(folder, (str, os.PathLike)) else id(writer)
+        self._began = self._warned = False
         # Not a bound method: it would keep the recorder alive.
         self._finalizer = weakref.finalize(self, _finish, self._ring, writer, emotion)
         _lay_out(writer)
@@ -164,8 +172,25 @@ class Recorder:
     def record(self, vector: Tensor, effective_lr: Tensor) -> None:
         """Record the state after a step."""
         self._ring.append((vector.clone(), effective_lr))
+        self._share()
         if vector.device.type == "cpu" or len(self._ring) >= RING:
             _write(self._ring, self.writer, self._emotion)
+
+    def _share(self) -> None:
+        """Warn once where two write in turns. One who follows on another, as after a resume, may have its place."""
+        last = _last[self._place]() if self._place in _last else None
+        if last is self:
+            return
+        if last is not None and self._began and not (self._warned or last._warned):
+            self._warned = last._warned = True
+            where = self._place if isinstance(self._place, str) else repr(self.writer)
+            warnings.warn(
+                f"two optimizers write to {where}, and their scalars overwrite each other: give each a writer of its "
+                "own, as writer='runs/generator' and writer='runs/discriminator'",
+                stacklevel=callers_level(),
+            )
+        _last[self._place] = weakref.ref(self)
+        self._began = True
 
     def close(self) -> None:
         """Write what is waiting, for the last time."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from emonavi.bench import page
+from emonavi import page
 from emonavi.events import label, reading
 from emonavi.trajectory import FILE
 
@@ -74,6 +74,8 @@ def _read(file: Path, folder: Path) -> Way:
     if (count := len(way.steps)) < 3:
         samples = f"{count} finite sample{'s' * (count != 1)}"
         raise ValueError(f"{file} holds {samples}: three are needed for a plane, and most come when the run ends")
+    if (wide := weights.shape[1]) < 2:
+        raise ValueError(f"{file} holds samples of {wide} weight{'s' * (wide != 1)}: two are needed for a plane")
     return way
 
 

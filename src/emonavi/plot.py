@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import emonavi
-from emonavi.bench import page
-from emonavi.bench.figures import lr_label
+from emonavi import page
 from emonavi.events import Curve, Run, read
+from emonavi.page import lr_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,13 @@
 """The path of the weights through a training run, as a small file: a sample of them at some of the steps.
 
-``emonavi plot --pca`` draws it. The file is a dict of tensors: ``torch.load(path, weights_only=True)`` reads it.
+``emonavi plot --pca`` draws it. The file is a dict, which ``torch.load(path, weights_only=True)`` reads.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emonavi.intake import unwrapped
+from emonavi.notices import callers_level
 
 __all__ = ["FILE", "Trajectory", "trajectory"]
 
@@ -41,7 +45,8 @@ class Trajectory:
         ]
         if not self._params:
             raise ValueError("nothing in this optimizer requires a gradient: there is no way to follow")
-        total = sum(p.numel() for p in self._params)
+        self._sizes = [p.numel() for p in self._params]
+        total = sum(self._sizes)
         if total < 2:
             raise ValueError("all that this optimizer trains is one number: two at least are needed for a plane")
         generator = torch.Generator().manual_seed(0)
@@ -57,7 +62,39 @@ class Trajectory:
         self._weights: list[Tensor] = []
         self._steps: list[int] = []
         self._step, self._every = 0, 1
+        self._ended = False
         self._note()
+
+    def resume(self, folder: str | Path) -> None:
+        """Go on with the record that ``folder`` holds, if there is one with more than a start: no step of it is lost.
+
+        Warns where the weights are not those that it ends with: the steps since a checkpoint count twice then.
+
+        Raises:
+            ValueError: what lies there is no record, or one of other weights.
+        """
+        path, here = Path(folder) / FILE, self._weights[-1]
+        if not path.exists():
+            return
+        remedy = "name another folder, or take that file away"
+        total = sum(self._sizes)
+        try:
+            held = torch.load(path, weights_only=True)
+            steps, weights = held["steps"].tolist(), held["weights"]
+            of, every, count = held.get("of", total), held.get("every", 1), weights.shape[1]
+        except Exception as error:
+            raise ValueError(f"{path} is no record of weights ({type(error).__name__}): {remedy}") from error
+        if len(steps) < 2:
+            return  # of a run that was killed: no way is lost
+        if (count, of) != (len(here), total):
+            raise ValueError(f"{path} records {count} of {of} weights, and not {len(here)} of {total}: {remedy}")
+        if not torch.allclose(weights[-1], here, rtol=0, atol=0, equal_nan=True):
+            warnings.warn(
+                f"{path} goes on after step {steps[-1]}, but from other weights than it ended with. After a resume "
+                "from an older checkpoint that is right; give another run a folder of its own",
+                stacklevel=4,  # over trajectory() and contextlib
+            )
+        self._weights, self._steps, self._step, self._every = list(weights), steps, steps[-1], every
 
     def record(self, *_: Any) -> None:
         """Count a step, and take a sample if one is due. Only then it waits for the device."""
@@ -69,20 +106,41 @@ class Trajectory:
             self._every *= 2
 
     def _note(self) -> None:
-        taken = [p.detach().reshape(-1)[at].float().cpu() for p, at in zip(self._params, self._places, strict=True)]
+        """Take a sample; none any more once a weight has another size, where its places would mean other numbers."""
+        if self._ended:
+            return
+        if [p.numel() for p in self._params] != self._sizes:
+            self._ended = True
+            what = f"a weight has another size than at step {self._steps[-1]}"
+            warnings.warn(f"{what}: the record of the weights ends there", stacklevel=callers_level())
+            return
+        taken = [
+            p.detach().reshape(-1)[at.to(p.device)].float().cpu()
+            for p, at in zip(self._params, self._places, strict=True)
+        ]
         self._weights.append(torch.cat(taken))
         self._steps.append(self._step)
 
     def save(self, folder: str | Path) -> Path:
         """Write the samples, with that of the last step, into a folder; return the path of the file.
 
-        The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32.
+        The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32; for one
+        who goes on with it, the number of weights that the coordinates are ``of``, and that a record is due ``every``
+        so many steps.
         """
         if self._steps[-1] != self._step:
             self._note()
+        held = {"steps": torch.tensor(self._steps), "weights": torch.stack(self._weights)}
+        content = io.BytesIO()
+        torch.save({**held, "of": sum(self._sizes), "every": self._every}, content)
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"steps": torch.tensor(self._steps), "weights": torch.stack(self._weights)}, path)
+        beside = path.with_name(f"{FILE}.{os.getpid()}")
+        try:  # a disk that is full, or a kill, must not take what was there before
+            beside.write_bytes(content.getvalue())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
         return path
 
 
@@ -92,11 +150,13 @@ def trajectory(
 ) -> Iterator[Trajectory]:
     """Record the path of the weights inside the block; write it into ``folder`` at the end, also after an error.
 
-    A step hook takes the records, so the loop needs no other change, and any torch optimizer will do.
+    A step hook takes the records, so the loop needs no other change, and any torch optimizer will do. A folder that
+    holds a record is continued, so that a resumed run keeps its first part; give each run a folder of its own.
     ``emonavi plot --pca FOLDER`` draws all runs at or below a folder. For the arguments see :class:`Trajectory`.
 
     Raises:
         OSError: ``folder`` cannot be written. This is checked at once, not after the training.
+        ValueError: ``folder`` holds the record of another network, or a damaged one.
 
     Example:
         >>> import tempfile, torch, emonavi
@@ -113,6 +173,7 @@ def trajectory(
     """
     optimizer = unwrapped(optimizer)
     recorded = Trajectory(optimizer, coordinates)
+    recorded.resume(folder)
     recorded.save(folder)
     hook = optimizer.register_step_post_hook(recorded.record)
     try:

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 import emonavi
+from emonavi import page
 from emonavi.autonomous import Merger, nesterov
-from emonavi.bench import page
-from emonavi.bench.figures import factor, loss_of, lr_label
+from emonavi.bench.figures import factor, loss_of
 from emonavi.bench.ledger import Row
 from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem, data
 from emonavi.bench.tasks.text import CharTransformer, next_character
 from emonavi.emotion import Emotion
+from emonavi.page import lr_label
 from emonavi.registry import FAMILY
 
 if TYPE_CHECKING:

@@ -50,10 +50,18 @@ def _chosen(wanted: str, known: Iterable[str], what: str = "optimizer", usual: I
         raise typer.BadParameter(str(error), param_hint=f"--{what}s") from error
 
 
+def _no_picture(file: Path) -> None:
+    """Leave where figures would have the name of the picture that is drawn beside them, and be lost to it."""
+    if file.suffix.lower() == ".png":
+        problem = f"{file} is the name of a picture: name a file for figures, such as {file.with_suffix('.json')}"
+        raise typer.BadParameter(problem, param_hint="--out")
+
+
 def _writable(file: Path | None) -> None:
     """Leave where a file cannot be written: before what is to be in it has been measured, not after."""
     if file is None:
         return
+    _no_picture(file)
     with writing("file"):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
@@ -73,6 +81,7 @@ def _ledger(out: Path, cell: type[Any]) -> Ledger[Any]:
     """Open a ledger; leave where that cannot be."""
     from emonavi.bench.ledger import Ledger
 
+    _no_picture(out)
     try:
         with writing("file"):
             return Ledger(out, cell)

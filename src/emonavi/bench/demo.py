@@ -27,11 +27,11 @@ from rich.text import Text
 from emonavi.bench import demo_report
 from emonavi.bench.demo_folder import Findings, Result, sentences
 from emonavi.bench.demo_run import Progress, Run, train
-from emonavi.bench.figures import lr_label
 from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import console
 from emonavi.bench.tasks import DEMO
 from emonavi.bench.workers import Failure, crew, stop_on_sigint
+from emonavi.page import lr_label
 from emonavi.terminal import MOOD_STYLE
 
 __all__ = ["LRS", "OPTIMIZERS", "run_demo"]

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emonavi.bench.figures import factor, json_line, lr_label, mean_ratio, running_mean
+from emonavi.bench.figures import factor, json_line, mean_ratio, running_mean
+from emonavi.page import lr_label
 
 __all__ = ["Curves", "Findings", "Result", "axis_range", "history_path", "read_history", "read_results", "sentences"]
 

@@ -15,9 +15,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import page
+from emonavi import page
 from emonavi.bench.demo_folder import Curves, Findings, Result, axis_range, sentences
-from emonavi.bench.figures import factor, lr_label
+from emonavi.bench.figures import factor
+from emonavi.page import lr_label
 
 __all__ = ["contents", "loss_text", "short", "table", "write"]
 

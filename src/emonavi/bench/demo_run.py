@@ -18,9 +18,10 @@ import torch
 
 import emonavi
 from emonavi.bench.demo_folder import Result, history_path
-from emonavi.bench.figures import json_line, lr_label
+from emonavi.bench.figures import json_line
 from emonavi.bench.provenance import versions
 from emonavi.bench.tasks import Problem, Task
+from emonavi.page import lr_label
 from emonavi.registry import FAMILY
 
 if TYPE_CHECKING:

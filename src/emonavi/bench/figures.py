@@ -9,13 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["factor", "json_line", "log_ticks", "loss_of", "lr_label", "mean_ratio", "running_mean"]
-
-
-def lr_label(lr: float) -> str:
-    """Write a learning rate as people say it: 1e-3 instead of 0.001 or 1e-03."""
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+__all__ = ["factor", "json_line", "loss_of", "mean_ratio", "running_mean"]
 
 
 def json_line(row: dict[str, Any]) -> str:
@@ -55,11 +49,3 @@ def running_mean(values: list[float], rate: float = 0.05) -> list[float]:
             weight += rate * (1 - weight)
         smooth.append(mean / weight if math.isfinite(value) else math.nan)  # corrected for the start at 0
     return smooth
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers for a logarithmic axis: 1, 2, 5 in each decade, over more than two decades 1 only."""
-    heads = (1, 2, 5) if high < 100 * low else (1,)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{head}e{decade}") for decade in decades for head in heads]
-    return [tick for tick in ticks if low <= tick <= high]

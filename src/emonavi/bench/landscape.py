@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from emonavi.bench import page
-from emonavi.bench.figures import json_line, lr_label
+from emonavi import page
+from emonavi.bench.figures import json_line
 from emonavi.bench.lr import switch
 from emonavi.bench.peers import CONTENDERS
 from emonavi.bench.provenance import made_on
 from emonavi.bench.tables import plain
+from emonavi.page import lr_label
 from emonavi.registry import SIBLINGS
 
 if TYPE_CHECKING:

@@ -76,6 +76,7 @@ class Ledger(Generic[C]):
 
     def __init__(self, path: Path, cell: type[C]) -> None:
         self.path = path
+        self.log = path.with_name(f"{path.name}.log")  # what workers say; the ledger itself may be called x.log
         self._cell = cell
         self._fields: tuple[str, ...] = cell._fields  # type: ignore[attr-defined]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +94,15 @@ class Ledger(Generic[C]):
 
     def _note(self, row: Row) -> None:
         try:
-            self.rows[self._cell(**{name: row[name] for name in self._fields})] = row
+            cell = self._cell(**{name: row[name] for name in self._fields})
         except KeyError as error:
             what = f"{self.path} is a ledger of something else: a row lacks {error}; name another file"
             raise ValueError(what) from error
+        # Another bench's row may have these fields, too, and more: each begins with its own.
+        if (begin := tuple(row)[: len(self._fields)]) != self._fields:
+            what = f"a row is of {', '.join(begin)}, ..., and not of {', '.join(self._fields)}"
+            raise ValueError(f"{self.path} is a ledger of something else: {what}; name another file")
+        self.rows[cell] = row
 
     def append(self, row: Row) -> None:
         """Write a row; when this returns, a kill cannot take it back."""
@@ -158,11 +164,10 @@ def execute(
     """
     outcome = Outcome()
     clock = _Clock(cells, ledger.rows, workers)
-    log = ledger.path.with_suffix(".log")
     waiting = iter(cells)
     with stop_on_sigint() as stopped, _shown(title, len(cells), clock, console) as show:
         stream, size = partial(_measured, measure), min(workers, len(cells))
-        with contextlib.closing(crew(size, stream, log, lambda _: next(waiting, None), stopped)) as messages:
+        with contextlib.closing(crew(size, stream, ledger.log, lambda _: next(waiting, None), stopped)) as messages:
             for message in messages:
                 if message is None or message.content is None:
                     show("")
@@ -283,8 +288,7 @@ def fill(
     for failure in outcome.failures[:10]:
         console.print(f"no result: {failure}", soft_wrap=True)
     if outcome.failures:
-        log = out.with_suffix(".log")
-        console.print(f"{len(outcome.failures)} runs gave no result; tracebacks: {log}", soft_wrap=True)
+        console.print(f"{len(outcome.failures)} runs gave no result; tracebacks: {ledger.log}", soft_wrap=True)
     for said in found([ledger.rows[cell] for cell in cells if cell in ledger.rows]):
         console.print(said, soft_wrap=True)
     if outcome.stopped:

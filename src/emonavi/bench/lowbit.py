@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench.figures import loss_of, lr_label, mean_ratio
+from emonavi.bench.figures import loss_of, mean_ratio
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
+from emonavi.page import lr_label
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,18 +5,18 @@ A chart is a few curves and how its axes run; the page shows it interactively, a
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from emonavi.bench import page
-from emonavi.bench.figures import lr_label
+from emonavi import page
 from emonavi.bench.peers import YARDSTICK
 from emonavi.bench.summary import Entry, Study, share
+from emonavi.page import lr_label
 
-__all__ = ["STYLES", "Chart", "Style", "figure", "pictured", "profile", "style", "sweep", "traces", "write_png"]
+__all__ = ["STYLES", "Chart", "Style", "figure", "pictured", "png", "profile", "style", "sweep", "traces"]
 
 TOP = 3.0  # times the yardstick: what is worse is drawn here
 
@@ -209,7 +209,7 @@ def figure(chart: Chart, height: int = 400) -> Any:
     return made
 
 
-def write_png(charts: Sequence[Chart], path: Path, columns: int, shown: Collection[str]) -> None:
+def png(charts: Sequence[Chart], columns: int, shown: Collection[str]) -> bytes:
     """Draw charts side by side, of each the curves that are shown, with one legend: in a free place if there is one."""
     from matplotlib.figure import Figure
 
@@ -226,11 +226,13 @@ def write_png(charts: Sequence[Chart], path: Path, columns: int, shown: Collecti
     key: dict[str, Any] = {"handles": list(lines.values()), "labels": list(lines), "frameon": False}
     if any(curve.label not in shown for chart in charts for curve in chart.curves):
         key["title"] = "all others are in report.html"
-    if free:
+    if lines and free:
         axes[-1].legend(**key, loc="center", alignment="left")
-    else:
+    elif lines:  # a bench that has just begun has none, nor has one whose yardstick diverged
         sheet.legend(**key, loc="outside lower center", ncols=beside)
-    sheet.savefig(path)
+    content = io.BytesIO()
+    sheet.savefig(content)
+    return content.getvalue()
 
 
 def _draw(axis: Any, chart: Chart, shown: Collection[str]) -> None:
@@ -252,5 +254,7 @@ def _draw(axis: Any, chart: Chart, shown: Collection[str]) -> None:
             pad = 1.02 * (high / low) ** 0.02 if log else 1.0
             low, high = low / pad, high * pad
         page.prepare(axis, low, high, log, ticks, direction)
+    if not xs:
+        axis.text(0.5, 0.5, "nothing to draw", transform=axis.transAxes, ha="center", color=page.GREY)
     if chart.line is not None:
         axis.axhline(chart.line, color=page.GREY, lw=0.8)

@@ -14,11 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from emonavi.bench import page
-from emonavi.bench.figures import lr_label
-from emonavi.bench.lr_plots import figure, pictured, profile, style, sweep, traces, write_png
+from emonavi import page
+from emonavi.bench.lr_plots import figure, pictured, png, profile, style, sweep, traces
 from emonavi.bench.peers import OWN_RULE, YARDSTICK
 from emonavi.bench.summary import CAP, NEAR, Line, Study, marks, times
+from emonavi.page import lr_label
 
 __all__ = ["table", "verdicts", "write"]
 
@@ -91,7 +91,7 @@ def verdicts(study: Study) -> list[str]:
     if not said:
         said = [
             f"No mark can be judged yet: that needs runs of {YARDSTICK} and of EmoNavi, or of EmoLynx or EmoFact "
-            "and of their own rules + cosine."
+            "and of their own rules + cosine, these with a loss above 0."
         ]
     wanted = len(study.entries) * len(study.splits) * len(study.lrs)
     there = sum(len(study.pairs(entry, list(study.splits))) for entry in study.entries)
@@ -127,7 +127,6 @@ def _cells(line: Line) -> list[tuple[str, float]]:
 
 def write(study: Study, folder: Path, source: str) -> list[Path]:
     """Write ``report.html`` and the PNGs; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     tasks = list(study.splits)
     shown = pictured(study)
     pictures = {
@@ -135,12 +134,13 @@ def write(study: Study, folder: Path, source: str) -> list[Path]:
         "loss-vs-lr": ([sweep(study, task) for task in tasks], 3),
         "effective-lr": ([traces(study, task, "lr") for task in tasks], 3),
     }
-    paths = [folder / "report.html"]
-    paths[0].write_text(_page(study, source), encoding="utf-8", errors="replace")  # a file may be called anything
+    files = {"report.html": _page(study, source).encode(errors="replace")}  # a file may be called anything
     for name, (charts, columns) in pictures.items():
-        paths.append(folder / f"{name}.png")
-        write_png(charts, paths[-1], min(columns, len(charts)), shown)
-    return paths
+        files[f"{name}.png"] = png(charts, min(columns, len(charts)), shown)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():  # only now that all are made: there is no half of a report
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
 
 
 def _page(study: Study, source: str) -> str:

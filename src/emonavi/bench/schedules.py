@@ -9,10 +9,11 @@ import torch
 from torch.optim import lr_scheduler
 
 import emonavi
-from emonavi.bench.figures import loss_of, lr_label
+from emonavi.bench.figures import loss_of
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS
+from emonavi.page import lr_label
 
 if TYPE_CHECKING:
     from rich.table import Table

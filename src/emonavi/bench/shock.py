@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
-from emonavi.bench.figures import loss_of, lr_label
+from emonavi.bench.figures import loss_of
 from emonavi.bench.ledger import Row
 from emonavi.bench.tables import plain
 from emonavi.bench.tasks import TASKS, Problem
+from emonavi.page import lr_label
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 import emonavi
+from emonavi import page
 from emonavi.bearer import Bearer
-from emonavi.bench import page
 from emonavi.bench.provenance import hardware, made_on
 from emonavi.bench.workers import torch_threads
 

@@ -16,8 +16,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from emonavi.bench.figures import loss_of, lr_label, mean_ratio
+from emonavi.bench.figures import loss_of, mean_ratio
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK
+from emonavi.page import lr_label
 
 __all__ = ["CAP", "NEAR", "Entry", "Line", "Study", "marks", "width"]
 

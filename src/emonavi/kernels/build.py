@@ -1,7 +1,8 @@
 """The C kernels as a shared library: compiled when first needed, once for each compiler, processor and version.
 
 The library is in a cache of the user (``$XDG_CACHE_HOME/emonavi``, else ``~/.cache/emonavi``). Several processes may
-need it at once: each that finds none compiles its own file and renames it atomically.
+need it at once: each that finds none compiles its own file and renames it atomically. A hash of the content is in the
+name, too: code whose file was cut short would kill the process that runs into the hole.
 """
 
 from __future__ import annotations
@@ -53,29 +54,26 @@ def _cached(command: list[str]) -> ctypes.CDLL:
     native = ["-march=native"] if processor else []  # only if the name of the file depends on the processor
     compiler = os.stat(command[0])
     key = [*command, *native, compiler.st_size, compiler.st_mtime_ns, platform.machine(), processor]
-    digest = hashlib.sha256(repr(key).encode() + b"".join(s.read_bytes() for s in SOURCES)).hexdigest()[:16]
+    digest = _hash(repr(key).encode() + b"".join(s.read_bytes() for s in SOURCES))
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emonavi"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_ours(folder):
-            path = folder / f"sweep-{digest}.so"
-            if path.exists() and _is_ours(path):
-                with contextlib.suppress(OSError):  # not a library: truncated, or of another system
-                    return ctypes.CDLL(str(path))
-            _compile(command, native, path)
-            return ctypes.CDLL(str(path))
+            for path in folder.glob(f"sweep-{digest}-*.so"):
+                if _is_ours(path) and path.stem.endswith(_hash(path.read_bytes())):
+                    with contextlib.suppress(OSError):  # not a library of this system
+                        return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(_compile(command, native, folder, f"sweep-{digest}")))
     except (OSError, RuntimeError):  # no home, no space, read-only, not a library
         pass
     with tempfile.TemporaryDirectory() as private:
-        path = Path(private) / "sweep.so"
-        _compile(command, native, path)
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(_compile(command, native, Path(private), "sweep")))
 
 
-def _compile(command: list[str], native: list[str], path: Path) -> None:
-    """Compile to a temporary file beside ``path``, then rename it to that."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as private:
-        made = Path(private) / path.name
+def _compile(command: list[str], native: list[str], folder: Path, name: str) -> Path:
+    """Compile to a temporary file in ``folder``, then rename it to ``name`` and the hash of its content."""
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        made = Path(private) / "made.so"
         for extra in (native, []):
             built = subprocess.run(
                 [*command, *extra, "-o", str(made), str(SOURCES[0]), "-lm"],
@@ -83,9 +81,16 @@ def _compile(command: list[str], native: list[str], path: Path) -> None:
             )  # fmt: skip
             if built.returncode == 0:
                 made.chmod(0o700)  # whatever the umask: a file that others can write is not loaded
+                with made.open("r+b") as file:
+                    path = folder / f"{name}-{_hash(file.read())}.so"
+                    os.fsync(file.fileno())  # else a power cut may leave the name without the content
                 os.replace(made, path)
-                return
+                return path
     raise RuntimeError(f"{shlex.join(command)}: {built.stderr.strip()}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _is_ours(path: Path) -> bool:

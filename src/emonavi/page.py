@@ -16,14 +16,12 @@ from contextlib import contextmanager
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from emonavi.bench.figures import log_ticks, lr_label
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
     *("DASHES", "GREY", "MEANINGS", "PALETTE", "Chip", "Dash", "any_script", "as_it_is", "definitions", "document"),
-    *("legend", "panels", "plot", "prepare", "said", "sample", "scale", "ticks"),
+    *("legend", "lr_label", "panels", "plot", "prepare", "said", "sample", "scale", "ticks"),
 ]
 
 # Okabe and Ito's palette: distinct for every kind of colour vision, without yellow and black, which vanish on one of
@@ -99,9 +97,23 @@ def as_it_is(name: str, width: int = 90, lines: int = 1) -> str:
 # --- Axes and panels
 
 
+def lr_label(lr: float) -> str:
+    """Write a learning rate as people say it: 1e-3 instead of 0.001 or 1e-03."""
+    mantissa, exponent = f"{lr:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def ticks(low: float, high: float, plain: bool = False) -> dict[float, str]:
     """Return round places on a logarithmic axis and their labels: as people write an lr, or as plain numbers."""
-    return {tick: f"{tick:,g}" if plain else lr_label(tick) for tick in log_ticks(low, high)}
+    return {tick: f"{tick:,g}" if plain else lr_label(tick) for tick in _round_numbers(low, high)}
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return round numbers for a logarithmic axis: 1, 2, 5 in each decade, over more than two decades 1 only."""
+    heads = (1, 2, 5) if high < 100 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{head}e{decade}") for decade in decades for head in heads]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def prepare(
