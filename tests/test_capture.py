@@ -429,6 +429,47 @@ def test_gan_where_the_discriminator_has_another_optimizer():
         assert heard(opt_g) == close(fooled)
 
 
+def as_fsdp_has(model):
+    """A copy that is in the graph in place of a model, whose parameters look as those of FSDP1 do."""
+    stand_in = copy.deepcopy(model)
+    for p in model.parameters():
+        p._fsdp_flattened = True
+    return stand_in
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_gradients_that_are_kept_back_do_not_end_a_window(sharded):
+    """FSDP2 keeps them back until it reduces, at the last micro-batch. Others that are None have been cleared."""
+    model = net()
+    optimizer = EmoNavi(model.parameters())
+    stand_in = as_fsdp_has(model) if sharded else copy.deepcopy(model)
+    for _ in range(2):
+        parts = [loss_of(stand_in, x, y) / 2 for x, y in zip(X.chunk(2), Y.chunk(2), strict=True)]
+        for part in parts:
+            part.backward()
+        for p, q in zip(model.parameters(), stand_in.parameters(), strict=True):
+            p.grad, q.grad = q.grad, None
+        assert heard(optimizer) == close(sum(parts) if sharded else parts[-1])
+        model.zero_grad()
+
+
+def test_a_sharded_backbone_and_a_plain_head_hear_what_reaches_both():
+    torch.manual_seed(0)
+    back, head, critic = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 1)
+    optimizers = [EmoNavi(m.parameters()) for m in (back, head, critic)]
+    stand_in = as_fsdp_has(back)
+    for _ in range(3):
+        judged = critic(stand_in(X).detach()).square().mean()
+        judged.backward()
+        loss = (head(stand_in(X)) - Y).square().mean()
+        loss.backward()
+        for p, q in zip(back.parameters(), stand_in.parameters(), strict=True):
+            p.grad, q.grad = q.grad, None
+        assert [heard(o) for o in optimizers] == [close(one) for one in (loss, loss, judged)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+
 def test_four_optimizers_on_one_model_hear_the_whole_loss():
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])

@@ -23,6 +23,7 @@ from cases import (
     weights,
     write,
 )
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -216,7 +217,64 @@ def test_distributed_checkpoint_of_a_fresh_optimizer_moves_nothing(case, config)
     assert differences(contents(optimizer), contents(other)) == []
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["sibling", "wrapped"])
+def test_a_tensor_lr_in_a_distributed_checkpoint(wrapped, flat, tmp_path):
+    """It is loaded into what a fresh optimizer has: where that is a float, a tensor cannot be."""
+
+    def made():
+        model, lr = model_of(), torch.tensor(1e-2)
+        if wrapped:
+            return model, emonavi.Emotional(torch.optim.AdamW(model.parameters(), lr=lr), capture=False)
+        return model, emonavi.EmoNavi(model.parameters(), lr=lr, capture=False)
+
+    def state(model, optimizer):
+        return get_optimizer_state_dict(model, optimizer, options=options)
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    (model, optimizer), (other, fresh) = made(), made()
+    train(optimizer, list(model.parameters()), 3)
+    dcp.save(state(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    saved = state(other, fresh)
+    dcp.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(other, fresh, saved, options=options)
+    other.load_state_dict(model.state_dict())
+    train(optimizer, list(model.parameters()), 3, start=3)
+    train(fresh, list(other.parameters()), 3, start=3)
+    assert differences(contents(fresh), contents(optimizer)) == []
+
+
+def test_a_tensor_lr_has_a_peak_of_its_kind_from_the_beginning():
+    params = weights()
+    stranger, optimizer = torch.optim.AdamW(params), emonavi.EmoNavi(params, lr=torch.tensor(1e-2), capture=False)
+    assert torch.equal(optimizer.param_groups[0]["lr_peak"], torch.tensor(0.0))
+    train(optimizer, params, 2)
+    optimizer.reset_emotion()
+    assert torch.equal(optimizer.param_groups[0]["lr_peak"], torch.tensor(0.0))
+    train(optimizer, params, 2)
+    stranger.step()
+    with pytest.warns(UserWarning, match="taken over"):
+        optimizer.load_state_dict(stranger.state_dict())
+    assert torch.equal(optimizer.param_groups[0]["lr_peak"], torch.tensor(0.0))
+
+
 # What does not fit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["sibling", "wrapped"])
+def test_a_checkpoint_that_has_lost_its_emotion(wrapped):
+    """As torch's nested layout loses it, with all options, where the stages of a pipeline have names of their own."""
+    params = weights()
+    optimizer = emonavi.EmoNavi(params, capture=False)
+    if wrapped:
+        optimizer = emonavi.Emotional(torch.optim.AdamW(params), capture=False)
+    train(optimizer, params, 3)
+    torn, before = optimizer.state_dict(), contents(optimizer)
+    torn["param_groups"] = [{"params": group["params"]} for group in torn["param_groups"]]
+    with pytest.raises(ValueError, match=r"lost its emotion.*flatten_optimizer_state_dict=True"):
+        optimizer.load_state_dict(torn)
+    assert differences(before, contents(optimizer)) == []
 
 
 PAIRS = (("adaptive", "v4"), ("v4", "adaptive"), ("v3", "v4"), ("v1", "v3"), ("adaptive", "v3"), ("v3", "adaptive"))

@@ -366,3 +366,17 @@ def test_in_a_single_process_no_group_is_needed():
     optimizer = EmoNavi(model.parameters(), process_group="auto")
     loss_of(model, next(batches(1, 8))).backward()
     assert optimizer.step() is not None
+
+
+def test_calm_refuses_to_run_a_model_under_fsdp1():
+    """It may go on with weights that it gathered before; to save inside the block needs no model."""
+    model = net()
+    optimizer = EmoNavi(model.parameters(), use_shadow=True)
+    loss_of(model, next(batches(1, 8))).backward()
+    optimizer.step()
+    for p in model.parameters():
+        p._fsdp_flattened = True  # as FSDP1 marks them
+    with pytest.raises(ValueError, match=r"under FSDP1.* save inside calm\(\)"), optimizer.calm(model):
+        pass
+    with optimizer.calm():
+        pass

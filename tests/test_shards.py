@@ -15,7 +15,9 @@ from ranks import run
 from torch import distributed as dist
 from torch import nn
 
+import emonavi
 from emonavi import EmoFact, EmoLynx, EmoNavi
+from emonavi.autonomous import Merger
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -24,6 +26,8 @@ WORLD, STEPS = 4, 20
 SIBLINGS = {"EmoNavi": EmoNavi, "EmoFact": EmoFact, "EmoLynx": EmoLynx}
 # How a model lies on the four ranks, and into how many shares a batch is cut.
 WAYS = {"ddp 4": 4, "fsdp 4": 4, "fsdp 2": 2, "hsdp 2x2": 4, "tp 2": 1, "fsdp 2 x tp 2": 2}
+REPLICATED = {"replicate 4": 4, "replicate 2 x tp 2": 2}
+SHARES = WAYS | REPLICATED
 
 
 class Net(nn.Module):
@@ -52,21 +56,25 @@ def mesh_of(*shape):
 
 def laid(way):
     """A model on these ranks, and the place of this rank among those that share a batch."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model, rank, square = Net(), dist.get_rank(), mesh_of(2, 2)
     if way == "ddp 4":
         return nn.parallel.DistributedDataParallel(model), rank
-    mesh = {"fsdp 4": mesh_of(4), "fsdp 2": square["near"], "hsdp 2x2": square}.get(way)
+    mesh = {"fsdp 2": square["near"], "hsdp 2x2": square}.get(way, mesh_of(4))
     if "tp" in way:
         plan = {"wide": ColwiseParallel(), "down": RowwiseParallel()}
         parallelize_module(model, square["near"], plan)
         mesh = square["far"]
-    if way != "tp 2":
-        fully_shard(model.wide, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return model, {"tp 2": 0, "fsdp 2": rank % 2, "fsdp 2 x tp 2": rank // 2}.get(way, rank)
+    if way.startswith("ddp"):
+        model = nn.parallel.DistributedDataParallel(model, device_mesh=mesh)
+    elif way != "tp 2":
+        apply = replicate if way in REPLICATED else fully_shard
+        apply(model.wide, mesh=mesh)
+        apply(model, mesh=mesh)
+    return model, {"tp 2": 0, "fsdp 2": rank % 2}.get(way, rank // 2 if "x tp" in way else rank)
 
 
 def batches(steps, spoilt=()):
@@ -94,7 +102,7 @@ def made(sibling, model, **options):
     named = list(model.named_parameters())
     groups = [[p for n, p in named if ("norm" in n) == norm] for norm in (False, True)]
     given = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.3}]
-    return SIBLINGS[sibling](given, lr=1e-2, **options)
+    return getattr(emonavi, sibling)(given, lr=1e-2, **options)
 
 
 def whole(tensor):
@@ -134,7 +142,7 @@ def as_one(rank, way, sibling, name):
         return {}
     model, share = laid(way) if way else (Net(), 0)
     optimizer = made(sibling, model, **OPTIONS[name], **({} if way else {"process_group": None}))
-    shares, half, shown = WAYS.get(way, 1), STEPS // 2, {}
+    shares, half, shown = SHARES.get(way, 1), STEPS // 2, {}
     train(model, optimizer, share, shares, steps=half)
     if optimizer.param_groups[0]["use_shadow"]:
         with optimizer.calm():
@@ -144,6 +152,158 @@ def as_one(rank, way, sibling, name):
     train(model, optimizer, share, shares, start=half, steps=half)
     found = outcome(model, optimizer)
     return {**found, "tensors": found["tensors"] | shown}
+
+
+def in_parts(rank, way, how):
+    """Four micro-batches a step, which the ranks reduce at each or at the last one; one in the middle is absurd."""
+    if way is None and rank:
+        return {}
+    model, share = laid(way) if way else (Net(), slice(None))
+    optimizer = made("EmoNavi", model, **({} if way else {"process_group": None}))
+    felt, lrs = [], []
+    for step, batch in enumerate(batches(12)):
+        optimizer.zero_grad(set_to_none=how != "set to 0")
+        parts = [t.unflatten(0, (WORLD, 4))[share].movedim(-2, 0) for t in batch]
+        for part, (x, y) in enumerate(zip(*parts, strict=True)):
+            if how == "no sync":
+                model.set_requires_gradient_sync(part == 3)
+            if how == "no all-reduce":
+                model.set_requires_all_reduce(part == 3)
+            absurd = 1e3 if (step, part) == (10, 1) else 1.0
+            ((model(x) - y * absurd).square().mean() / 4).backward()
+        optimizer.step()
+        vector = optimizer.param_groups[0]["emotion"]
+        felt.append([optimizer.emotion.loss, float(vector[optimizer._emotion.index("window")])])
+        lrs += optimizer.effective_lr[:1]
+    return outcome(model, optimizer, felt=felt, lrs=lrs)
+
+
+def backbone_and_head(rank):
+    """Two optimizers in one graph: a sharded backbone and a plain head; and a critic that nobody else is to hear."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    back, head, critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 3), nn.Linear(8, 1)
+    fully_shard(back, mesh=mesh_of(4))
+    optimizers = [EmoNavi(m.parameters(), lr=1e-2) for m in (back, head, critic)]
+    for x, y in batches(4):
+        x, y = (t.float().chunk(WORLD)[rank] for t in (x, y))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        features = back(x)
+        judged = 100 + critic(features.detach()).square().mean()
+        judged.backward()
+        loss = (head(features) - y).square().mean()
+        loss.backward()
+        for p in [*head.parameters(), *critic.parameters()]:
+            dist.all_reduce(p.grad)
+            p.grad /= WORLD
+        for optimizer in optimizers:
+            optimizer.step()
+    true = torch.stack([loss.detach(), judged.detach()])
+    dist.all_reduce(true)
+    return {"felt": [o.emotion.loss for o in optimizers], "true": (true / WORLD).tolist()}
+
+
+def evaluated(rank, way):
+    """Forward passes without a backward before, inside and after calm(), and the training that goes on."""
+    if way is None and rank:
+        return {}
+    model, share = laid(way) if way else (Net(), 0)
+    optimizer = made("EmoNavi", model, use_shadow=True, **({} if way else {"process_group": None}))
+    x, seen = next(batches(1))[0], {}
+
+    def look(when):
+        with torch.no_grad():
+            seen[when] = model(x).clone()
+
+    for turn in range(2):
+        train(model, optimizer, share, SHARES.get(way, 1), start=6 * turn, steps=6)
+        look(f"before, {turn}")
+        with optimizer.calm(model):
+            look(f"inside, {turn}")
+        look(f"after, {turn}")
+        with optimizer.calm(model):
+            look(f"inside, before training goes on, {turn}")
+    found = outcome(model, optimizer)
+    return {**found, "tensors": found["tensors"] | seen}
+
+
+def localized(rank):
+    """DistributedDataParallel makes plain tensors of tensor-parallel parameters, which look like whole ones."""
+    model, _ = laid("ddp 2 x tp 2")
+    said = []
+    for build in (EmoNavi, lambda params: emonavi.Emotional(torch.optim.SGD(params))):
+        with pytest.raises(ValueError, match="made plain") as caught:
+            build(model.parameters())
+        said.append(str(caught.value))
+    return {"said": said}
+
+
+def narrow(rank):
+    """A process group that holds only some of the ranks over which a parameter is sharded."""
+    found = {}
+    for name in ("far", "near"):
+        model, share = laid("hsdp 2x2")
+        optimizer = made("EmoNavi", model, process_group=mesh_of(2, 2)[name].get_group())
+        begin = [whole(p) for p in model.parameters()]
+        with pytest.raises(ValueError, match=r"process_group holds the ranks .* drift apart; give a group of all"):
+            train(model, optimizer, share, WORLD, steps=1)
+        found[name] = all(torch.equal(a, whole(b)) for a, b in zip(begin, model.parameters(), strict=True))
+    return found
+
+
+def workers(rank):
+    """Two workers of two shards each, without a group: other losses, and another number of steps."""
+    model, share = laid("fsdp 2")
+    worker = rank // 2
+    optimizer = made("EmoNavi", model, process_group=None)
+    train(model, optimizer, share, 2, steps=3 + 2 * worker, between=lambda step: optimizer.observe(rank))
+    return outcome(model, optimizer, loss=optimizer.emotion.loss)
+
+
+@torch.no_grad()
+def weights_of(model, optimizer, x):
+    """What workers have in common after a merge, and what the model makes of it."""
+    found = {f"{i}": whole(p) for i, p in enumerate(model.parameters())}
+    shadows = {f"shadow {i}": whole(optimizer.state[p]["shadow"]) for i, p in enumerate(model.parameters())}
+    return found | shadows | {"seen": model(x).clone()}
+
+
+def merged(rank):
+    """The same two workers, whose weights are merged part by part; the first rank does it with whole models."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    model, share = laid("fsdp 2")
+    optimizer = made("EmoNavi", model, use_shadow=True, process_group=None)
+    mixed = "hold other parts of the same weights"
+    for group in (None, mesh_of(2, 2)["near"].get_group()):
+        with pytest.raises(ValueError, match=mixed):
+            Merger(model, optimizer, PeriodicModelAverager(3, process_group=group))
+    with pytest.raises(ValueError, match=mixed):
+        Merger(model, optimizer).merge()
+    merger = Merger(model, optimizer, PeriodicModelAverager(3, process_group=mesh_of(2, 2)["far"].get_group()))
+    x = next(batches(1))[0]
+    for step in range(6):
+        train(model, optimizer, share, 2, start=10 * (rank // 2) + step, steps=1)
+        with torch.no_grad():
+            model(x)  # it leaves the root's weights gathered
+        merger.step()
+    found = weights_of(model, optimizer, x)
+    if rank:
+        return {"tensors": found}
+    crew = [Net(), Net()]
+    alone = [made("EmoNavi", one, use_shadow=True, process_group=None) for one in crew]
+    mergers = [Merger(*pair) for pair in zip(crew, alone, strict=True)]
+    for step in range(6):
+        for worker, each in enumerate(mergers):
+            train(each.model, each.optimizer, start=10 * worker + step, steps=1)
+            each.step()
+        if step in (2, 5):
+            mean = sum(each.offer() for each in mergers) / 2
+            for each in mergers:
+                each.accept(mean)
+    return {"tensors": found, "alone": weights_of(crew[0], alone[0], x)}
 
 
 def spoilt(rank, way):
@@ -161,21 +321,51 @@ def spoilt(rank, way):
     return outcome(model, optimizer, loss=optimizer.emotion.loss)
 
 
-def staged(rank):
-    """Two stages of a pipeline, each sharded over two ranks, of which only the last one has a loss."""
+def stage(last):
+    """One of two stages of a pipeline, each sharded over two ranks, and its optimizer."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh, last = mesh_of(2, 2), rank >= 2
     torch.manual_seed(0)
-    model = fully_shard(nn.Linear(4, 3 if last else 5).double(), mesh=mesh["near"])
-    optimizer = EmoNavi(model.parameters(), lr=1e-2, capture=False)
-    for step in range(8):
+    model = nn.ModuleDict({"last" if last else "first": nn.Linear(4, 3 if last else 5).double()})
+    fully_shard(next(iter(model.values())), mesh=mesh_of(2, 2)["near"])
+    return model, EmoNavi(model.parameters(), lr=1e-2, capture=False)
+
+
+def train_stage(rank, model, optimizer, steps):
+    """Only the last stage has a loss."""
+    (layer,) = model.values()
+    for step in steps:
         optimizer.zero_grad()
-        model(torch.full((2, 4), 1.0 + step + rank, dtype=torch.float64)).square().sum().backward()
-        if last:
+        layer(torch.full((2, 4), 1.0 + step + rank, dtype=torch.float64)).square().sum().backward()
+        if rank >= 2:
             optimizer.observe(10.0 / (1 + step) + rank)
         optimizer.step()
     return outcome(model, optimizer, loss=optimizer.emotion.loss, norm=optimizer.emotion.grad_norm)
+
+
+def staged(rank):
+    return train_stage(rank, *stage(rank >= 2), range(8))
+
+
+def stages_saved(rank, flat, folder):
+    """Both stages in one checkpoint; what each takes up from it, or why it cannot."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dsd
+
+    options = dsd.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = stage(rank >= 2)
+    train_stage(rank, model, optimizer, range(4))
+    saved = dsd.get_optimizer_state_dict(model, optimizer, options=options)
+    dcp.save({"optimizer": saved}, checkpoint_id=f"{folder}/stages-{flat}")
+    other, fresh = stage(rank >= 2)
+    saved = {"optimizer": dsd.get_optimizer_state_dict(other, fresh, options=options)}
+    dcp.load(saved, checkpoint_id=f"{folder}/stages-{flat}")
+    try:
+        dsd.set_optimizer_state_dict(other, fresh, saved["optimizer"], options=options)
+    except ValueError as error:
+        return {"said": str(error)}
+    other.load_state_dict(model.state_dict())
+    return {"then": [outcome(model, optimizer)["tensors"], outcome(other, fresh)["tensors"]], "said": ""}
 
 
 def partial(rank):
@@ -253,12 +443,16 @@ def loaded(rank, sibling, kind):
     return {"then": then, "later": [outcome(model, optimizer), outcome(fresh, other)]}
 
 
-def first_generation(rank, original):
+def first_generation(rank, original, strategy):
     """FSDP1: plain tensors that are pieces of flat ones. It saves, loads into a fresh model, and both go on."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import ShardingStrategy
+
+    how = {"use_orig_params": original, "sharding_strategy": ShardingStrategy[strategy]}
+    how["device_mesh"] = mesh_of(2, 2) if strategy == "HYBRID_SHARD" else mesh_of(4)
 
     def laid_out():
-        model = FSDP(Net(), use_orig_params=original, device_id=torch.device("cpu"))
+        model = FSDP(Net(), device_id=torch.device("cpu"), **how)
         return model, EmoNavi(model.parameters(), lr=1e-2)
 
     model, optimizer = laid_out()
@@ -361,6 +555,14 @@ NAMES = [(sibling, way, "adaptive") for sibling in ("EmoNavi", "EmoFact") for wa
 NAMES += [("EmoLynx", way, "adaptive") for way in ("ddp 4", "fsdp 4", "fsdp 2", "fsdp 2 x tp 2")]
 NAMES += [(sibling, "fsdp 4", name) for sibling in ("EmoNavi", "EmoFact") for name in ("tight", "v4")]
 NAMES += [("EmoNavi", "fsdp 4", "v1"), ("EmoLynx", "fsdp 4", "v3"), ("EmoFact", "fsdp 4", "begun anew")]
+NAMES += [("EmoClan", "fsdp 4", "adaptive")]
+# Replicas may be DTensors, too. They hold all of a tensor, so that they are for every sibling.
+NAMES += [(sibling, "replicate 4", "adaptive") for sibling in ("EmoNavi", "EmoFact", "EmoZeal", "EmoNeco")]
+NAMES += [(sibling, "replicate 2 x tp 2", "adaptive") for sibling in ("EmoNavi", "EmoFact")]
+PARTS = [(way, how) for way in ("fsdp 4", "replicate 4") for how in ("each", "no sync")]
+PARTS += [("fsdp 4", "set to 0"), ("hsdp 2x2", "no all-reduce")]
+EVALUATED = ("fsdp 4", "replicate 4")
+FSDP1 = [(original, how) for original in (True, False) for how in ("FULL_SHARD", "HYBRID_SHARD")]
 SPOILT = ("ddp 4", "fsdp 4", "hsdp 2x2")
 ASKS = {
     ("ddp 4", "EmoNavi"): [5],
@@ -386,9 +588,13 @@ def cases(folder):
     found |= {f"asks, {way}, {s}": (asks, way, s, {}) for way, s in ASKS}
     found |= {"asks, fsdp 4, v4": (asks, "fsdp 4", "EmoNavi", {"emotion": "v4"})}
     found |= {f"loaded, {s}, {kind}": (loaded, s, kind) for s, kind in LOADED}
+    found |= {f"in parts, {way}, {how}": (in_parts, way, how) for way, how in [*PARTS, (None, "each")]}
+    found |= {f"evaluated, {way}": (evaluated, way) for way in (*EVALUATED, None)}
     found["zero"] = (zero,)
-    found |= {f.__name__: (f,) for f in (staged, partial, apart, sharded_loss)}
-    found |= {f"first generation, {original}": (first_generation, original) for original in (True, False)}
+    alone = (staged, partial, apart, sharded_loss, backbone_and_head, localized, narrow, workers, merged)
+    found |= {f.__name__: (f,) for f in alone}
+    found |= {f"first generation, {original}, {how}": (first_generation, original, how) for original, how in FSDP1}
+    found |= {f"stages saved, {flat}": (stages_saved, flat, folder) for flat in (False, True)}
     return found | {f"resharded, {s}": (resharded, s, folder) for s in SIBLINGS}
 
 
@@ -418,6 +624,49 @@ def test_sharded_training_is_that_of_one_process(sibling, way, name, ranks):
     assert unlike(found["tensors"], alone["tensors"], within=1e-9) == []
 
 
+@pytest.mark.parametrize(("way", "how"), PARTS)
+def test_micro_batches_are_felt_as_those_of_one_process(way, how, ranks):
+    """However the ranks reduce them. The second of four is a panic once."""
+    found, alone = agree(ranks(f"in parts, {way}, {how}")), ranks("in parts, None, each")[0]
+    assert found["felt"] == [pytest.approx(one, rel=1e-9) for one in alone["felt"]]
+    assert {window for _, window in found["felt"]} == {4}
+    assert found["lrs"][10] < 0.5 * found["lrs"][9]
+    assert unlike(found["tensors"], alone["tensors"], within=1e-9) == []
+
+
+def test_a_sharded_backbone_hears_the_loss_of_its_plain_head(ranks):
+    for found in ranks("backbone_and_head"):
+        back, head, critic = found["felt"]
+        assert [back, head] == pytest.approx(found["true"][:1] * 2)
+        assert critic == pytest.approx(found["true"][1])
+
+
+@pytest.mark.parametrize("way", EVALUATED)
+def test_a_model_is_run_inside_calm_as_that_of_one_process(way, ranks):
+    found, alone = agree(ranks(f"evaluated, {way}")), ranks("evaluated, None")[0]
+    assert unlike(found["tensors"], alone["tensors"], within=1e-9) == []
+
+
+def test_what_ddp_has_made_of_tensor_parallel_parameters_is_refused(ranks):
+    for found in ranks("localized"):
+        assert all("fully_shard(model" in said and "replicate(model" in said for said in found["said"])
+
+
+def test_a_group_of_some_of_the_shards_is_refused(ranks):
+    assert ranks("narrow") == [{"far": True, "near": True}] * WORLD
+
+
+def test_without_a_group_shards_ask_each_other_only(ranks):
+    for worker, pair in enumerate((ranks("workers")[:2], ranks("workers")[2:])):
+        found = agree(pair)
+        assert (found["steps"], found["loss"]) == (3 + 2 * worker, 2 * worker + 0.5)
+
+
+def test_sharded_workers_merge_as_whole_ones(ranks):
+    found = agree(ranks("merged"))
+    assert unlike(found["tensors"], found["alone"], within=1e-9) == []
+
+
 @pytest.mark.parametrize("way", SPOILT)
 def test_what_is_not_finite_on_one_rank_is_left_out_by_all(way, ranks):
     found = agree(ranks(f"spoilt, {way}"))
@@ -432,6 +681,14 @@ def test_stages_feel_the_loss_of_the_last_one(ranks):
     for stage in (found[:2], found[2:]):
         agree(stage)
     assert found[0]["norm"] != found[2]["norm"]
+
+
+def test_stages_of_a_pipeline_in_one_checkpoint(ranks):
+    """Flattened, each has its own. Nested, one has lost its emotion to the other, and is told so."""
+    for found in ranks("stages saved, True"):
+        assert unlike(*found["then"]) == []
+    said = [found["said"] for found in ranks("stages saved, False")]
+    assert sum("lost its emotion" in what for what in said) == 2
 
 
 def test_a_gradient_of_partial_sums_is_added_up(ranks):
@@ -472,10 +729,10 @@ def test_a_checkpoint_is_taken_up_by_another_number_of_ranks(sibling, ranks):
     assert unlike(found["tensors"], found["straight"]["tensors"], within=1e-9) == []
 
 
-@pytest.mark.parametrize("original", [True, False])
-def test_fsdp1_trains_and_resumes(original, ranks):
+@pytest.mark.parametrize(("original", "how"), FSDP1)
+def test_fsdp1_trains_and_resumes(original, how, ranks):
     """With original parameters torch 2.13 gives back a wrong exp_avg, AdamW's too; without, one drive is for all."""
-    found = agree(ranks(f"first generation, {original}"))
+    found = agree(ranks(f"first generation, {original}, {how}"))
     assert found["steps"] == 10
     if original:
         together = torch.cat([t for n, t in found["straight"].items() if n != "emotion"])

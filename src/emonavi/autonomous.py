@@ -8,7 +8,8 @@ steps, or only at the end, the weights become the mean of all workers' weights, 
     w      = outer step from the last merged weights, with the gradient (last merged weights - mean)
 
 So a worker that has just joined (n = 0) takes the mean and contributes nothing, as does one whose weights are not
-finite. torch's own averagers decide when to merge, and communicate.
+finite. Workers that are sharded by FSDP2 merge each part with the same part of the others. torch's own averagers decide
+when to merge, and communicate.
 
 At a merge the emotion rests for a step, since the loss may jump for reasons outside the worker. Its drive, its memories
 and the moments stay as they are, and are not sent.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from emonavi.bearer import Bearer
 from emonavi.checks import DENSE_FLOATS
-from emonavi.distributed import default_group
+from emonavi.distributed import default_group, is_piece, local, other_parts, reshard
 from emonavi.emotion import Emotion
 from emonavi.sweep import wide
 
@@ -67,14 +68,16 @@ class Merger:
         optimizer: its optimizer, any torch optimizer. A sibling needs ``process_group=None``, or the group of the
             worker's own replicas.
         averager: one of ``torch.distributed.algorithms.model_averaging``; it decides at which steps which workers
-            merge. None: nothing is merged before :meth:`merge`.
+            merge. None: nothing is merged before :meth:`merge`. If workers are sharded, its process group holds the
+            ranks at the same place of each worker.
         outer: builds the outer optimizer from a list of tensors, as :func:`nesterov` does; None takes the mean. A
             worker that joins later first loads another's :meth:`state_dict`: the outer step begins at the last merged
             weights.
 
     Raises:
-        ValueError: the optimizer averages its loss with the other workers at every step, or there is an outer
-            optimizer and the averager merges only a part of the workers.
+        ValueError: the optimizer averages its loss with the other workers at every step; there is an outer optimizer
+            and the averager merges only a part of the workers; the averager would mix the shards of one worker; or the
+            model is under FSDP1.
 
     Example:
         Without processes, since any means of sending a tensor will do. With processes: ``examples/autonomous.py``.
@@ -116,6 +119,10 @@ class Merger:
                 "use a PeriodicModelAverager, or leave outer out"
             )
         self.model, self.optimizer, self.averager = model, optimizer, averager
+        if any(is_piece(p) for p in self._params()):
+            raise ValueError("the model is under FSDP1, whose weights are not merged: shard it with FSDP2")
+        if averager is not None:
+            self._check_shards(averager.process_group)
         # Only the adaptive emotion panics, and has to rest.
         machine = optimizer._emotion if isinstance(optimizer, Bearer) else None
         self._emotion = machine if isinstance(machine, Emotion) else None
@@ -148,6 +155,7 @@ class Merger:
         Raises:
             RuntimeError: ``torch.distributed`` is not initialised, or a worker is gone, as in :meth:`step`. Nothing has
                 changed then.
+            ValueError: the model is sharded, and there is no averager that says with whom to merge.
         """
         everyone = default_group()
         if everyone is None:
@@ -159,8 +167,18 @@ class Merger:
 
         sent: list[Tensor] = []
         group = everyone if self.averager is None else self.averager.process_group
+        self._check_shards(group)
         average_parameters_or_parameter_groups(self._wire(sent), group)
         self.accept(sent[0])
+
+    def _check_shards(self, group: Any) -> None:
+        others = other_parts(self._params(), group)
+        if others:
+            raise ValueError(
+                f"the ranks {others} hold other parts of the same weights, and a merge would mix them up: give the "
+                "merger an averager whose process_group holds the same place of each worker, as "
+                'mesh["worker"].get_group() does where fully_shard() has mesh["shard"]'
+            )
 
     def _wire(self, sent: list[Tensor]) -> Iterator[nn.Parameter]:
         """What an averager gets instead of parameters. It is read only if the averager merges.
@@ -198,7 +216,7 @@ class Merger:
         Raises:
             ValueError: the mean is of another model.
         """
-        params, followers = self._params(), self._followers()
+        params, followers = ([local(t) for t in some] for some in (self._params(), self._followers()))
         sizes = [sum(t.numel() for t in some) for some in (params, followers)]
         if mean.shape != (sum(sizes) + 1,) or (self._last is not None and self._last.numel() != sizes[0]):
             raise ValueError(
@@ -216,6 +234,7 @@ class Merger:
             weights = self._last
         _write(params, weights)
         _write(followers, following)
+        reshard(self.model)
         if self._emotion is not None and alone >= _REST_AFTER:
             # While it rests, a jump of the loss cuts no drive; each panic prolongs the rest.
             vector, place = self.optimizer.param_groups[0]["emotion"], self._emotion.index("rest")
@@ -266,9 +285,9 @@ class Merger:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All tensors as one vector, on the device of the first, in float32 or the widest of their dtypes."""
+    """All tensors, or this rank's parts of them, as one vector on the device of the first, in at least float32."""
     home = tensors[0].device
-    return torch.cat([wide(t.detach()).to(home).reshape(-1) for t in tensors])
+    return torch.cat([wide(local(t.detach())).to(home).reshape(-1) for t in tensors])
 
 
 def _write(tensors: Sequence[Tensor], flat: Tensor) -> None:

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
-from emonavi.distributed import Ranks, default_group, is_piece, local
+from emonavi.distributed import Ranks, default_group, is_piece, local, reshard
 from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
@@ -155,7 +155,7 @@ class Bearer(torch.optim.Optimizer):
         self._intake.clear()
         with torch.no_grad():
             for group in self.param_groups:
-                group["lr_peak"] = 0.0
+                group["lr_peak"] = of_the_run(group["lr"])["lr_peak"]
                 for p in group["params"]:
                     state = self.state.get(p, {})
                     for name, value in (("drive", 1.0), ("trust", 0.0), ("shadow", p)):
@@ -163,16 +163,22 @@ class Bearer(torch.optim.Optimizer):
                             state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
 
     @contextmanager
-    def calm(self) -> Iterator[None]:
+    def calm(self, model: nn.Module | None = None) -> Iterator[None]:
         """Put the shadow in place of the weights, for evaluation. The weights return at the end, also after an error.
 
         Before the first step the shadow equals the weights. The block holds a copy of the weights. To keep the shadow,
         save or copy it inside the block. BatchNorm's statistics are not averaged: if a model has them,
         ``torch.optim.swa_utils.update_bn`` sets them from data.
 
+        Args:
+            model: a model under FSDP2 (``fully_shard``) or ``replicate()`` that is run inside the block. Both keep
+                weights that they have gathered, those of the last evaluation say, and would go on with them; given the
+                model, they gather anew at both ends of the block. Saving needs no model.
+
         Raises:
             RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
                 called inside it.
+            ValueError: the model is under FSDP1, whose gathered weights cannot be dropped.
 
         Example:
             >>> import torch, emonavi
@@ -194,15 +200,22 @@ class Bearer(torch.optim.Optimizer):
                 "param_groups[0]['use_shadow'] = True and make a step"
             )
             raise RuntimeError(f"calm() has no shadow to show: {remedy}")
+        if model is not None and any(is_piece(p) for p, _ in pairs):
+            raise ValueError(
+                "calm(model) of a model under FSDP1, which may go on with weights that it gathered before: save inside "
+                "calm() and evaluate what was saved, or shard with FSDP2's fully_shard()"
+            )
         shown, shadows = ([local(pair[i].detach()) for pair in pairs] for i in (0, 1))
         held = [p.clone() for p in shown]
         self._is_calm = True
         try:
             _copy(shown, shadows)
+            reshard(model)
             yield
         finally:
             _copy([local(p.detach()) for p, _ in pairs], held)  # looked up again: the block may have moved them
             self._is_calm = False
+            reshard(model)
 
     def _refuse_inside_calm(self, what: str) -> None:
         if self._is_calm:
@@ -443,7 +456,9 @@ class Bearer(torch.optim.Optimizer):
 
 def of_the_run(lr: float | Tensor) -> dict[str, Any]:
     """What a group keeps of its lr: the one that it began with, and the highest so far."""
-    return {"lr_start": lr.detach().clone() if isinstance(lr, Tensor) else lr, "lr_peak": 0.0}
+    if isinstance(lr, Tensor):  # the peak will be one, too: a distributed checkpoint is loaded into what is there
+        return {"lr_start": lr.detach().clone(), "lr_peak": torch.zeros_like(lr, requires_grad=False)}
+    return {"lr_start": lr, "lr_peak": 0.0}
 
 
 def make_shadow(param: Tensor, state: dict[str, Any]) -> None:

@@ -200,7 +200,7 @@ def _announced(tensors: Any, grads: Any, inputs: Any) -> _Running | None:
         running = _Running(value, {}, threading.get_ident())
         if inputs is not None:
             leaves = {id(t) for t in _listed(inputs)}
-            for intake in [one for one in _listeners if one.owns(leaves)]:
+            for intake in [one for one in _listeners if one.owned(leaves)]:
                 running.tell(intake)
         else:
             _tell(running, [root for root, _ in losses])
@@ -221,11 +221,15 @@ def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
         listeners = list(_listeners)
         if len(listeners) > 1 or any(one.thread != running.thread for one in listeners):
             leaves = _leaves(roots)
-            owners = [one for one in listeners if one.owns(leaves)]
-            # FSDP's graph has unsharded copies as leaves: if no leaf belongs to a listener, all of this thread hear.
-            # Not those of other threads: their own backward may be writing the gradients that are looked at here.
-            everybody = [one for one in listeners if one.thread == running.thread]
-            listeners = owners if owners or running.told else everybody
+            owners = [one for one in listeners if one.owned(leaves)]
+            if not running.told:
+                # Not those of other threads: their own backward may be writing the gradients that are looked at here.
+                here = [one for one in listeners if one.thread == running.thread]
+                # FSDP's graph has unsharded copies as leaves: where a leaf is nobody's, those with shards hear, too.
+                if leaves.difference(*[one.owned(leaves) for one in owners]):
+                    owners += [one for one in here if one.has_shards() and one not in owners]
+                owners = owners or here
+            listeners = owners
         for intake in listeners:
             running.tell(intake)
 

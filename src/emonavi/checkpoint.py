@@ -6,7 +6,7 @@ What does not fit is refused before anything changes, with an error that names t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks, lowbit
+from emonavi.bearer import of_the_run
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
 from emonavi.machine import KEPT, Machine
@@ -24,7 +25,7 @@ from emonavi.spelling import FLAGS, NUMBERS
 if TYPE_CHECKING:
     from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["LATER", "load_exactly", "loadable", "same_emotion", "same_optimizer", "same_shapes"]
+__all__ = ["LATER", "load_exactly", "loadable", "not_torn", "same_emotion", "same_optimizer", "same_shapes"]
 
 # Options that earlier versions did not have, with the values that match their behaviour.
 LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
@@ -72,11 +73,13 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     """Return a checkpoint that this sibling can load; refuse one with another emotion or other memories.
 
     Raises:
-        ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes.
+        ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes, or has lost its
+            emotion.
     """
     params = list(optimizer._params())
     layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
     if "emotion" not in state_dict["param_groups"][0]:
+        not_torn(state_dict, KEPT)
         state_dict = _taken_over(state_dict, optimizer, params, layouts) or state_dict
     same_emotion(state_dict, optimizer._emotion)
     _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
@@ -98,7 +101,8 @@ def _taken_over(
     Returns:
         A state dict to load, with a fresh emotion, or None where the other holds no such memories.
     """
-    own = [{**g, "lr_peak": 0.0} for g in optimizer.param_groups]  # not from state_dict(), which runs the user's hooks
+    # Not from state_dict(), which runs the user's hooks.
+    own = [{**g, "lr_peak": of_the_run(g["lr"])["lr_peak"]} for g in optimizer.param_groups]
     own[0]["emotion"] = optimizer._fresh()
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
     if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:
@@ -129,6 +133,17 @@ def _taken_over(
         stacklevel=callers_level(),
     )
     return {"state": state, "param_groups": groups}
+
+
+def not_torn(state_dict: dict[str, Any], ours: Collection[str]) -> None:
+    """Raise if a checkpoint without an emotion has states of these names, which only we make."""
+    kept = [state_dict["state"].get(i, ()) for g in state_dict["param_groups"] for i in g["params"]]
+    if any(all(name in state for name in ours) for state in kept):
+        raise ValueError(
+            "the checkpoint has lost its emotion: it holds memories, but not the options of their group. In torch's "
+            "nested layout the stages of a pipeline write theirs over each other: save and load with "
+            "StateDictOptions(flatten_optimizer_state_dict=True)"
+        )
 
 
 def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:

@@ -176,6 +176,7 @@ def parameters(params: Sequence[Tensor]) -> None:
     for p in params:
         if not frozen(p):
             _movable(p)
+            _not_localized(p)
 
 
 def _movable(param: Tensor) -> None:
@@ -186,6 +187,17 @@ def _movable(param: Tensor) -> None:
         remedy = "view a complex one as real with torch.view_as_real, leave others out or without a gradient"
         raise ValueError(f"{what} is {param.dtype}: only real floating-point ones can be optimized; {remedy}")
     raise ValueError(f"{what} is {param.layout}: only dense ones can be optimized; use to_dense()")
+
+
+def _not_localized(param: Tensor) -> None:
+    """Raise for the plain tensor that DistributedDataParallel makes of a tensor-parallel parameter."""
+    if hasattr(param, "_st_info"):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} is a part of a tensor-parallel one that "
+            "DistributedDataParallel has made plain: taken for the whole, it would let the ranks drift apart; in place "
+            'of that wrapper use, after parallelize_module(), fully_shard(model, mesh=mesh["dp"]), or '
+            'replicate(model, mesh=mesh["dp"]) of torch.distributed._composable.replicate_with_fsdp'
+        )
 
 
 def whole(params: Sequence[Tensor], state_dtype: str | None) -> None:

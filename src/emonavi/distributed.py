@@ -7,7 +7,7 @@ the last bit. A step makes these collectives; in brackets how many numbers of th
 
     replicas    one before the update: loss, how many ranks have one, window, a flag for the gradient (5)
     shards      the same, with the squared norm of the gradient in it, and if the emotion reflects a second one after
-                the update: the three sums of reflection (3 n). Once in a run the norms of the weights (n)
+                the update: the three sums of reflection (3 n). Once in a run norms and sizes of the weights (2 n)
     alone       none
 """
 
@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from emonavi.intake import Loss
@@ -31,11 +31,14 @@ __all__ = [
     "agreed",
     "default_group",
     "hand_on",
+    "is_part",
     "is_piece",
     "is_sharded",
     "local",
     "local_grad",
+    "other_parts",
     "placed",
+    "reshard",
     "start",
     "unless_alone",
 ]
@@ -51,11 +54,11 @@ class Ranks(NamedTuple):
     def of(cls, params: Iterable[Tensor], process_group: Any) -> Ranks:
         """For these parameters; ``process_group`` is ``"auto"``, None (never), or a group.
 
-        All shards of a tensor need the same loss, so ``process_group=None`` is ignored for sharded parameters. The
-        default averages over the mesh they were cut from, replicated dimensions included.
+        All shards of a tensor need the same loss, so that with ``process_group=None`` it is averaged over the mesh that
+        shards it. The default averages over the mesh that this one was cut from, replicated dimensions included.
 
         Raises:
-            ValueError: no mesh of the parameters holds all others.
+            ValueError: no mesh of the parameters holds all others, or the group does not hold that mesh.
         """
         world = default_group()
         if world is None:
@@ -74,8 +77,15 @@ class Ranks(NamedTuple):
                     f"parameters are sharded over the ranks {_members(mesh)} and over {_members(widest)}, and neither "
                     "holds the other: shard all over one mesh, or give each part an optimizer of its own"
                 )
-        shards = unless_alone(_group(widest))
-        loss = unless_alone(_group(widest._get_root_mesh()) if process_group in ("auto", None) else process_group)
+        if process_group not in ("auto", None) and not set(_members(widest)) <= set(_ranks(process_group)):
+            raise ValueError(
+                f"process_group holds the ranks {_ranks(process_group)}, and the parameters are sharded over "
+                f"{_members(widest)}: parts of one tensor that feel different losses drift apart; give a group of all "
+                "these ranks, or leave process_group at 'auto' (all that train together) or None (these ranks)"
+            )
+        shards = loss = unless_alone(_group(widest))
+        if process_group is not None:
+            loss = unless_alone(_group(widest._get_root_mesh()) if process_group == "auto" else process_group)
         same = None not in (loss, shards) and set(_ranks(loss)) == set(_ranks(shards))
         return cls(loss, loss if same else shards)
 
@@ -161,6 +171,11 @@ def _is_sharded(kind: type) -> bool:
     return hasattr(kind, "device_mesh")  # importing DTensor itself takes a second
 
 
+def is_part(param: Any) -> bool:
+    """Whether this rank may hold a part of a parameter only. Of a replicated DTensor each rank holds all."""
+    return is_piece(param) or (is_sharded(param) and not all(p.is_replicate() for p in param.placements))
+
+
 def is_piece(param: Tensor) -> bool:
     """Whether a parameter is the local part of FSDP1's flat one: a plain tensor, of another size on each rank."""
     return bool(getattr(param, "_fsdp_flattened", False))
@@ -199,6 +214,23 @@ def placed(part: Tensor, param: Any, dims: Collection[int]) -> Tensor:
     shape = torch.Size(n if dim in dims else 1 for dim, n in enumerate(param.shape))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def other_parts(params: Iterable[Any], group: Any) -> list[int]:
+    """Ranks of a group that may hold another part of a parameter than this one."""
+    held = {rank for p in params if is_sharded(p) and is_part(p) for rank in _members(p.device_mesh)}
+    return sorted(held.intersection(_ranks(group)) - {dist.get_rank()}) if held else []
+
+
+def reshard(model: nn.Module | None) -> None:
+    """Let FSDP2 gather a model's weights anew: after a forward without a backward it keeps those of the root."""
+    if model is None or default_group() is None:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def add_parts(sums: Iterable[tuple[Tensor, Any, Collection[int]]]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from emonavi import checks
 from emonavi.bearer import Bearer, of_the_run
-from emonavi.checkpoint import same_emotion, same_optimizer, same_shapes
+from emonavi.checkpoint import not_torn, same_emotion, same_optimizer, same_shapes
 from emonavi.distributed import is_piece, is_sharded
 from emonavi.emotion import Emotion
 
@@ -63,7 +63,8 @@ def check(group: dict[str, Any], max_norm: Any, min_lr: Any, max_lr: Any) -> Non
     checks.group({**_ITS_OWN, "lr": group["lr"], "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr})
     checks.parameters(group["params"])
     if any(is_sharded(p) or is_piece(p) for p in group["params"]):
-        raise ValueError("a parameter is sharded: around shards there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
+        what = "a parameter is sharded, or a DTensor"
+        raise ValueError(f"{what}: around those there is no wrapper; use EmoNavi, EmoFact or EmoLynx")
 
 
 def dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict[str, Any]) -> None:
@@ -87,6 +88,8 @@ def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
             what = f"the checkpoint is of another optimizer, of {whose}"
             raise ValueError(f"{what}: load it into the one that saved it, or start with a fresh one")
         options |= {*OPTIONS, *OF_THE_RUN}
+    else:
+        not_torn(state_dict, ["step_sample"])
     same_optimizer(state_dict, options, [])
     same_shapes(state_dict, list(wrapper._params()), wrapper._shapes)
     return state_dict

@@ -30,6 +30,7 @@ class Mark(NamedTuple):
 
     captured: Tensor | None
     window: int
+    seen: bool
     gradients: list[tuple[Tensor | None, int]]  # each with its version; empty if there are none
     steps: int
     freed: int
@@ -47,6 +48,7 @@ class Intake:
         self._observed: list[Tensor | float] = []
         self._captured: Tensor | None = None
         self._window = 0
+        self._seen = False  # whether a backward of the window has left a gradient
         self._heard = 0  # backward calls ever
         self._steps = 0  # that used the pending loss
         self.releases = False  # whether gradients are freed inside backward (``release.py``)
@@ -58,8 +60,12 @@ class Intake:
         self._observed.append(_detached(loss))
 
     def hear(self, loss: Tensor) -> None:
-        """Add a back-propagated loss to the window; if all gradients were cleared, begin a new window."""
-        if self._window and not self.freed and all(p.grad is None for p in self._params()):
+        """Add a back-propagated loss to the window; if all gradients were cleared, begin a new window.
+
+        Gradients of shards that never were there have not been cleared: FSDP2 keeps them to itself until it reduces.
+        """
+        cleared = self._window and not self.freed and all(p.grad is None for p in self._params())
+        if cleared and (self._seen or not self.has_shards()):
             self.drop()
         self._captured = loss if self._captured is None else self._captured + loss.to(self._captured.device)
         self._window += 1
@@ -68,8 +74,8 @@ class Intake:
     def mark(self) -> Mark:
         """Note what is pending, and the gradients, before a backward."""
         grads = [p.grad for p in self._params()]
-        there = [(g, 0 if g is None else g._version) for g in grads] if any(g is not None for g in grads) else []
-        return Mark(self._captured, self._window, there, self._steps, self.freed)
+        there = [(g, _version(g)) for g in grads] if any(g is not None for g in grads) else []
+        return Mark(self._captured, self._window, self._seen, there, self._steps, self.freed)
 
     def touched(self, since: Mark) -> bool:
         """Whether a backward changed the gradients, as far as can be seen.
@@ -78,23 +84,28 @@ class Intake:
         """
         if self._steps != since.steps or self.freed != since.freed:
             return True
+        self._seen = self._seen or any(p.grad is not None for p in self._params())
         if not since.gradients:
             return not self.releases
         # One that changed is enough, and most often it is the first.
         grads = (p.grad for p in self._params())
         same = all(
-            now is before and (now is None or now._version == version)
+            now is before and _version(now) == version
             for now, (before, version) in zip(grads, since.gradients, strict=False)
         )
         return not same or all(p.grad is None for p in self._params())
 
     def undo(self, to: Mark) -> None:
         """Restore the window saved by :meth:`mark`."""
-        self._captured, self._window = to.captured, to.window
+        self._captured, self._window, self._seen = to.captured, to.window, to.seen
 
-    def owns(self, variables: set[int]) -> bool:
-        """Whether any of these leaves (by id) is one of the parameters."""
-        return any(id(p) in variables for p in self._params())
+    def owned(self, variables: set[int]) -> set[int]:
+        """Those of these leaves (by id) that are parameters."""
+        return variables.intersection(id(p) for p in self._params())
+
+    def has_shards(self) -> bool:
+        """Whether a parameter may be sharded by FSDP, which differentiates a copy of it."""
+        return any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in self._params())
 
     def take(self, told: Tensor | float | None, closure: Callable[[], Any] | None) -> tuple[Loss | None, Any]:
         """The loss that counts for this step, and what ``step()`` returns."""
@@ -128,8 +139,14 @@ class Intake:
 
     def drop(self) -> None:
         """Forget what was heard: its gradients are gone."""
-        self._captured, self._window, self.freed = None, 0, 0
+        self._captured, self._window, self._seen, self.freed = None, 0, False, 0
         self.thread = threading.get_ident()
+
+
+def _version(grad: Any) -> int:
+    """How often a gradient was written to. FSDP2 adds to the local part of a DTensor."""
+    is_plain = grad is None or type(grad) is Tensor  # most are; asking others for an attribute takes longer
+    return getattr(grad if is_plain or not hasattr(grad, "to_local") else grad.to_local(), "_version", 0)
 
 
 def _detached(loss: Tensor | float) -> Tensor | float:

@@ -18,7 +18,7 @@ from emonavi import checks, kernels, lowbit
 from emonavi.active import Active, Found, Roster
 from emonavi.bearer import Bearer, make_shadow, of_the_run
 from emonavi.checkpoint import LATER, load_exactly, loadable
-from emonavi.distributed import Ranks, agreed, hand_on, is_piece, is_sharded, local, local_grad
+from emonavi.distributed import Ranks, agreed, hand_on, is_part, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
@@ -405,7 +405,7 @@ class EmoOptimizer(Bearer):
                 continue  # frozen: it may be of any kind; lazy: it has no shape yet
             rule, elementwise = self._rule(self._layout(p))
             whole = self._needs_whole(p)
-            if (is_sharded(p) or is_piece(p)) and not whole and not elementwise:
+            if is_part(p) and not whole and not elementwise:
                 what = f"a parameter of shape {tuple(p.shape)} is a part of a sharded one"
                 raise ValueError(f"{what}, of which {type(self).__name__} needs all: use EmoNavi, EmoFact or EmoLynx")
             if group["fused"] and whole:
