@@ -38,6 +38,10 @@ def _kind(request):
     KIND["plain"] = request.param
 
 
+def summed(grad_step, grad_grad, step_step, weight):
+    return Sums(torch.stack([grad_step, grad_grad, step_step]), weight)
+
+
 def given_as(x):
     """A number or flag as the emotion gets it."""
     return x if KIND["plain"] else torch.tensor(x, dtype=torch.bool if isinstance(x, bool) else torch.float64)
@@ -65,7 +69,7 @@ def step(machine, state, *, loss=None, norm=1.0, cosine=0.0, options=OPTIONS, te
     state, acts, scale = machine.guard(state, given_as(norm), options)
     mood = machine.mood(state, acts, scale, options)
     ones = torch.ones(tensors, dtype=torch.float64)
-    return machine.reflect(state, Sums(cosine * ones, ones, ones, ones), acts, options), mood
+    return machine.reflect(state, summed(cosine * ones, ones, ones, ones), acts, options), mood
 
 
 def finite(state):
@@ -199,9 +203,9 @@ def test_drive_stays_within_its_bounds_for_any_sums(tensors, steps):
         state, acts, scale = machine.guard(state, given_as(abs(norm)), options)
         assert math.isfinite(float(machine.mood(state, acts, scale, options).drive))
         assert 0 <= float(scale) <= 1
-        state = machine.reflect(state, Sums(*columns), acts, options)
+        state = machine.reflect(state, summed(*columns), acts, options)
         counts = torch.full_like(own, float(count + 1))
-        own, trust = machine.reflect_each(state, own, trust, counts, Sums(*columns))
+        own, trust = machine.reflect_each(state, own, trust, counts, summed(*columns))
         assert math.log(low) - math.log(10) - 1 <= float(state.log_drive) <= math.log(high) + 1e-9
         assert float(state.log_drive) == float(state.log_drive)
 
@@ -213,7 +217,7 @@ def test_finite_inputs_give_finite_outputs(steps):
     for count, (cosine, size) in enumerate(steps):
         state, acts, _ = machine.guard(state, given_as(size), OPTIONS)
         same = torch.full((2,), size, dtype=torch.float64)
-        found = Sums(cosine * same, same, same, torch.ones(2, dtype=torch.float64))
+        found = summed(cosine * same, same, same, torch.ones(2, dtype=torch.float64))
         state = machine.reflect(state, found, acts, OPTIONS)
         own, trust = machine.reflect_each(state, own, trust, torch.full_like(own, count + 1.0), found)
         assert finite(state)
@@ -234,7 +238,7 @@ def test_reflection_ignores_the_scale_of_its_sums(exponent, seed):
         noise = torch.randn(30, 3, generator=generator.manual_seed(seed), dtype=torch.float64)
         for row in noise:
             ones = torch.ones(3, dtype=torch.float64)
-            found = Sums(a * row.tanh(), a * ones, a * ones, ones)
+            found = summed(a * row.tanh(), a * ones, a * ones, ones)
             state = machine.reflect(state, found, given_as(True), OPTIONS)
         runs.append(state)
     assert float(runs[0].log_drive) == pytest.approx(float(runs[1].log_drive), abs=1e-9)
@@ -254,8 +258,8 @@ def test_agreement_raises_the_drive_and_opposition_lowers_it():
 
 def test_tensors_without_weight_do_not_count():
     machine, state = fresh()
-    both = Sums(*(torch.tensor(x, dtype=torch.float64) for x in ([0.5, -9.0], [1.0, 9.0], [1.0, 9.0], [1.0, 0.0])))
-    one = Sums(*(x[:1] for x in both))
+    both = summed(*(torch.tensor(x, dtype=torch.float64) for x in ([0.5, -9.0], [1.0, 9.0], [1.0, 9.0], [1.0, 0.0])))
+    one = Sums(both.products[:, :1], both.weight[:1])
     a, b = (machine.reflect(state, s, given_as(True), OPTIONS) for s in (both, one))
     assert float(a.trust) == float(b.trust) == 0.5
     own, trust = machine.reflect_each(a, torch.ones(2), torch.zeros(2), torch.full((2,), 20.0), both)
@@ -267,7 +271,7 @@ def began(blank, rms=0.02, lr=1e-2):
     machine, state = fresh()
     weights = Weights(torch.tensor(rms, dtype=torch.float64), torch.tensor(blank, dtype=torch.float64))
     options = OPTIONS._replace(lowest_drive=1e-8)
-    return machine, machine.begin(state, weights, torch.tensor(lr, dtype=torch.float64), options), options
+    return machine, machine.begin(state, weights, options._replace(lr=lr)), options
 
 
 @pytest.mark.parametrize("blank", [0.0, 0.5])
@@ -277,7 +281,7 @@ def test_it_begins_with_the_same_numbers_on_a_device(blank):
     machine = Emotion()
     start = machine.unpack(torch.tensor(machine.initial(), dtype=torch.float64), plain=not KIND["plain"])
     rms, share, lr = (torch.tensor(x, dtype=torch.float64) for x in (0.02, blank, 1e-2))
-    other = machine.begin(start, Weights(rms, share), lr, OPTIONS._replace(lowest_drive=1e-8))
+    other = machine.begin(start, Weights(rms, share), OPTIONS._replace(lowest_drive=1e-8, lr=lr))
     for name in ("free", "log_drive", "lr_ref"):
         assert float(getattr(state, name)) == pytest.approx(float(getattr(other, name)), abs=1e-12)
 
@@ -599,7 +603,7 @@ def test_presets_are_their_formulas(name, steps):
             assert float(mood.trust) == pytest.approx(reference.trust, abs=1e-10)
         assert float(scale) == 1.0
         nothing = torch.zeros(1, dtype=torch.float64)
-        state = machine.reflect(state, Sums(nothing, nothing, nothing, nothing), acts, options)
+        state = machine.reflect(state, summed(nothing, nothing, nothing, nothing), acts, options)
         reference.end_step(norm)
         assert bool(machine.should_stop(state)) == reference.should_stop
 

@@ -16,7 +16,7 @@ from cases import contents, differences, siblings, vector
 from test_checkpoint import through_file
 
 import emonavi
-from emonavi.active import Active, Found, Roster
+from emonavi.active import Active, Found, Roster, note_peaks
 from emonavi.distributed import Ranks
 from emonavi.machine import Sums
 from emonavi.sweep import all_norms
@@ -52,22 +52,24 @@ def plain(optimizer, loss):
     for p, _ in found:
         optimizer._make_state(p)
     active = active_of(optimizer, found)
+    note_peaks(groups)
     options = active.options(groups, optimizer._hold, optimizer._fall, optimizer._fades, plain=True)
     felt = emotion.unpack(state, plain=True)
     if not optimizer._begun:
-        felt = emotion.begin(felt, optimizer._weights(state, Ranks()), active.lr.max(), options)
+        felt = emotion.begin(felt, optimizer._weights(state, Ranks()), options)
     mood = emotion.mood(felt, True, 1.0, options)
     finite = [bool(p.grad.isfinite().all()) for p, _ in found]
     sums = torch.zeros(4, len(found), dtype=torch.float64)
     for i, (p, g) in enumerate(found):
         one = active_of(optimizer, [(p, g)])
-        sums[:, i] = torch.cat(optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options, i))
+        part = optimizer._sweep(one, optimizer._buckets(one, False), mood, finite[i], options, i)
+        sums[:, i] = torch.cat([part.products[:, 0], part.weight])
     felt = emotion.feel(felt, loss, 1)
     felt, acts, _ = emotion.guard(felt, torch.linalg.vector_norm(all_norms(active.grads, state)), options)
-    if options.use_shadow and emotion.mood(felt, acts, 1.0, options).pull:
+    if groups[0]["use_shadow"] and emotion.mood(felt, acts, 1.0, options).pull:
         for p, _ in found:
             p.data.copy_(optimizer.state[p]["shadow"])
-    sums = Sums(*sums)
+    sums = Sums(sums[:3], sums[3])
     felt = emotion.reflect(felt, sums, acts, options)._replace(last_scalar=mood.scalar)
     each = emotion.reflect_each(felt, active.drive, active.trust, active.steps - 1, sums)
     active.keep(torch.tensor(finite), *each)
@@ -309,7 +311,7 @@ def test_a_step_at_lr_0_looks_once_for_what_moves(monkeypatch):
     model = model_of()
     optimizer = emonavi.EmoNavi(model.parameters(), lr=0.0)
     looked = []
-    monkeypatch.setattr(optimizer, "_moves", lambda found: looked.append(len(found.params)) or False)
+    monkeypatch.setattr(Found, "moves", lambda found, groups: looked.append(len(found.params)) or False)
     emonavi.gradient_release(optimizer)
     for t in range(2):
         loss_of(model, t).backward()

@@ -66,7 +66,7 @@ def columns(case, dtype, how="plain", shapes=None):
     generator, made = torch.Generator().manual_seed(0), {}
     for shape in shapes or shapes_of(case):
         param = torch.empty(shape, dtype=dtype)
-        row = {"param": param, "grad": param, **case.make([param])._init_state(param)}
+        row = {"param": param, "grad": param, **case.make([param])._memories(param)}
         for name, like in row.items():
             drawn = torch.randn(like.shape, generator=generator, dtype=torch.float64)
             drawn = drawn if name in ("param", "grad", "exp_avg", "exp_avg_sample") else drawn.abs()
@@ -84,7 +84,7 @@ def moved(case, bucket, scalars, kernel, grad_scale=1.0, acts=True, seeds=None):
     held = {name: [t.clone(memory_format=torch.preserve_format) for t in column] for name, column in bucket.items()}
     made, n = cuda.kernel(case.rule, held) if kernel else None, len(bucket["param"])
     scale = torch.tensor(grad_scale, dtype=torch.float64, device=DEVICE)
-    swept = Bucket(case.rule, {"foreach": False}, (), list(range(n)), held, cut=False, predicated=True, kernel=made)
+    swept = Bucket(case.rule, {"foreach": False}, (), list(range(n)), held, cut=False, kernel=made)
     sums = swept.move(scalars, scale, torch.tensor(acts, device=DEVICE), seeds)
     return held, None if sums is None else torch.stack(sums).T.tolist()
 

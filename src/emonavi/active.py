@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi import kernels
-from emonavi.distributed import is_sharded, local
+from emonavi import checks, kernels
+from emonavi.distributed import is_piece, is_sharded, local
 from emonavi.lowbit import scale_of
 from emonavi.machine import KEPT, Mood, Options
 from emonavi.scalars import Number, clamp, like, where
-from emonavi.sweep import lean, to_home
+from emonavi.shadow import lean
+from emonavi.sweep import to_home
 
 if TYPE_CHECKING:
     from emonavi.kernels.cpu import Numbers
 
-__all__ = ["Active", "Found", "Roster", "bounded", "highest", "per_tensor"]
+__all__ = ["Active", "Found", "Roster", "bounded", "highest", "note_peaks", "per_tensor"]
 
 
 class Found(NamedTuple):
@@ -29,6 +30,29 @@ class Found(NamedTuple):
     params: list[Tensor]
     groups: list[int]  # index of each one's group
     grads: list[Tensor]  # as they lie in ``.grad``
+
+    @classmethod
+    def of(cls, param_groups: Sequence[dict[str, Any]]) -> Found:
+        """Those that have a gradient."""
+        params: list[Any] = [p for g in param_groups for p in g["params"]]
+        groups = [i for i, g in enumerate(param_groups) for _ in g["params"]]
+        found = cls(params, groups, [p.grad for p in params])
+        if any([g is None for g in found.grads]):
+            # FSDP1: a parameter without an element here has no gradient, but it moves elsewhere: all ranks count it.
+            away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
+            found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
+        checks.gradients(found.grads)
+        return found
+
+    def moves(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether any of them has an lr other than 0. An lr on a device is never read and counts as not 0."""
+        moving = []
+        for group in param_groups:
+            on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
+            if not on_device:
+                checks.rate(group["lr"])
+            moving.append(on_device or bool(group["lr"] != 0))
+        return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(self.params, self.groups, strict=True))
 
     def where(self, keeps: Sequence[bool]) -> Found:
         """Those for which ``keeps`` is True."""
@@ -100,12 +124,11 @@ class Active(NamedTuple):
     def options(
         self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
     ) -> Options:
-        """Build the emotion's ``Options``, as Python numbers if ``plain``. Also updates each group's ``lr_peak``."""
+        """Build the emotion's ``Options``, as Python numbers if ``plain``, after :func:`note_peaks`."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
         lows, walls, decayed, lrs = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
-            group["lr_peak"] = highest(group["lr"], group["lr_peak"])
             lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
             if count:  # the lr of a group in which nothing moves says nothing
                 lrs.append(lr)
@@ -121,7 +144,6 @@ class Active(NamedTuple):
                 walls.append(where(peak > 0, wall / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
-            use_shadow=bool(groups[0]["use_shadow"]),
             max_norm=groups[0]["max_norm"],
             lowest_drive=_fold(lows, torch.amin, min),
             highest_drive=_fold(walls, torch.amax, max),
@@ -158,7 +180,7 @@ class Active(NamedTuple):
         names = [k for name in layout for k in (name, scale_of(name)) if k in states[places[0]]]
         return lists | {name: [states[i][name] for i in places] for name in names}
 
-    def lean(self, mood: Mood, predicated: bool, fused: bool) -> None:
+    def lean(self, mood: Mood, fused: bool) -> None:
         """Move tensors and their shadows towards each other, as the mood says; at lr 0 only the shadows move."""
         _, params, states, groups, *_ = self.roster
         of_groups: dict[int, list[int]] = {}
@@ -167,7 +189,7 @@ class Active(NamedTuple):
                 of_groups.setdefault(groups[place], []).append(place)
         for places in of_groups.values():
             pull = where(like(mood.pull, self.lr[places[0]]) > 0, mood.pull, 0.0)
-            lean([(params[i], states[i]["shadow"]) for i in places], pull, mood.follow, predicated, fused)
+            lean([(params[i], states[i]["shadow"]) for i in places], pull, mood.follow, fused)
 
     def scale_memories(self, factor: Number, layout: Callable[[Tensor], tuple[str, ...]]) -> None:
         """Before a tensor's second step, scale by a factor what its memories hold: its first gradient.
@@ -190,6 +212,12 @@ class Active(NamedTuple):
             return
         for name, column in zip(KEPT, values, strict=True):
             torch._foreach_copy_([s[name] for s in self.roster.states], list(column.to(torch.float32).unbind()))
+
+
+def note_peaks(groups: Sequence[dict[str, Any]]) -> None:
+    """Update each group's highest lr so far."""
+    for group in groups:
+        group["lr_peak"] = highest(group["lr"], group["lr_peak"])
 
 
 def highest(a: float | Tensor, b: float | Tensor) -> float | Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it does not import dynamo (1.5 s)
 from torch.nn.parameter import is_lazy
 
-from emonavi import checks
+from emonavi import checks, shadow
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, default_group, is_piece, local, reshard
@@ -25,9 +25,9 @@ from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak, callers_level
 from emonavi.scalars import Number, exp, like, widest
-from emonavi.sweep import all_norms, lean, to_home, wide
+from emonavi.sweep import all_norms, to_home
 
-__all__ = ["Bearer", "make_shadow", "of_the_run"]
+__all__ = ["Bearer", "of_the_run"]
 
 
 class _Shared:
@@ -157,10 +157,8 @@ class Bearer(torch.optim.Optimizer):
             for group in self.param_groups:
                 group["lr_peak"] = of_the_run(group["lr"])["lr_peak"]
                 for p in group["params"]:
-                    state = self.state.get(p, {})
-                    for name, value in (("drive", 1.0), ("trust", 0.0), ("shadow", p)):
-                        if name in state:
-                            state[name].copy_(value) if isinstance(value, Tensor) else state[name].fill_(value)
+                    if self.param_groups[0]["use_shadow"] and "shadow" in (state := self.state.get(p, {})):
+                        state["shadow"].copy_(p)
 
     @contextmanager
     def calm(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -205,15 +203,12 @@ class Bearer(torch.optim.Optimizer):
                 "calm(model) of a model under FSDP1, which may go on with weights that it gathered before: save inside "
                 "calm() and evaluate what was saved, or shard with FSDP2's fully_shard()"
             )
-        shown, shadows = ([local(pair[i].detach()) for pair in pairs] for i in (0, 1))
-        held = [p.clone() for p in shown]
         self._is_calm = True
         try:
-            _copy(shown, shadows)
-            reshard(model)
-            yield
+            with shadow.shown(pairs):
+                reshard(model)
+                yield
         finally:
-            _copy([local(p.detach()) for p, _ in pairs], held)  # looked up again: the block may have moved them
             self._is_calm = False
             reshard(model)
 
@@ -266,8 +261,9 @@ class Bearer(torch.optim.Optimizer):
         self._prepare()
         heard, returned = self._intake.take(loss, closure)
         if not self._end_release(heard):
-            found = self._found()
-            if self._moves(found):
+            found = Found.of(self.param_groups)
+            self._idle.note(not found.params)
+            if found.moves(self.param_groups):
                 self._move(found, heard)
             elif found.params:
                 self._stay(found)
@@ -290,38 +286,6 @@ class Bearer(torch.optim.Optimizer):
 
     # What steps share -------------------------------------------------------------------------------------------
 
-    def _found(self) -> Found:
-        """Parameters that have a gradient."""
-        params: list[Any] = list(self._params())
-        groups = [i for i, g in enumerate(self.param_groups) for _ in g["params"]]
-        found = Found(params, groups, [p.grad for p in params])
-        if any([g is None for g in found.grads]):
-            # FSDP1: a parameter without an element here has no gradient, but it moves elsewhere: all ranks count it.
-            away = [is_piece(p) and p.requires_grad and not p.numel() for p in params]
-            found = found.where([g is not None or a for g, a in zip(found.grads, away, strict=True)])
-        checks.gradients(found.grads)
-        self._idle.note(not found.params)
-        return found
-
-    def _drop_shadows(self) -> None:
-        """Drop the shadows when they are switched off: an old one would count as current if switched on again."""
-        for p in self._params():
-            self.state.get(p, {}).pop("shadow", None)
-
-    def _follow_idle(self, moved: list[Tensor], follow: Number, fused: bool) -> None:
-        """Let the shadows of parameters that did not move follow as well.
-
-        Otherwise calm() would show an old value of a weight that seldom has a gradient, or is frozen by now.
-        """
-        busy = set(moved)
-        pairs = []
-        for p in self._params():
-            shadow = self.state.get(p, {}).get("shadow") if p not in busy else None
-            if shadow is not None and not p.is_meta:
-                own = local(shadow)
-                pairs.append((local(p.detach()).to(own.device), own))
-        lean(pairs, 0.0, follow, isinstance(follow, Tensor), fused)
-
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Shapes of a parameter's state tensors, by name, as stored."""
         raise NotImplementedError
@@ -335,15 +299,6 @@ class Bearer(torch.optim.Optimizer):
                 self._known[p] = p.shape
         if len(self._known) > sum(len(g["params"]) for g in self.param_groups):
             self._known = {p: p.shape for p in params}  # some were replaced: let go of them
-
-    def _moves(self, found: Found) -> bool:
-        """Whether any of them has an lr other than 0. An lr on a device is never read and counts as not 0."""
-        rates = [g["lr"] for g in self.param_groups]
-        for lr in rates:
-            if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-                checks.rate(lr)
-        moving = [(isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0) for lr in rates]
-        return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(found.params, found.groups, strict=True))
 
     def _feel(self, state: Any, heard: Loss | None, vector: Tensor) -> Any:
         """The state after a loss, negated for ``maximize``; unchanged if there was no loss."""
@@ -459,14 +414,3 @@ def of_the_run(lr: float | Tensor) -> dict[str, Any]:
     if isinstance(lr, Tensor):  # the peak will be one, too: a distributed checkpoint is loaded into what is there
         return {"lr_start": lr.detach().clone(), "lr_peak": torch.zeros_like(lr, requires_grad=False)}
     return {"lr_start": lr, "lr_peak": 0.0}
-
-
-def make_shadow(param: Tensor, state: dict[str, Any]) -> None:
-    """Make a parameter's shadow if it is missing."""
-    if "shadow" not in state:
-        state["shadow"] = wide(param.detach()).clone()
-
-
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    if to:
-        torch._foreach_copy_(to, source)

@@ -241,7 +241,7 @@ def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Siz
         raise RuntimeError(f"{what} has a gradient of shape {tuple(param.grad.shape)}: call zero_grad() first")
     if any(size > 1 and not stride for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise RuntimeError(f"{what} is expanded, so that its elements share memory: make it of a clone()")
-    for name, shape in {**shapes, "shadow": param.shape}.items():
+    for name, shape in shapes.items():
         if name in state and state[name].shape != shape:
             remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"
             raise RuntimeError(f"{what} has {name} of shape {tuple(state[name].shape)}: {remedy}")

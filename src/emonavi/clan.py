@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.fact import emofact, fresh_memories
+from emonavi.fact import emofact
 from emonavi.lynx import emolynx
 from emonavi.machine import Mood
 from emonavi.navi import adam_scalars, emonavi
@@ -66,32 +66,27 @@ class EmoClan(EmoOptimizer):
         fact = ("exp_avg_row", "exp_avg_col") if param.dim() > 1 else ("fact_exp_avg", "fact_exp_avg_sq")
         return ("exp_avg", "exp_avg_sq", *fact, "lynx_exp_avg")
 
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return fresh_memories(param, self._layout(param))
-
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         if self._emotion.reflects:
             return emoclan, True
         return emoclan_v3, "exp_avg_row" not in layout
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
         own = adam_scalars(group, steps, step_size, self._emotion.corrects_bias)
-        return own | (biases(group, steps) if self._emotion.reflects else {})
-
-    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
         if self._emotion.reflects:
-            return {"signed": rising(mood.scalar), "last_signed": rising(mood.last_scalar)}
+            return own | signed_scalars(group, steps, mood)
         size = abs(mood.scalar)
         fact, lynx = (size > 0.3) & (size <= 0.6), size > 0.6
-        return {"navi": number(size <= 0.3), "fact": number(fact), "lynx": number(lynx)}
+        return own | {"navi": number(size <= 0.3), "fact": number(fact), "lynx": number(lynx)}
 
 
-def biases(group: dict[str, Any], steps: Tensor) -> dict[str, Any]:
-    """Bias corrections of the first memory, at this step and at the one before."""
+def signed_scalars(group: dict[str, Any], steps: Tensor, mood: Mood) -> dict[str, Any]:
+    """What :func:`signed_step` needs, at this step and at the one before: bias corrections, and shares of the sign."""
     beta1 = group["betas"][0]
-    return {"bias": 1 - beta1**steps, "last_bias": 1 - beta1 ** (steps - 1)}
+    biases = {"bias": 1 - beta1**steps, "last_bias": 1 - beta1 ** (steps - 1)}
+    return biases | {"signed": rising(mood.scalar), "last_signed": rising(mood.last_scalar)}
 
 
 def rising(scalar: Number) -> Number:

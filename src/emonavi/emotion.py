@@ -224,12 +224,12 @@ class Emotion(Reflection):
             return torch.stack(state)
         return torch.tensor(state, dtype=torch.float64, device="cpu")
 
-    def begin(self, state: State, weights: Weights, lr: Tensor, options: Options) -> State:
+    def begin(self, state: State, weights: Weights, options: Options) -> State:
         """Set the first drive from the scale of the weights.
 
-        ``lr`` is today's, which a schedule may have lowered; ``lr_ref`` has held the user's since construction.
+        ``options.lr`` is today's, which a schedule may have lowered; ``lr_ref`` has held the user's since construction.
         """
-        lr_ref = like(state.code, lr)
+        lr_ref = like(state.code, options.lr)
         user = clamp(state.lr_ref, lr_ref)
         rms, blank = like(state.code, weights.rms), like(state.code, weights.blank)
         rms = where(rms > 0, rms, UNKNOWN_RMS)

@@ -36,15 +36,16 @@ import torch
 from torch import Tensor
 
 from emonavi.active import Active
-from emonavi.distributed import add_parts, is_sharded, local, placed, start
+from emonavi.distributed import add_parts, is_sharded, start
+from emonavi.machine import Mood
+from emonavi.memories import sample_size, sample_stride
 from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
 from emonavi.scalars import Number, like
 from emonavi.sweep import Reflected, Rule, dot, wide
 
-__all__ = ["EmoFact", "emofact", "fresh_memories"]
+__all__ = ["EmoFact", "emofact"]
 
-SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
 SAMPLE_RATE = 0.1
 
 
@@ -83,22 +84,19 @@ class EmoFact(EmoOptimizer):
         # The presets do not reflect, and need no sample.
         return ("exp_avg_row", "exp_avg_col", "exp_avg_sample")[: 3 if self._emotion.reflects else 2]
 
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return fresh_memories(param, self._layout(param))
-
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         return (emonavi, True) if "exp_avg" in layout else (emofact, False)
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
         corrects = self._emotion.corrects_bias
         if "exp_avg" in layout:
-            return adam_scalars(group, steps, step_size, corrects) | {"grad_trust": trust}
+            return adam_scalars(group, steps, step_size, corrects) | {"grad_trust": mood.trust}
         beta1, eps = group["betas"][0], group["eps"]
         bias = 1 - beta1**steps if corrects else torch.ones_like(steps)
         floor = eps * eps if corrects else eps
-        return {"beta1": beta1, "eps": eps, "floor": floor, "step_size": step_size, "bias": bias, "trust": trust}
+        return {"beta1": beta1, "eps": eps, "floor": floor, "step_size": step_size, "bias": bias, "trust": mood.trust}
 
     def _needs_whole(self, param: Tensor) -> bool:
         return is_sharded(param) and param.dim() > 1
@@ -118,34 +116,8 @@ class EmoFact(EmoOptimizer):
         return wholes
 
 
-def sample_stride(count: int) -> int:
-    """Distance between sampled elements of ``count``. Odd, so as not to stay in one column of a width like 512."""
-    return max(1, -(-count // SAMPLE)) | 1
-
-
-def sample_size(count: int) -> int:
-    """How many of ``count`` elements are sampled."""
-    return -(-count // sample_stride(count))
-
-
-def fresh_memories(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
-    """Zeros under these names: shaped as a matrix's rows, columns or sample if so named, else as the parameter."""
-    here, dims = wide(local(param.detach())), range(1, param.dim())
-
-    def made(name: str) -> Tensor:
-        if name == "exp_avg_row":
-            return placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,))
-        if name == "exp_avg_col":
-            return placed(here.new_zeros((1, *here.shape[1:])), param, dims)
-        if name == "exp_avg_sample":
-            return here.new_zeros(sample_size(param.numel()))
-        return torch.zeros_like(wide(param))
-
-    return {name: made(name) for name in layout}
-
-
 def sample(batch: Tensor) -> Tensor:
-    """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most :data:`SAMPLE`)."""
+    """Elements of each tensor of a batch, spread over it: shape (n, ...) becomes (n, at most 4,096)."""
     flat = batch.flatten(1)
     return flat[:, :: sample_stride(flat.shape[1])]
 

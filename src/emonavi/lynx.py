@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from emonavi.active import highest
 from emonavi.emotion import Emotion
-from emonavi.optimizer import EmoOptimizer, ParamsT
+from emonavi.machine import Mood
+from emonavi.optimizer import EmoOptimizer
 from emonavi.presets import Preset
-from emonavi.scalars import Number, like, where
+from emonavi.scalars import like, where
 from emonavi.spelling import spelled
 from emonavi.sweep import Reflected, Rule, dot
 
@@ -118,10 +120,10 @@ class EmoLynx(EmoOptimizer):
         return emolynx, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        return {"beta1": beta1, "beta2": beta2, "step_size": step_size, "trust": trust}
+        return {"beta1": beta1, "beta2": beta2, "step_size": step_size, "trust": mood.trust}
 
 
 def emolynx(

@@ -20,7 +20,6 @@ class Options(NamedTuple):
     """Options and lrs as the emotion needs them (plain numbers or 0-d tensors)."""
 
     use_trust: bool
-    use_shadow: bool
     max_norm: float
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
@@ -40,12 +39,11 @@ class Weights(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Result of one sweep over the tensors: 1-D tensors with one entry for each tensor of the step."""
+    """Result of one sweep over the n tensors of a step."""
 
-    grad_step: Tensor  # <g, u>: today's gradient with the last step's direction
-    grad_grad: Tensor  # <g, g> in the rule's metric
-    step_step: Tensor  # <u, u> in the rule's metric
-    weight: Tensor  # the tensor's effective lr; 0 where it takes no part
+    # Shape (3, n), in the rule's metric: <g, u>, today's gradient with the last step's direction; <g, g>; and <u, u>.
+    products: Tensor
+    weight: Tensor  # shape (n,): the tensor's effective lr; 0 where it takes no part
 
 
 class Mood(NamedTuple):
@@ -105,7 +103,7 @@ class Machine(Protocol):
     def upgrade(self, vector: Tensor) -> Tensor: ...
     def unpack(self, vector: Tensor, plain: bool = False) -> Any: ...
     def pack(self, state: Any) -> Tensor: ...
-    def begin(self, state: Any, weights: Weights, lr: Tensor, options: Options) -> Any: ...
+    def begin(self, state: Any, weights: Weights, options: Options) -> Any: ...
     def feel(self, state: Any, loss: Number, window: Number) -> Any: ...
     def give_way(self, state: Any, lr: Number, use_trust: bool) -> Any: ...
     def look_back(self, state: Any, norm: Number, options: Options) -> tuple[Any, Number]: ...

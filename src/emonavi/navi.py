@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emonavi.machine import Mood
 from emonavi.optimizer import EmoOptimizer
-from emonavi.scalars import Number
 from emonavi.sweep import Reflected, Rule, dot
 
 __all__ = ["EmoNavi", "emonavi"]
@@ -54,9 +54,9 @@ class EmoNavi(EmoOptimizer):
         return emonavi, True
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
-        return adam_scalars(group, steps, step_size, self._emotion.corrects_bias) | {"square_trust": trust}
+        return adam_scalars(group, steps, step_size, self._emotion.corrects_bias) | {"square_trust": mood.trust}
 
 
 def adam_scalars(group: dict[str, Any], steps: Tensor, step_size: Tensor, corrects_bias: bool) -> dict[str, Any]:

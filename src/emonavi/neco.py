@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from emonavi.clan import rising
 from emonavi.emotion import Emotion
 from emonavi.machine import Mood
-from emonavi.optimizer import EmoOptimizer, ParamsT
+from emonavi.optimizer import EmoOptimizer
 from emonavi.presets import Preset
 from emonavi.scalars import Number, number
 from emonavi.sweep import Reflected, Rule, dot
@@ -104,17 +105,14 @@ class EmoNeco(EmoOptimizer):
         return (emoneco if self._emotion.reflects else emoneco_v3), False
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        published = {} if self._emotion.reflects else {"eps": group["eps"]}
-        return {"beta1": beta1, "beta2": beta2, "step_size": step_size} | published
-
-    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
+        own = {"beta1": beta1, "beta2": beta2, "step_size": step_size}
         if self._emotion.reflects:
-            return {"hard": rising(mood.scalar), "last_hard": rising(mood.last_scalar)}
+            return own | {"hard": rising(mood.scalar), "last_hard": rising(mood.last_scalar)}
         size = abs(mood.scalar)
-        return {"soft": number((size > 0.2) & (size <= 0.5))}
+        return own | {"eps": group["eps"], "soft": number((size > 0.2) & (size <= 0.5))}
 
 
 def emoneco(

@@ -7,34 +7,35 @@ The emotion knows only numbers, a rule only tensors and ready scalars. This file
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import ParamsT
 
-from emonavi import checks, kernels, lowbit
-from emonavi.active import Active, Found, Roster
-from emonavi.bearer import Bearer, make_shadow, of_the_run
+from emonavi import checks, kernels, lowbit, shadow
+from emonavi.active import Active, Found, Roster, note_peaks
+from emonavi.bearer import Bearer, of_the_run
 from emonavi.checkpoint import LATER, load_exactly, loadable
 from emonavi.distributed import Ranks, agreed, hand_on, is_part, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
+from emonavi.memories import fresh
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.spelling import spelled
-from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, integers, wide
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, integers
 
 __all__ = ["EmoOptimizer"]
 
 if TYPE_CHECKING:
     from emonavi.kernels.plan import Plan
 
-ParamsT: TypeAlias = Iterable[Any]
 EARLY = 20  # calls of step() by which the second finite gradient has come, even if some before it were not finite
 
 
@@ -152,18 +153,17 @@ class EmoOptimizer(Bearer):
         """Names of the state tensors of a parameter, in the order that its rule takes them."""
         raise NotImplementedError
 
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        """The state tensors of a parameter, by the names of its layout: zeros of its shape."""
-        return {name: torch.zeros_like(wide(param)) for name in self._layout(param)}
-
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         """The rule for a layout, and whether it is elementwise."""
         raise NotImplementedError
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
-        """The rule's scalars. A 1-D tensor holds one value for each tensor of the bucket; anything else is for all."""
+        """The rule's scalars: 1-D, one value for each tensor of the bucket, or one number for all.
+
+        A float may be branched on, a 0-d tensor may not.
+        """
         raise NotImplementedError
 
     def _needs_whole(self, param: Tensor) -> bool:
@@ -172,13 +172,6 @@ class EmoOptimizer(Bearer):
 
     def _wholes(self, active: Active, grad_scale: Number) -> dict[int, Any]:
         """For each sharded tensor that needs it (by place): statistics of the whole tensor, reduced over ranks."""
-        return {}
-
-    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
-        """Extra scalars of a rule that depends on the emotional scalar.
-
-        They are floats (may be branched on) or 0-d tensors (may not).
-        """
         return {}
 
     # Generations for which a rule of this name was published.
@@ -229,10 +222,11 @@ class EmoOptimizer(Bearer):
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
         sums = self._sweep(active, buckets, mood, acts, options)
-        if options.use_shadow:
-            self._follow_idle(active.roster.whole, mood.follow, self._fuses(predicated))
+        if self.param_groups[0]["use_shadow"]:
+            moved, fused = active.roster.whole, self._fuses(predicated)
+            shadow.follow_idle(self._params(), self.state, moved, mood.follow, fused)
         if self._emotion.reflects and options.use_trust:
-            sums = Sums._make([*ranks.whole(torch.stack(sums[:3]), active.roster.whole), sums.weight])
+            sums = sums._replace(products=ranks.whole(sums.products, active.roster.whole))
         state = self._emotion.reflect(state, sums, acts, options)
         active.keep(acts, *self._emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         self._end(vector, state, acts)
@@ -245,14 +239,15 @@ class EmoOptimizer(Bearer):
         Raises before anything moves.
         """
         vector, ranks = self._vector(), self._peers()
-        if self._plan is not None and self._plan.fits(found, self.state, self.param_groups):
-            buckets = self._plan.filled(found.grads)
-            heard, norm = agreed(heard, self._plan.norms(buckets), found.params, ranks)
+        everything = all(map(Tensor.numel, found.params))
+        moved = found if everything else found.where([bool(p.numel()) or is_piece(p) for p in found.params])
+        if self._plan is not None and self._plan.fits(moved, self.state, self.param_groups):
+            buckets = self._plan.filled(moved.grads)
+            heard, norm = agreed(heard, self._plan.norms(buckets), moved.params, ranks)
             self._missing.note(heard)
-            return self._active(self._plan.roster, found.grads), buckets, heard, norm
+            return self._active(self._plan.roster, moved.grads), buckets, heard, norm
         self._plan = None
         self._check_fit(found.params)
-        moved = found.where([bool(p.numel()) or is_piece(p) for p in found.params])
         grads = [local_grad(p) for p in moved.params]
         fused = any(wanted(group, vector.device) for group in self.param_groups)
         norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
@@ -270,10 +265,11 @@ class EmoOptimizer(Bearer):
     def _opening(self, active: Active, ranks: Ranks, predicated: bool) -> tuple[Any, Options]:
         """The emotion's state and options at the beginning of a step."""
         vector, plain = self._vector(), not predicated
+        note_peaks(self.param_groups)
         options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
-            state = self._emotion.begin(state, self._weights(vector, ranks), active.lr.max(), options)
+            state = self._emotion.begin(state, self._weights(vector, ranks), options)
         return self._emotion.give_way(state, options.lr, options.use_trust), options
 
     def _is_predicated(self, device: torch.device) -> bool:
@@ -298,7 +294,7 @@ class EmoOptimizer(Bearer):
     def _make_states(self, params: Sequence[Tensor]) -> None:
         """Make the state of parameters where it is missing; without ``use_shadow`` drop the shadows of all."""
         if not self.param_groups[0]["use_shadow"]:
-            self._drop_shadows()
+            shadow.drop(self._params(), self.state)
         for p in params:
             self._make_state(p)
 
@@ -310,16 +306,17 @@ class EmoOptimizer(Bearer):
                 state[name] = torch.full((), value, dtype=torch.float32, device=param.device)
             state.update(self._memories(param))
         if self.param_groups[0]["use_shadow"]:
-            make_shadow(param, state)
+            shadow.make(param, state)
 
     def _memories(self, param: Tensor) -> dict[str, Tensor]:
         """Fresh memories of a parameter, as stored."""
-        return lowbit.stored(self._init_state(param), param, self.param_groups[0]["state_dtype"])
+        return lowbit.stored(fresh(param, self._layout(param)), param, self.param_groups[0]["state_dtype"])
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         """Shapes of a parameter's memories, by name, as stored."""
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
-        return {name: memory.shape for name, memory in self._memories(like).items()}
+        shapes = {name: memory.shape for name, memory in self._memories(like).items()}
+        return shapes | {"shadow": param.shape}
 
     def _buckets(self, active: Active, predicated: bool) -> list[Bucket]:
         """The step's tensors in buckets. Raises before anything moves."""
@@ -329,7 +326,7 @@ class EmoOptimizer(Bearer):
             rule, cut = self._rule(layout)
             whole = self._needs_whole(active.roster.whole[places[0]])
             kernel = None if whole else choose(rule, lists, group, predicated)
-            found.append(Bucket(rule, group, layout, places, lists, cut, predicated, kernel))
+            found.append(Bucket(rule, group, layout, places, lists, cut, kernel))
         return found
 
     def _sweep(
@@ -339,9 +336,9 @@ class EmoOptimizer(Bearer):
         own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
         # The first step of a tensor has none before it to compare with.
         weight = torch.where(active.steps > 1, own_lr, 0.0)
-        predicated = self._is_predicated(weight.device)
-        if options.use_shadow:
-            active.lean(mood, predicated, self._fuses(predicated))
+        predicated = isinstance(acts, Tensor)
+        if self.param_groups[0]["use_shadow"]:
+            active.lean(mood, self._fuses(predicated))
         if not predicated and not acts:
             return gather((), weight)
         reflect = self._emotion.reflects and options.use_trust
@@ -349,9 +346,8 @@ class EmoOptimizer(Bearer):
         wholes = self._wholes(active, mood.grad_scale)
         for bucket in buckets:
             group, at = bucket.group, integers(tuple(bucket.places), active.lr.device)
-            scalars = self._scalars(bucket.layout, group, active.steps[at], step_sizes[at], mood.trust)
+            scalars = self._scalars(bucket.layout, group, active.steps[at], step_sizes[at], mood)
             scalars |= {"decay": decays[at] if group["weight_decay"] else None, "reflect": reflect}
-            scalars |= self._switch(bucket.layout, mood)
             if bucket.places[0] in wholes:
                 scalars["whole"] = wholes[bucket.places[0]]
             rounds = group["stochastic_rounding"] and lowbit.narrow(bucket.lists)
@@ -413,6 +409,13 @@ class EmoOptimizer(Bearer):
                 raise RuntimeError(f"fused=True: there is no kernel for a sharded matrix; {remedy}")
             if group["fused"]:
                 choose(rule, {"param": [local(p)]}, group, self._is_predicated(p.device))
+
+    def reset_emotion(self) -> None:
+        super().reset_emotion()
+        for state in self.state.values():
+            for name in ("drive", "trust"):
+                if name in state:
+                    state[name].fill_(KEPT[name])
 
     def _refuse_midway(self, what: str) -> None:
         super()._refuse_midway(what)

@@ -103,9 +103,9 @@ class Preset:
         first = torch.tensor(entries, dtype=torch.float64, device="cpu") if plain else torch.stack(entries)
         return torch.cat([first, state.history])
 
-    def begin(self, state: PresetState, weights: Weights, lr: Tensor, options: Options) -> PresetState:
-        """Presets begin at the user's lr."""
-        return state._replace(lr_ref=where(state.lr_ref > 0, state.lr_ref, like(state.code, lr)))
+    def begin(self, state: PresetState, weights: Weights, options: Options) -> PresetState:
+        """Nothing changes: presets begin at the user's lr."""
+        return state
 
     def feel(self, state: PresetState, loss: Number, window: Number) -> PresetState:
         """Feel a loss that is the sum of ``window`` backward calls."""

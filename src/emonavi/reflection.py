@@ -66,7 +66,7 @@ class Reflection:
         """Learn from the cosine between today's gradient and the last step; ``acted`` is False for a skipped update."""
         last = where(acted, state.scalar, state.last_scalar)
         state = state._replace(panic=like(state.code, 0.0), steps=state.steps + acted, last_scalar=last)
-        weighted = (torch.stack(sums[:3]) * sums.weight).sum(1)
+        weighted = (sums.products * sums.weight).sum(1)
         grad_step, grad_grad, step_step = weighted.unbind() if isinstance(state.code, Tensor) else weighted.tolist()
         # Independent of lr: a drive that was cut must not look like a run with nothing left to gain.
         most = like(state.code, sums.weight.max()) if len(sums.weight) else like(state.code, 0.0)
@@ -149,8 +149,9 @@ class Reflection:
         self, state: State, drive: Tensor, trust: Tensor, count: Tensor, sums: Sums
     ) -> tuple[Tensor, Tensor]:
         """The same for each tensor's own drive and trust (1-D, one entry for each tensor)."""
-        cosine = sums.grad_step * _rsqrt(sums.grad_grad) * _rsqrt(sums.step_step)
-        seen = (sums.weight > 0) & (sums.grad_grad > 0) & (sums.step_step > 0) & torch.isfinite(cosine)
+        grad_step, grad_grad, step_step = sums.products
+        cosine = grad_step * _rsqrt(grad_grad) * _rsqrt(step_step)
+        seen = (sums.weight > 0) & (grad_grad > 0) & (step_step > 0) & torch.isfinite(cosine)
         cosine = torch.where(seen, torch.clamp(cosine, -1, 1), 0.0)
         trust = torch.where(seen, running_mean(trust, cosine, 0.1, count), trust)
         change = self.tensor_pace * self._pace(state, self.clock) * torch.clamp((trust - state.trust) / 0.1, -1, 1)

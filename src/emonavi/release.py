@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi import checks
+from emonavi import checks, shadow
 from emonavi.active import Active, Found, Roster
 from emonavi.distributed import Ranks, default_group, unless_alone
 from emonavi.emotion import Emotion
@@ -47,7 +47,6 @@ class _Begun(NamedTuple):
 class _Moved(NamedTuple):
     """What is left of a tensor that was moved."""
 
-    group: int
     norm: Tensor
     acts: Number
     sums: Sums
@@ -102,7 +101,7 @@ class Release:
         optimizer, vector = self._optimizer, self._optimizer._vector()
         params = list(self._groups)
         everything = Found(params, list(self._groups.values()), [p.detach() for p in params])
-        if not optimizer._moves(everything):
+        if not everything.moves(optimizer.param_groups):
             return None
         optimizer._check_fit(params)
         optimizer._make_states(params)
@@ -132,7 +131,7 @@ class Release:
             acts = torch.isfinite(norm) if begun.predicated else bool(torch.isfinite(norm))
             buckets = optimizer._buckets(active, begun.predicated)
             sums = optimizer._sweep(active, buckets, begun.mood, acts, begun.options, self._places[param])
-            self._moved[param] = _Moved(self._groups[param], norm, acts, sums)
+            self._moved[param] = _Moved(norm, acts, sums)
         self._idle = begun is None
         param.grad = None
         optimizer._intake.freed += 1
@@ -142,6 +141,7 @@ class Release:
         roster = Roster.of(found, optimizer.state, len(optimizer.param_groups), fused=False)
         return optimizer._active(roster, found.grads)
 
+    @torch.no_grad()  # zero_grad() comes here, too
     def close(self, heard: Loss | None) -> bool:
         """End the step that backward began. Returns whether it was one."""
         # In the order of the groups: backward's own is the other way round, and sums would differ in their last bits.
@@ -157,16 +157,17 @@ class Release:
             return idle
         vector = begun.vector
         emotion: Any = optimizer._emotion
-        active = self._active(Found(list(moved), [m.group for m in moved.values()], [p.detach() for p in moved]))
+        active = self._active(Found(list(moved), [self._groups[p] for p in moved], [p.detach() for p in moved]))
         state = optimizer._feel(begun.state, heard, vector)
         norm = torch.linalg.vector_norm(torch.stack([m.norm for m in moved.values()]))
         state, acts, _ = emotion.guard(state, norm, begun.options)
-        if begun.options.use_shadow:
+        if optimizer.param_groups[0]["use_shadow"]:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
             fused = optimizer._fuses(begun.predicated)
-            active.lean(mood._replace(follow=0.0), begun.predicated, fused)
-            optimizer._follow_idle(active.roster.whole, mood.follow, fused)
-        sums = Sums(*(torch.cat(column) for column in zip(*(m.sums for m in moved.values()), strict=True)))
+            active.lean(mood._replace(follow=0.0), fused)
+            idle_from = optimizer._params(), optimizer.state
+            shadow.follow_idle(*idle_from, active.roster.whole, mood.follow, fused)
+        sums = Sums(*(torch.cat(column, -1) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
         stepped = torch.stack([torch.as_tensor(m.acts, device=m.norm.device) for m in moved.values()])

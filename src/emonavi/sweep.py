@@ -1,4 +1,4 @@
-"""The one pass over the tensors: pull them to the shadow, move them by the rule, gather the sums for reflection.
+"""The one pass over the tensors: move them by the rule, gather the sums for reflection.
 
 A bucket is a list of tensors that share a group, a device, a dtype and a state layout. It is swept in cache-sized
 pieces. What is stored in fewer bits is computed in float32 and rounded when written back (``lowbit.py``).
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from emonavi import kernels, lowbit
+from emonavi import lowbit
 from emonavi.kernels import Kernel, squares
 from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like, widest
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "lean", "to_home", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide"]
 
 T = TypeVar("T")
 
@@ -37,7 +37,6 @@ class Bucket(NamedTuple):
     places: list[int]  # indices in the step's vectors
     lists: dict[str, list[Tensor]]  # "param", "grad" and one list for each state name
     cut: bool  # tensors may be cut: the rule is elementwise
-    predicated: bool  # never branch on a value
     kernel: Kernel | None = None  # moves the whole bucket instead of the rule
 
     def with_grads(self, grads: list[Tensor]) -> Bucket:
@@ -51,7 +50,7 @@ class Bucket(NamedTuple):
         """
         if self.kernel is not None:
             return self.kernel(self.lists, scalars, grad_scale, acts, seeds)
-        scales = self.predicated or bool(grad_scale != 1)
+        scales = isinstance(grad_scale, Tensor) or grad_scale != 1
         scalars = {k: v.to(wide(self.lists["param"][0])) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         singles = {k: v.unbind() for k, v in scalars.items() if isinstance(v, Tensor) and v.dim()}
         # One tensor for all sums: small ones, kept from piece to piece, would fragment the allocator's memory, and a
@@ -82,7 +81,7 @@ class Bucket(NamedTuple):
         self, piece: Piece, scalars: dict[str, Any], grad_scale: Number, acts: Number, seeds: Tensor | None
     ) -> Reflected | None:
         written = [name for name in piece.batch if name != "grad"]
-        before = {name: piece.batch[name].clone() for name in written} if self.predicated else {}
+        before = {name: piece.batch[name].clone() for name in written} if isinstance(acts, Tensor) else {}
         batch = lowbit.unpack(piece.batch)
         if grad_scale is not None:
             batch["grad"] = batch["grad"] * like(batch["grad"], grad_scale)
@@ -94,35 +93,6 @@ class Bucket(NamedTuple):
             piece.batch[name].copy_(torch.where(acts, piece.batch[name], old))
         piece.write_back(written)
         return reflected
-
-
-def lean(pairs: Sequence[tuple[Tensor, Tensor]], pull: Number, follow: Number, predicated: bool, fused: bool) -> None:
-    """Move parameters by ``pull`` towards their shadows, then the shadows by ``follow`` towards them.
-
-    ``fused`` uses a kernel if there is one.
-    """
-    pulls, follows = (predicated or bool(rate) for rate in (pull, follow))
-    if not (pulls or follows):
-        return
-    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for param, shadow in pairs:
-        kinds.setdefault((param.device, param.dtype, shadow.dtype), []).append((param, shadow))
-    for alike in kinds.values():
-        params, shadows = map(list, zip(*alike, strict=True))
-        if not fused or pulls or not kernels.follow(params, shadows, float(follow)):
-            _lean_alike(params, shadows, pull if pulls else None, follow if follows else None)
-
-
-def _lean_alike(params: list[Tensor], shadows: list[Tensor], pull: Number | None, follow: Number | None) -> None:
-    """The same by torch, for parameters of one device and dtype, and shadows of one; None moves nothing."""
-    for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
-        param, shadow = piece.batch["param"], piece.batch["shadow"]
-        if pull is not None:
-            param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
-            piece.write_back(["param"])
-        if follow is not None:
-            shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
-            piece.write_back(["shadow"])
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -142,14 +112,13 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
     """Put together the sums of all buckets. ``weight`` is 1-D, one entry for each tensor; it sets device and dtype."""
     if len(parts) == 1 and len(parts[0][0]) == len(weight):  # one bucket holds all, in order
-        grad_step, grad_grad, step_step = to_home(torch.stack(parts[0][1]), weight).unbind()
-        return Sums(grad_step, grad_grad, step_step, weight)
+        return Sums(to_home(torch.stack(parts[0][1]), weight), weight)
     sums = weight.new_zeros((3, len(weight)))
     for some in _by_kind(parts, lambda part: part[1][0]).values():
         places = integers(tuple(p for owned, _ in some for p in owned), weight.device)
         values = torch.stack([torch.cat(column) for column in zip(*(three for _, three in some), strict=True)])
         sums = sums.index_add(1, places, to_home(values, weight))
-    return Sums(sums[0], sums[1], sums[2], weight)
+    return Sums(sums, weight)
 
 
 def _by_kind(items: Sequence[T], tensor: Callable[[T], Tensor]) -> dict[tuple[torch.device, torch.dtype], list[T]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emonavi.intake import unwrapped
+from emonavi.intake import listening
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,10 +64,7 @@ def live(optimizer: Any, *, total: int | None = None, console: Console | None = 
         from rich.console import Console
     except ImportError as error:
         raise ImportError("emonavi.monitor.live() needs rich: pip install rich") from error
-    inner = unwrapped(optimizer)
-    if not hasattr(inner, "emotion") or not hasattr(inner, "effective_lr"):
-        raise TypeError(f"{type(optimizer).__name__} holds no optimizer with an emotion: pass the emonavi optimizer")
-    return Line(inner, total, console or Console(highlight=False))
+    return Line(listening(optimizer), total, console or Console(highlight=False))
 
 
 class Line:

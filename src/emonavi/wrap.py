@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi import checks
-from emonavi.active import Active, Found, Roster
-from emonavi.bearer import Bearer, make_shadow
+from emonavi import checks, shadow
+from emonavi.active import Active, Found, Roster, note_peaks
+from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import MEMORIES, compared, sample, samples
 from emonavi.distributed import Ranks, agreed
@@ -154,6 +154,7 @@ class Emotional(Bearer):
         heard, norm = agreed(heard, all_norms(found.grads, vector, fused=vector.is_cpu), found.params, self._peers())
         self._missing.note(heard)
         active = _alike(found, self.state, self.param_groups, vector)
+        note_peaks(self.param_groups)
         options = active.options(self.param_groups, _HOLD, _FALL, fades=False, plain=True)
         state: Any = self._emotion.unpack(vector, plain=True)
         state = self._emotion.give_way(state, options.lr, options.use_trust)
@@ -162,9 +163,9 @@ class Emotional(Bearer):
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # before the first step there is no drive to cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
-        if options.use_shadow:
-            active.lean(mood, predicated=False, fused=True)
-            self._follow_idle(active.roster.whole, mood.follow, fused=True)
+        if self.param_groups[0]["use_shadow"]:
+            active.lean(mood, fused=True)
+            shadow.follow_idle(self._params(), self.state, active.roster.whole, mood.follow, fused=True)
         sums = gather((), active.lr)  # zeros
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
@@ -188,7 +189,7 @@ class Emotional(Bearer):
             self.inner.step()
         if first is not None:
             rms = torch.where(first.rms > 0, first.rms, UNKNOWN_RMS) / _reach(active, copies, rates)
-            state = self._emotion.begin(state, Weights(rms, first.blank), active.lr.max(), options)
+            state = self._emotion.begin(state, Weights(rms, first.blank), options)
             user, rates = rates, active.rates(mood._replace(drive=exp(state.log_drive)))[0]
             for p, copy, share in zip(params, copies, (rates / user).nan_to_num().tolist(), strict=False):
                 p.copy_(torch.lerp(copy, p, share))
@@ -217,26 +218,27 @@ class Emotional(Bearer):
         """Make missing state of the emotion. After the optimizer's step: it makes its own only where state is empty."""
         group = self.param_groups[0]
         if self._had_shadow and not group["use_shadow"]:
-            self._drop_shadows()  # only then: the optimizer may keep something of that name
+            shadow.drop(self._params(), self.state)  # only then: the optimizer may keep something of that name
         self._had_shadow = bool(group["use_shadow"])
         for p in params:
             state = self.state[p]
             if group["use_trust"] and "step_sample" not in state:
                 state["step_sample"] = wide(p.detach()).new_zeros(MEMORIES, len(sample(p)))
             if group["use_shadow"]:
-                make_shadow(p, state)
+                shadow.make(p, state)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         size = len(sample(torch.empty_like(param, device="meta")))
-        return {"step_sample": torch.Size((MEMORIES, size)), "shadow": param.shape}
+        shapes = {"step_sample": torch.Size((MEMORIES, size))}
+        return shapes | {"shadow": param.shape} if self.param_groups[0]["use_shadow"] else shapes
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples. Also remembers the step."""
         params, groups = active.roster.params, active.roster.groups
         kept = [self.state[p]["step_sample"] for p in params]
-        grad_step, grad_grad, step_step = compared(kept, params, before, grads, rates).unbind()
-        signs = rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in groups])
-        return Sums(grad_step * signs, grad_grad, step_step, rates)
+        products = compared(kept, params, before, grads, rates)
+        products[0] *= rates.new_tensor([-1.0 if self.param_groups[i]["maximize"] else 1.0 for i in groups])
+        return Sums(products, rates)
 
     # Groups and checkpoints -------------------------------------------------------------------------------------
 

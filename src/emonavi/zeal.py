@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emonavi.clan import biases, rising, signed_step
-from emonavi.fact import emofact, fresh_memories
+from emonavi.clan import signed_scalars, signed_step
+from emonavi.fact import emofact
 from emonavi.machine import Mood
 from emonavi.navi import adam_scalars, emonavi
 from emonavi.optimizer import EmoOptimizer
@@ -70,31 +70,22 @@ class EmoZeal(EmoOptimizer):
         # The published rule has a memory of the gradient that stays zero, and is not stored.
         return ("exp_avg", "exp_avg_row", "exp_avg_col")[0 if self._emotion.reflects else 1 :]
 
-    def _init_state(self, param: Tensor) -> dict[str, Tensor]:
-        return fresh_memories(param, self._layout(param))
-
     def _rule(self, layout: tuple[str, ...]) -> tuple[Rule, bool]:
         if "exp_avg_sq" in layout:
             return emonavi, True
         return (emozeal if self._emotion.reflects else emozeal_v3), False
 
     def _scalars(
-        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, trust: Number | None
+        self, layout: tuple[str, ...], group: dict[str, Any], steps: Tensor, step_size: Tensor, mood: Mood
     ) -> dict[str, Any]:
         own = adam_scalars(group, steps, step_size, self._emotion.corrects_bias)
         if "exp_avg_sq" in layout:
             return own
         if self._emotion.reflects:
-            return own | biases(group, steps)
-        return {"step_size": step_size, "bias": own["root"], "beta1": own["beta1"], "eps": own["eps"]}
-
-    def _switch(self, layout: tuple[str, ...], mood: Mood) -> dict[str, Any]:
-        if "exp_avg_sq" in layout:
-            return {}
-        if self._emotion.reflects:
-            return {"signed": rising(mood.scalar), "last_signed": rising(mood.last_scalar)}
+            return own | signed_scalars(group, steps, mood)
         size = abs(mood.scalar)
-        return {"sign": number(size > 0.6), "soft": number((size > 0.1) & (size <= 0.6))}
+        published = {"step_size": step_size, "bias": own["root"], "beta1": own["beta1"], "eps": own["eps"]}
+        return published | {"sign": number(size > 0.6), "soft": number((size > 0.1) & (size <= 0.6))}
 
 
 def emozeal(

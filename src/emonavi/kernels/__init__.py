@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from emonavi.active import Roster
     from emonavi.kernels.cpu import Numbers
     from emonavi.kernels.plan import Plan
+    from emonavi.sweep import Bucket
 
 __all__ = ["Kernel", "choose", "compared", "follow", "numbers", "planned", "sampled", "squares", "wanted"]
 
@@ -157,7 +158,7 @@ def compared(
 
 def planned(
     roster: Roster,
-    buckets: Sequence[Any],
+    buckets: Sequence[Bucket],
     states: Mapping[Tensor, dict[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> Plan | None:

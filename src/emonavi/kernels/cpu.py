@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from emonavi.fact import SAMPLE_RATE, emofact, sample_size, sample_stride
+from emonavi.fact import SAMPLE_RATE, emofact
 from emonavi.kernels import Kernel
 from emonavi.kernels.build import library
 from emonavi.lynx import emolynx
+from emonavi.memories import sample_size, sample_stride
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 

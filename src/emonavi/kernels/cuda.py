@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from emonavi.fact import SAMPLE_RATE, emofact, sample_stride
+from emonavi.fact import SAMPLE_RATE, emofact
 from emonavi.kernels import Kernel
 from emonavi.kernels.cpu import OWN, wanted_size
 from emonavi.lynx import emolynx
+from emonavi.memories import sample_stride
 from emonavi.navi import emonavi
 from emonavi.pieces import in_order
 from emonavi.sweep import integers

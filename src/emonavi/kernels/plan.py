@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from emonavi.active import Found, Roster
 from emonavi.kernels.cpu import Sweep, in_one_order, plain
+from emonavi.sweep import Bucket
 
 __all__ = ["Plan"]
 
@@ -31,8 +32,8 @@ class Plan(NamedTuple):
     """The roster and the buckets of a step, without gradients, and what must be unchanged for them to be valid."""
 
     roster: Roster
-    buckets: list[Any]  # as ``EmoOptimizer._buckets`` has them
-    groups: list[Any]
+    buckets: list[Bucket]
+    groups: list[Mapping[str, Any]]
     flags: list[Any]  # the groups' flags
     states: dict[Tensor, dict[str, Any]]  # shallow copy of the optimizer's
     kept: list[Any]  # all values in the states
@@ -48,7 +49,7 @@ class Plan(NamedTuple):
     def of(
         cls,
         roster: Roster,
-        buckets: Sequence[Any],
+        buckets: Sequence[Bucket],
         states: Mapping[Tensor, dict[str, Any]],
         groups: Sequence[Mapping[str, Any]],
     ) -> Plan | None:
@@ -60,13 +61,14 @@ class Plan(NamedTuple):
         kept = _values(roster.states)
         memories = [value for value in kept if isinstance(value, Tensor)]
         watched = [*roster.whole, *memories]
+        shaped = any(cast(Sweep, kernel).matrices for kernel in kernels)
         without = [bucket.with_grads([]) for bucket in buckets]
         places = torch.tensor([i for bucket in buckets for i in bucket.places], device="cpu")
         return cls(
             roster, without, list(groups), _flags(groups), dict(states), kept,
             [t.untyped_storage() for t in memories], watched, list(map(_pointer, watched)),
             list(map(_dtype, roster.whole)), list(map(_size, roster.whole)),
-            list(map(_shape, roster.whole)) if any(kernel.matrices for kernel in kernels) else [], places.argsort(),
+            list(map(_shape, roster.whole)) if shaped else [], places.argsort(),
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -91,12 +93,12 @@ class Plan(NamedTuple):
             and list(map(_dtype, grads)) == self.dtypes
         )
 
-    def norms(self, buckets: Sequence[Any]) -> Tensor:
+    def norms(self, buckets: Sequence[Bucket]) -> Tensor:
         """Norm of each gradient in filled buckets, in roster order."""
-        sums = [bucket.kernel.squares(bucket.lists) for bucket in buckets]
+        sums = [cast(Sweep, bucket.kernel).squares(bucket.lists) for bucket in buckets]
         return (torch.cat(sums)[self.order] if len(sums) > 1 else sums[0]).sqrt()
 
-    def filled(self, grads: Sequence[Tensor]) -> list[Any]:
+    def filled(self, grads: Sequence[Tensor]) -> list[Bucket]:
         """The buckets with the gradients of a step."""
         return [bucket.with_grads([grads[i] for i in bucket.places]) for bucket in self.buckets]
 

@@ -1,0 +1,39 @@
+"""The memories of a parameter: tensors that a rule keeps in its state, by their names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emonavi.distributed import local, placed
+from emonavi.sweep import wide
+
+__all__ = ["fresh", "sample_size", "sample_stride"]
+
+SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
+
+
+def sample_stride(count: int) -> int:
+    """Distance between sampled elements of ``count``. Odd, so as not to stay in one column of a width like 512."""
+    return max(1, -(-count // SAMPLE)) | 1
+
+
+def sample_size(count: int) -> int:
+    """How many of ``count`` elements are sampled."""
+    return -(-count // sample_stride(count))
+
+
+def fresh(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
+    """Zeros under these names: shaped as a matrix's rows, columns or sample if so named, else as the parameter."""
+    here, dims = wide(local(param.detach())), range(1, param.dim())
+
+    def made(name: str) -> Tensor:
+        if name == "exp_avg_row":
+            return placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,))
+        if name == "exp_avg_col":
+            return placed(here.new_zeros((1, *here.shape[1:])), param, dims)
+        if name == "exp_avg_sample":
+            return here.new_zeros(sample_size(param.numel()))
+        return torch.zeros_like(wide(param))
+
+    return {name: made(name) for name in layout}

@@ -1,0 +1,97 @@
+"""The shadow: a float32 copy of each parameter, in its state, that follows it slowly (``docs/caveats.md``).
+
+A panic pulls the parameters to it, and ``calm()`` shows it in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emonavi import kernels
+from emonavi.distributed import local
+from emonavi.pieces import pieces
+from emonavi.scalars import Number, like
+from emonavi.sweep import wide
+
+__all__ = ["drop", "follow_idle", "lean", "make", "shown"]
+
+States = Mapping[Tensor, dict[str, Any]]  # an optimizer's ``state``
+
+
+def make(param: Tensor, state: dict[str, Any]) -> None:
+    """Make a parameter's shadow if it is missing."""
+    if "shadow" not in state:
+        state["shadow"] = wide(param.detach()).clone()
+
+
+def drop(params: Iterable[Tensor], states: States) -> None:
+    """Drop the shadows when they are switched off: an old one would count as current if switched on again."""
+    for p in params:
+        states.get(p, {}).pop("shadow", None)
+
+
+@contextmanager
+def shown(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Put shadows in place of the parameters, which return at the end, also after an error; it holds a copy of them."""
+    here = [local(p.detach()) for p, _ in pairs]
+    held = [p.clone() for p in here]
+    try:
+        _copy(here, [local(shadow.detach()) for _, shadow in pairs])
+        yield
+    finally:
+        _copy([local(p.detach()) for p, _ in pairs], held)  # looked up again: the block may have moved them
+
+
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:
+        torch._foreach_copy_(to, source)
+
+
+def follow_idle(
+    params: Iterable[Tensor], states: States, moved: Collection[Tensor], follow: Number, fused: bool
+) -> None:
+    """Let the shadows of parameters that did not move follow as well.
+
+    Otherwise calm() would show an old value of a weight that seldom has a gradient, or is frozen by now.
+    """
+    busy, pairs = set(moved), []
+    for p in params:
+        shadow = states.get(p, {}).get("shadow") if p not in busy else None
+        if shadow is not None and not p.is_meta:
+            own = local(shadow)
+            pairs.append((local(p.detach()).to(own.device), own))
+    lean(pairs, 0.0, follow, fused)
+
+
+def lean(pairs: Sequence[tuple[Tensor, Tensor]], pull: Number, follow: Number, fused: bool) -> None:
+    """Move parameters by ``pull`` towards their shadows, then the shadows by ``follow`` towards them.
+
+    ``fused`` uses a kernel if there is one.
+    """
+    pulls, follows = (isinstance(rate, Tensor) or rate != 0 for rate in (pull, follow))
+    if not (pulls or follows):
+        return
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for param, shadow in pairs:
+        kinds.setdefault((param.device, param.dtype, shadow.dtype), []).append((param, shadow))
+    for alike in kinds.values():
+        params, shadows = map(list, zip(*alike, strict=True))
+        if not fused or pulls or not kernels.follow(params, shadows, float(follow)):
+            _lean_alike(params, shadows, pull if pulls else None, follow if follows else None)
+
+
+def _lean_alike(params: list[Tensor], shadows: list[Tensor], pull: Number | None, follow: Number | None) -> None:
+    """The same by torch, for parameters of one device and dtype, and shadows of one; None moves nothing."""
+    for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
+        param, shadow = piece.batch["param"], piece.batch["shadow"]
+        if pull is not None:
+            param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
+            piece.write_back(["param"])
+        if follow is not None:
+            shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
+            piece.write_back(["shadow"])
