@@ -119,31 +119,39 @@ def test_constants_of_the_emotion_are_in_the_checkpoint(case):
 
 @siblings
 def test_constants_of_another_run(case):
-    optimizer, plain = case.make(weights(), emotion=BOLD), case.make(weights())
-    other = case.make(weights(), emotion={"sure": 0.3})
-    other.load_state_dict(plain.state_dict())  # it names none
-    assert other.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.3}
-    with pytest.warns(
-        UserWarning, match=r"constants of the emotion are taken, .*0\.05.* constructor's, {'sure': 0\.3}"
-    ):
-        other.load_state_dict(optimizer.state_dict())
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["emotion_constants"] = {"surely": 0.3}
-    before = contents(plain)
+    class Mine(emonavi.Emotion):
+        pass
+
+    bold, plain = case.make(weights(), emotion=BOLD).state_dict(), case.make(weights()).state_dict()
+    other = case.make(weights(), emotion=Mine(sure=0.3))
+    for saved, constants in ((bold, BOLD), (plain, {})):
+        with pytest.warns(UserWarning, match=r"constants of the emotion are taken, .* and not {'"):
+            other.load_state_dict(saved)
+        assert other._emotion == Mine(**constants)  # a class of the user's own stays
+    other.load_state_dict(bold)  # silently: nobody had chosen others
+    del plain["param_groups"][0]["emotion_constants"]  # an earlier version
+    other.load_state_dict(plain)
+    assert other.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.02, "done": 0.05}
+    bold["param_groups"][0]["emotion_constants"] = {"surely": 0.3}
+    before = contents(other)
     with pytest.raises(ValueError, match=r"'surely': 0\.3.*constants of an emotion are start, "):
-        plain.load_state_dict(saved)
-    assert differences(before, contents(plain)) == []
+        other.load_state_dict(bold)
+    assert differences(before, contents(other)) == []
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+@pytest.mark.filterwarnings("ignore:the checkpoint's constants")
 def test_constants_in_a_distributed_checkpoint(flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, other = model_of(), model_of()
-    first, second = (emonavi.EmoNavi(m.parameters(), emotion=BOLD, capture=False) for m in (model, other))
-    train(first, list(model.parameters()), 3)
-    saved = through_file(get_optimizer_state_dict(model, first, options=options))
-    set_optimizer_state_dict(other, second, saved, options=options)
-    assert second.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.02, "done": 0.05}
+    for theirs, mine in ((BOLD, {}), ({}, BOLD), (BOLD, BOLD)):
+        first, second = (
+            emonavi.EmoNavi(m.parameters(), emotion=c, capture=False) for m, c in ((model, theirs), (other, mine))
+        )
+        train(first, list(model.parameters()), 3)
+        saved = through_file(get_optimizer_state_dict(model, first, options=options))
+        set_optimizer_state_dict(other, second, saved, options=options)
+        assert second._emotion == emonavi.Emotion(**theirs)
 
 
 @siblings
@@ -588,3 +596,27 @@ def test_hooks_on_saving_are_the_users_alone():
     with pytest.warns(UserWarning, match="fresh emotion|begins"):
         optimizer.load_state_dict(adamw.state_dict())
     assert torch.equal(optimizer.state[params[0]]["exp_avg"], adamw.state[params[0]]["exp_avg"])
+
+
+@siblings
+@pytest.mark.parametrize("vector", [torch.zeros(0), torch.zeros(2, 2), 1.0], ids=["empty", "matrix", "number"])
+def test_a_damaged_emotion(case, vector):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 2)
+    before, saved = contents(optimizer), through_file(optimizer.state_dict())
+    saved["param_groups"][0]["emotion"] = vector
+    with pytest.raises(ValueError, match="the checkpoint holds no emotion"):
+        optimizer.load_state_dict(saved)
+    assert differences(before, contents(optimizer)) == []
+
+
+@siblings
+def test_a_shadow_of_another_shape(case):
+    params = weights()
+    optimizer = case.make(params, use_shadow=True)
+    train(optimizer, params, 2)
+    saved = through_file(optimizer.state_dict())
+    saved["state"][0]["shadow"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"of other shapes: shadow of parameter 0 is \(3,\), here"):
+        optimizer.load_state_dict(saved)

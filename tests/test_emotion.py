@@ -317,17 +317,17 @@ def test_weights_that_are_all_zero_have_a_scale_to_begin_with():
     assert 1e-2 * math.exp(float(state.log_drive)) == pytest.approx(3e-5, rel=2e-3)
 
 
-@pytest.mark.parametrize("hold", [-0.5, 0.0, 1.0])
-def test_the_drive_rests_where_trust_is_at_the_rules_target(hold):
+@pytest.mark.parametrize("target", [0.5, 0.0, -1.0])
+def test_the_drive_rests_where_trust_is_at_the_rules_target(target):
     """In units of the cosine's own noise, however small that is: the more weights, the smaller are both."""
     for size in (1.0, 1e-3):
         changes = []
         for off in (-0.6, 0.6):
             machine, state = fresh()
             state = state._replace(noise=given_as(size**2), reflections=given_as(50.0))
-            at = (max(-hold, 0.0) if off > 0 else -hold) + off
+            at = (max(target, 0.0) if off > 0 else target) + off
             state = state._replace(trust=given_as(at * size), fast=given_as(at * size))
-            changes.append(float(machine._lean(state, OPTIONS._replace(hold=hold))))
+            changes.append(float(machine._lean(state, OPTIONS._replace(target=target))))
         assert changes[0] < 0 < changes[1]
         assert size == 1.0 or max(map(abs, changes)) > 0.005  # not less than where the noise is large
 

@@ -14,6 +14,7 @@ from cases import CASES, contents, differences, weights
 import emonavi
 from emonavi import kernels
 from emonavi.kernels import cpu
+from emonavi.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 kernels_of = pytest.mark.parametrize("case", [c for c in CASES if c.kernel], ids=lambda c: c.name)
@@ -332,3 +333,15 @@ def test_a_kernel_takes_the_gradients_of_each_call():
         kernel(lists | {"grad": [torch.full((3,), sign)]}, scalars | {"reflect": False}, 1.0, True, None)
     assert lists["param"][0].tolist() == [0.0] * 3
     assert isinstance(kernel, cpu.Sweep)
+
+
+def test_a_parameter_without_elements_leaves_the_plan_in_place(monkeypatch):
+    params = [*weights(), torch.nn.Parameter(torch.ones(0))]
+    optimizer = emonavi.EmoNavi(params, capture=False)
+    made = []
+    monkeypatch.setattr(kernels, "planned", lambda *args: made.append(Plan.of(*args)) or made[-1])
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step(loss=1.0)
+    assert len(made) == 1 and made[0] is not None

@@ -53,11 +53,11 @@ def plain(optimizer, loss):
         optimizer._make_state(p)
     active = active_of(optimizer, found)
     note_peaks(groups)
-    options = active.options(groups, optimizer._hold, optimizer._fall, optimizer._fades, plain=True)
+    options = active.options(groups, optimizer._target, optimizer._fall, optimizer._fades, plain=True)
     felt = emotion.unpack(state, plain=True)
     if not optimizer._begun:
         felt = emotion.begin(felt, optimizer._weights(state, Ranks()), options)
-    mood = emotion.mood(felt, True, 1.0, options)
+    mood = emotion.mood(felt, True, 1.0, options)._replace(follow=0.0)
     finite = [bool(p.grad.isfinite().all()) for p, _ in found]
     sums = torch.zeros(4, len(found), dtype=torch.float64)
     for i, (p, g) in enumerate(found):
@@ -66,9 +66,13 @@ def plain(optimizer, loss):
         sums[:, i] = torch.cat([part.products[:, 0], part.weight])
     felt = emotion.feel(felt, loss, 1)
     felt, acts, _ = emotion.guard(felt, torch.linalg.vector_norm(all_norms(active.grads, state)), options)
-    if groups[0]["use_shadow"] and emotion.mood(felt, acts, 1.0, options).pull:
+    if groups[0]["use_shadow"]:
+        after = emotion.mood(felt, acts, 1.0, options)
         for p, _ in found:
-            p.data.copy_(optimizer.state[p]["shadow"])
+            shadow = optimizer.state[p]["shadow"]
+            if after.pull:
+                p.data.copy_(shadow)
+            shadow.lerp_(p, after.follow)
     sums = Sums(sums[:3], sums[3])
     felt = emotion.reflect(felt, sums, acts, options)._replace(last_scalar=mood.scalar)
     each = emotion.reflect_each(felt, active.drive, active.trust, active.steps - 1, sums)
@@ -395,3 +399,48 @@ def test_lr_zero_in_mid_run_is_no_step_without_gradients(recwarn):
         model(torch.ones(4, 3)).square().mean().backward()
         optimizer.step()
     assert not [w for w in recwarn if "had a gradient" in str(w.message)]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_zero_grad_ends_a_step_that_a_panic_restores(capturable):
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True, capturable=capturable)
+    emonavi.gradient_release(optimizer)
+    for t in range(30):
+        loss_of(model, t).backward()
+        optimizer.step()
+    (loss_of(model, 30) * 1e8).backward()
+    optimizer.zero_grad()
+    assert optimizer.emotion.steps == 31 and optimizer.emotion.mood == "resting"
+    shadows = [optimizer.state[p]["shadow"] for p in model.parameters()]
+    assert all(torch.allclose(p, s) for p, s in zip(model.parameters(), shadows, strict=True))
+
+
+def test_a_spoilt_step_leaves_the_shadow_and_restores_it():
+    model = model_of()
+    optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+    emonavi.gradient_release(optimizer)
+    for t in range(20):
+        loss_of(model, t).backward()
+        optimizer.step()
+    before = [optimizer.state[p]["shadow"].clone() for p in model.parameters()]
+    next(model.parameters()).register_hook(lambda grad: grad * torch.nan)  # the last that backward comes to
+    loss_of(model, 20).backward()
+    optimizer.step()
+    assert optimizer.emotion.skipped_steps == 1
+    for p, shadow in zip(model.parameters(), before, strict=True):
+        assert torch.equal(optimizer.state[p]["shadow"], shadow) and torch.equal(p, shadow)
+
+
+def test_a_parameter_that_came_later_is_said_to_stay():
+    model, later = model_of(), torch.nn.Parameter(torch.ones(2))
+    optimizer = emonavi.EmoNavi(model.parameters())
+    emonavi.gradient_release(optimizer)
+    optimizer.add_param_group({"params": [later]})
+    with pytest.warns(UserWarning, match="added or thawed since gradient_release.. has a gradient, and is not moved"):
+        (loss_of(model, 0) + later.sum()).backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (loss_of(model, 1) + later.sum()).backward()
+        optimizer.step()

@@ -1,5 +1,7 @@
 """Tensors of every kind: many, empty, strided, of few bits."""
 
+import math
+
 import pytest
 import torch
 from cases import SHAPES, Valley, contents, differences, drive, felt, siblings, train, ways, weights
@@ -284,3 +286,41 @@ def test_a_default_device_is_for_new_tensors_of_the_users(case, foreach):
                 optimizer.step(loss=1.0)
         runs.append(contents(optimizer))
     assert differences(*runs) == []
+
+
+@siblings
+@pytest.mark.parametrize("fused", [None, False])
+def test_an_infinite_weight_stays_as_it_is(case, fused):
+    """As in a learnt mask, whose gradient is 0 there; of the scale of the weights it says nothing."""
+    runs = []
+    for hidden in (True, False):
+        plain, mask = (torch.nn.Parameter(torch.full(shape, 0.1)) for shape in ((4, 4), (4,)))
+        if hidden:
+            mask.data[0] = -torch.inf
+        optimizer = case.make([plain, mask], lr=1.0, use_shadow=True, fused=fused)
+        for t in range(6):
+            for p in (plain, mask):
+                p.grad = torch.ones_like(p).masked_fill(p.isinf(), 0.0)
+            if t == 5:
+                plain.grad[0, 0] = torch.nan  # a panic, which restores the shadow
+            optimizer.step(loss=1.0)
+        for held in (mask, optimizer.state[mask]["shadow"]):
+            assert held.isinf().tolist() == [hidden, False, False, False] and not held.isnan().any()
+        runs.append(optimizer)
+    assert optimizer.emotion.skipped_steps == 1 and not plain.isnan().any()
+    assert runs[0].effective_lr[0] < 0.01
+
+
+@siblings
+def test_what_is_left_in_a_group_is_looked_at(case):
+    params = weights()
+    for name, value in (("lr", -0.1), ("weight_decay", math.nan), ("lr_floor", math.nan), ("lr_ceiling", -1.0)):
+        optimizer = case.make(params)
+        train(optimizer, params, 2)
+        optimizer.param_groups[0][name] = value
+        Valley(params).fill(params, 2)
+        before = contents(optimizer)
+        with pytest.raises(ValueError, match=f"{name}={value} in a group: a step needs a finite number of at least 0"):
+            optimizer.step(loss=1.0)
+        optimizer.param_groups[0][name] = before[f"group 0: {name}"] = 0  # NaN equals nothing, itself included
+        assert differences(before, contents(optimizer)) == []

@@ -677,7 +677,7 @@ def test_constants_of_the_emotion_are_in_the_checkpoint():
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert other._emotion == emonavi.Emotion(sure=0.02)
     # Put around anew, it begins with the constants that the new wrapper is given.
-    assert "emotion_constants" not in emonavi.Emotional(optimizer.inner).param_groups[0]
+    assert emonavi.Emotional(optimizer.inner).param_groups[0]["emotion_constants"] == {}
 
 
 def test_checkpoints_that_do_not_fit():
@@ -1055,3 +1055,69 @@ def test_a_group_has_bounds_of_its_own():
     with pytest.raises(ValueError, match="max_lr=-3"):
         optimizer.add_param_group({"params": params[2:], "max_lr": -3.0})
     assert len(optimizer.param_groups) == 2
+
+
+class Crowded(torch.optim.Optimizer):
+    """Keeps things under names that the siblings use."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] |= {name: torch.full((2,), 7.0) for name in ("shadow", "trust", "drive")}
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_what_an_optimizer_calls_as_the_siblings_do_stays_its_own():
+    params, again = matrices(), matrices()
+    optimizer = emonavi.Emotional(Crowded(params), capture=False)
+    train(optimizer, params, 2)
+    optimizer.reset_emotion()
+    train(optimizer, params, 1)
+    other = emonavi.Emotional(Crowded(again), capture=False)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    for o, some in ((optimizer, params), (other, again)):
+        for p in some:
+            assert all(o.state[p][name].tolist() == [7.0, 7.0] for name in ("shadow", "trust", "drive"))
+
+
+@pytest.mark.parametrize("wrapped", [ADAMW, SGD], ids=lambda w: w.name)
+def test_an_infinite_weight_stays_as_it_is(wrapped):
+    """As in a learnt mask; its gradient is 0."""
+    mask = torch.nn.Parameter(torch.ones(3, 3).masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf))
+    with_shadow, masked = wrapped.make([mask], use_shadow=True), mask.isinf()
+    assert masked.sum() == 3
+    for _ in range(4):
+        mask.grad = torch.ones(3, 3).masked_fill(masked, 0.0)
+        with_shadow.step(loss=1.0)
+    for held in (mask, with_shadow.state[mask]["shadow"]):
+        assert torch.equal(held.isinf(), masked) and not held.isnan().any()
+    assert with_shadow.emotion.skipped_steps == 0
+
+
+def test_a_checkpoint_of_a_model_of_other_shapes():
+    """Its samples may be of the same size."""
+    params, others = ([torch.nn.Parameter(torch.ones(1024, n))] for n in (1024, 2048))
+    optimizer, other = ADAMW.make(params), ADAMW.make(others)
+    assert len(sample(params[0])) == len(sample(others[0]))
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step(loss=1.0)
+    for saved in (optimizer, optimizer.inner):
+        with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(1024, 1024\), here \(1024, 2048\)"):
+            other.load_state_dict(saved.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("kind", ["sibling", "wrapper"])
+def test_options_of_an_added_group_may_be_spelled(kind):
+    optimizer = emonavi.EmoNavi(matrices()) if kind == "sibling" else ADAMW.make(matrices())
+    for spelt, lr, low, wall in (
+        ({"lr": "1e-3", "min_lr": "1e-5"}, 1e-3, 1e-5, None),
+        ({"lr": 1e-3, "max_lr": "None"}, 1e-3, 1e-6, None),
+    ):
+        optimizer.add_param_group({"params": matrices(), **spelt})
+        group = optimizer.param_groups[-1]
+        assert (group["lr"], group["lr_floor"], group["lr_ceiling"]) == (lr, low, wall)

@@ -48,10 +48,9 @@ class Found(NamedTuple):
         """Whether any of them has an lr other than 0. An lr on a device is never read and counts as not 0."""
         moving = []
         for group in param_groups:
-            on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
-            if not on_device:
-                checks.rate(group["lr"])
-            moving.append(on_device or bool(group["lr"] != 0))
+            checks.left(group)
+            lr = group["lr"]
+            moving.append((isinstance(lr, Tensor) and lr.device.type != "cpu") or bool(lr != 0))
         return any(moving[i] and (p.numel() or is_piece(p)) for p, i in zip(self.params, self.groups, strict=True))
 
     def where(self, keeps: Sequence[bool]) -> Found:
@@ -122,7 +121,7 @@ class Active(NamedTuple):
         return cls(roster, grads, lr, low, wall, decay, step + 1, drive, trust)
 
     def options(
-        self, groups: Sequence[dict[str, Any]], hold: tuple[float, float], fall: float, fades: bool, plain: bool
+        self, groups: Sequence[dict[str, Any]], target: tuple[float, float], fall: float, fades: bool, plain: bool
     ) -> Options:
         """Build the emotion's ``Options``, as Python numbers if ``plain``, after :func:`note_peaks`."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_floor", "lr_ceiling")]
@@ -147,18 +146,18 @@ class Active(NamedTuple):
             max_norm=groups[0]["max_norm"],
             lowest_drive=_fold(lows, torch.amin, min),
             highest_drive=_fold(walls, torch.amax, max),
-            hold=hold[bool(groups[0]["use_shadow"])],
+            target=target[bool(groups[0]["use_shadow"])],
             fall=fall,
             fades=fades,
             decayed=_fold(decayed, torch.all, all),
             lr=_fold(lrs, torch.amax, max),
         )
 
-    def rates(self, mood: Mood, keeps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """For each tensor: its effective lr, its step size, and its factor of weight decay, at least ``keeps``."""
+    def rates(self, mood: Mood, least_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """For each tensor: its effective lr, its step size, and the factor of its weight decay."""
         effective = bounded(self.lr, mood.drive, self.low, self.wall)
         own = bounded(effective, self.drive, torch.minimum(self.lr, self.low), self.wall)
-        return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=keeps)
+        return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=least_decay)
 
     def buckets(
         self, layout: Callable[[Tensor], tuple[str, ...]], alone: Callable[[Tensor], bool]
@@ -198,9 +197,8 @@ class Active(NamedTuple):
         """
         factors = torch.where(self.steps == 2, factor, 1.0).unbind()
         for p, state, own in zip(self.roster.params, self.roster.states, factors, strict=True):
-            kept = [n for name in layout(p) for n in (name, scale_of(name)) if n in state]
-            for name in kept:
-                if state[name].is_floating_point():
+            for name in [n for kind in layout(p) for n in (kind, scale_of(kind))]:
+                if name in state and state[name].is_floating_point():
                     state[name].mul_((own.square() if "_sq" in name else own).to(state[name]))
 
     def keep(self, acts: Number, drive: Tensor, trust: Tensor) -> None:

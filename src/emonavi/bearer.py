@@ -61,7 +61,6 @@ class Bearer(torch.optim.Optimizer):
         self._known: dict[Tensor, torch.Size] = {}  # shapes that state is known to fit
         self._is_calm = False
         self._calls = 0  # steps, real and skipped
-        self._is_loaded = False
         self._skipped, self._ignored, self._idle = (Streak(what, name) for what in (SKIPPED, IGNORED, IDLE))
         self._felt: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
@@ -83,10 +82,11 @@ class Bearer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """As in ``torch.optim``, but without the emotion's state vector; :attr:`emotion` shows it by name."""
+        hidden = {"params", "emotion"} if self._emotion.constants else {"params", "emotion", "emotion_constants"}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            lines += [f"    {k}: {v}" for k, v in sorted(group.items()) if k not in ("params", "emotion")]
+            lines += [f"    {k}: {v}" for k, v in sorted(group.items()) if k not in hidden]
         return "\n".join([*lines, ")"])
 
     # What can be read -------------------------------------------------------------------------------------------
@@ -322,22 +322,22 @@ class Bearer(torch.optim.Optimizer):
             self._skipped.note(not acts)
 
     def _put_constants(self) -> None:
-        """Put the emotion's constants into the first group, unless they are the defaults, for checkpoints."""
-        group = self.param_groups[0]
-        group.pop("emotion_constants", None)
-        if self._emotion.constants:
-            group["emotion_constants"] = self._emotion.constants
+        """Put the emotion's constants into the first group, for checkpoints."""
+        self.param_groups[0]["emotion_constants"] = self._emotion.constants
 
     def _take_constants(self) -> None:
         """Go on with the constants of the checkpoint that was loaded, as with the options in its groups."""
-        saved, mine = self.param_groups[0].get("emotion_constants"), self._emotion.constants
-        if saved is None or saved == mine:
+        mine = self._emotion.constants
+        saved = self.param_groups[0].get("emotion_constants", mine)  # an earlier version did not store them
+        if saved == mine:
             return
         if mine:
-            what = f"the checkpoint's constants of the emotion are taken, {saved}, and not the constructor's, {mine}"
+            what = f"the checkpoint's constants of the emotion are taken, {saved}, and not {mine}"
             warnings.warn(what, stacklevel=callers_level())
-        self._emotion = checks.emotion(saved)
-        self.writer = self.writer  # a new recorder, which knows them
+        self._emotion = self._emotion.having(saved)
+        if self._recorder is not None:
+            writer, self._recorder = self._recorder.writer, None
+            self._recorder = Recorder(writer, self._emotion)
 
     # The state vector -------------------------------------------------------------------------------------------
 
@@ -402,11 +402,10 @@ class Bearer(torch.optim.Optimizer):
         here = [local(p) for p in trained]
         norms, sizes = all_norms(here, vector), vector.new_tensor([p.numel() for p in here])
         squares, counts = ranks.whole(torch.stack([norms * norms, sizes]), trained)
-        norms = squares.sqrt()
-        return Weights(
-            rms=torch.linalg.vector_norm(norms) / counts.sum().sqrt(),
-            blank=((norms == 0) * counts).sum() / counts.sum(),
-        )
+        finite = squares.isfinite()  # a tensor with an infinity, as in a mask, says nothing of the scale
+        norms, counts = torch.where(finite, squares, 0.0).sqrt(), torch.where(finite, counts, 0.0)
+        count = counts.sum().clamp(min=1)
+        return Weights(rms=torch.linalg.vector_norm(norms) / count.sqrt(), blank=((norms == 0) * counts).sum() / count)
 
 
 def of_the_run(lr: float | Tensor) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def not_torn(state_dict: dict[str, Any], ours: Collection[str]) -> None:
 def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
     """Raise if a checkpoint was made with another emotion."""
     vector = state_dict["param_groups"][0].get("emotion")
-    if not isinstance(vector, Tensor):
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or len(vector) < 2:
         remedy = "load it into the optimizer that saved it, or start with a fresh one"
         raise ValueError(f"the checkpoint holds no emotion, as this optimizer's {machine.name!r}: {remedy}")
     machines: list[Machine] = [Emotion(), *PRESETS.values()]

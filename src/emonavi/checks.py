@@ -26,11 +26,11 @@ __all__ = [
     "frozen",
     "gradients",
     "group",
+    "left",
     "mapping",
     "memory",
     "options",
     "parameters",
-    "rate",
     "settings",
     "shared",
     "whole",
@@ -42,6 +42,7 @@ NEUTRAL: dict[str, Any] = {"use_shadow": False, "use_trust": False, "max_norm": 
 # There is one emotion for all groups, so these are options of all groups: a group cannot have its own.
 SHARED = ("use_shadow", "use_trust", "max_norm", "capturable", "state_dtype")
 CONSTRUCTORS = ("emotion", "writer", "capture", "on_missing_loss", "process_group")
+ROUNDING = 1e-12  # a cosine may end a little below 0
 DENSE_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,16 +74,16 @@ def emotion(given: Any, generations: Sequence[str] = tuple(PRESETS)) -> Machine:
     return known[given]
 
 
-def options(machine: Machine, felt: dict[str, Any]) -> dict[str, Any]:
+def options(machine: Machine, asked: dict[str, Any]) -> dict[str, Any]:
     """The emotion's options, each as given, or else the emotion's default."""
-    unknown = [f"{k}={v!r}" for k, v in felt.items() if v is not None and k not in machine.defaults]
+    unknown = [f"{k}={v!r}" for k, v in asked.items() if v is not None and k not in machine.defaults]
     if unknown:
         has = ", ".join(machine.defaults) or "none of these options"
         raise ValueError(f"emotion {machine.name!r} does not have {', '.join(unknown)}: it has {has}; leave it out")
     own = NEUTRAL | machine.fixed | machine.defaults
-    if own["min_lr"] > _as_float(felt["max_lr"]) >= 0:
-        own["min_lr"] = felt["max_lr"]  # a max_lr below the default min_lr lowers that, too
-    return {k: own[k] if v is None else v for k, v in felt.items()}
+    if own["min_lr"] > _as_float(asked["max_lr"]) >= 0:
+        own["min_lr"] = asked["max_lr"]  # a max_lr below the default min_lr lowers that, too
+    return {k: own[k] if v is None else v for k, v in asked.items()}
 
 
 def settings(hears: str | bool, missing: str, group: Any) -> tuple[bool, str, Any]:
@@ -216,10 +217,15 @@ def gradients(grads: Sequence[Tensor | None]) -> None:
             raise RuntimeError(f"{what}: only dense ones can be used; build the embedding with sparse=False")
 
 
-def rate(lr: Any) -> None:
-    """Raise if the lr that a scheduler or the user has left in a group is not finite."""
-    if not math.isfinite(_as_float(plain(lr))):
-        raise ValueError(f"lr={lr!r} in a group: a step needs a finite number; see who wrote it, or set it anew")
+def left(group: Mapping[str, Any]) -> None:
+    """Raise if what a scheduler or the user has left in a group is no number to step by; a device is not asked."""
+    for name in ("lr", "lr_floor", "lr_ceiling", "weight_decay"):
+        value = group.get(name)
+        given = name == "lr" or isinstance(value, float)  # others may be anything in a wrapped optimizer
+        on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+        if given and not on_device and not -ROUNDING <= _as_float(plain(value)) < math.inf:
+            what = f"{name}={value!r} in a group: a step needs a finite number of at least 0"
+            raise ValueError(f"{what}; see who wrote it (a scheduler that ran past its end?), or set it anew")
 
 
 def memory(params: Sequence[Tensor]) -> None:

@@ -23,11 +23,11 @@ from torch import Tensor
 from emonavi import kernels
 from emonavi.sweep import wide
 
-__all__ = ["MEMORIES", "RATE", "SAMPLE", "compared", "places", "reflect", "sample", "samples", "sums_of_each"]
+__all__ = ["RATE", "ROWS", "SAMPLE", "compared", "places", "reflect", "sample", "samples", "sums_of_each"]
 
 SAMPLE = 2048  # coordinates of a tensor, at most
 BLOCK = 16  # float32 numbers in a cache line: a sample of single ones costs a tenth of a step, of blocks a hundredth
-MEMORIES = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor, 48 of float64
+ROWS = 3  # u, grad_sq and step_sq: 24 KiB for a large tensor, 48 of float64
 RATE = 0.01
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from emonavi.machine import Mood, Options, Weights, keep, regular
-from emonavi.reflection import NEVER, Reflection, running_mean
+from emonavi.reflection import KNOWN_AFTER, NEVER, Reflection, running_mean
 from emonavi.scalars import Number, clamp, exp, isfinite, like, log, negate, number, sqrt, tanh, where
 
 __all__ = ["Emotion", "State"]
@@ -180,7 +180,7 @@ class Emotion(Reflection):
     reflects: ClassVar[bool] = True
     # Bounds weight decay at any lr. A decay as strong as the gradient is in balance with it, and reflection mistakes
     # that for steps that are too short: a linear fit left its solution again and again, at an lr of 1000.
-    keeps: ClassVar[float] = 0.999
+    least_decay: ClassVar[float] = 0.999
     defaults: ClassVar[dict[str, Any]] = {
         "use_shadow": False,
         "use_trust": True,
@@ -195,6 +195,11 @@ class Emotion(Reflection):
         """Those that are not the defaults, for checkpoints."""
         own = {field.name: float(getattr(self, field.name)) for field in dataclasses.fields(Emotion)}
         return {name: value for name, value in own.items() if value != getattr(Emotion, name)}
+
+    def having(self, constants: dict[str, float]) -> Emotion:
+        """The same emotion with these constants; the others are the defaults."""
+        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Emotion)}
+        return dataclasses.replace(self, **defaults | constants)
 
     def initial(self) -> list[float]:
         """The state vector at the start of a run."""
@@ -368,7 +373,7 @@ class Emotion(Reflection):
     def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """The scalars of the coming update; ``acts`` is False if it is skipped."""
         # A rule whose step size does not depend on gradients would go on moving when there is nothing to gain.
-        fade = where(state.reflections > 3, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
+        fade = where(state.reflections > KNOWN_AFTER, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
         horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
         # A panic restores the shadow even if the gradient is not finite.
         scale = like(horizon, fade if options.fades else 1.0)

@@ -23,7 +23,7 @@ class Options(NamedTuple):
     max_norm: float
     lowest_drive: Number  # where the effective lr of every group reaches its floor
     highest_drive: Number  # where the effective lr of every group reaches max_lr
-    hold: float  # the rule's target of trust, in standard deviations below 0 (negative: above)
+    target: float  # the rule's target of trust, in standard deviations of the cosine
     fall: float  # within the noise the lr falls no faster than age^-fall
     fades: bool  # the size of the rule's step does not depend on that of gradients
     # Over the groups in which something moves:
@@ -63,7 +63,8 @@ class Machine(Protocol):
     """What the optimizer needs of an emotion: a state vector, and pure functions from state to state.
 
     A step calls ``begin`` (once in a run), ``give_way``, ``look_back``, ``feel`` (where there is a loss), ``guard``,
-    ``mood``, ``reflect`` and ``reflect_each``, in this order. A state is a NamedTuple of numbers.
+    ``mood``, ``reflect`` and ``reflect_each``, in this order; ``Emotional`` calls ``begin`` only after its first step,
+    and no ``look_back`` or ``reflect_each``. A state is a NamedTuple of numbers.
     """
 
     @property
@@ -87,7 +88,7 @@ class Machine(Protocol):
         """Its constants that are not the defaults."""
 
     @property
-    def keeps(self) -> float:
+    def least_decay(self) -> float:
         """Lower bound on the factor by which a step's weight decay multiplies the weights."""
 
     @property
@@ -98,6 +99,7 @@ class Machine(Protocol):
     def reflects(self) -> bool:
         """Whether it uses reflection."""
 
+    def having(self, constants: dict[str, float]) -> Machine: ...
     def initial(self) -> list[float]: ...
     def index(self, name: str) -> int: ...
     def upgrade(self, vector: Tensor) -> Tensor: ...

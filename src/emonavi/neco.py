@@ -62,7 +62,7 @@ class EmoNeco(EmoOptimizer):
 
     _generations = ("v3",)
     # As EmoLynx: the same memory, and steps whose size does not depend on that of gradients.
-    _hold = (-0.3, -0.3)
+    _target = (0.3, 0.3)
     _fall = 2.0
     _fades = True
 

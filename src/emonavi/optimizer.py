@@ -29,7 +29,7 @@ from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
 from emonavi.spelling import spelled
-from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, integers
+from emonavi.sweep import Bucket, Reflected, Rule, all_norms, gather, integers, no_sums
 
 __all__ = ["EmoOptimizer"]
 
@@ -116,11 +116,11 @@ class EmoOptimizer(Bearer):
         if isinstance(params, torch.nn.Module):
             raise TypeError("params is the model itself: pass model.parameters()")
         machine = checks.emotion(emotion, self._generations)
-        felt = spelled({
+        asked = spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         })  # fmt: skip
         defaults = spelled({
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, felt),
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **checks.options(machine, asked),
             "maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable,
             "state_dtype": state_dtype, "stochastic_rounding": stochastic_rounding,
         })  # fmt: skip
@@ -137,6 +137,7 @@ class EmoOptimizer(Bearer):
 
     def _setup(self, *settings: Any) -> None:
         super()._setup(*settings)
+        self._is_loaded = False  # and no step has followed
         self._release: Release | None = None
         self._plan: Plan | None = None  # of the last step, if the next may use it
 
@@ -176,9 +177,9 @@ class EmoOptimizer(Bearer):
 
     # Generations for which a rule of this name was published.
     _generations: tuple[str, ...] = tuple(PRESETS)
-    # Target of trust, in standard deviations below 0, without and with a shadow. With Adam's momentum, 0 is the target
+    # Target of trust, in standard deviations of the cosine, without and with a shadow. With Adam's momentum 0 is that
     # of an exact line search.
-    _hold = (0.0, 0.0)
+    _target = (0.0, 0.0)
     # Within the noise the lr falls no faster than age^-fall. Under noise alone it falls with two thirds of that, here
     # age^-1: the sum of all lrs is then unbounded, and a run can go as far as it must (Robbins and Monro 1951). At 2
     # long runs stop moving before their end; at 1 raw weights are noisier (dev tasks, docs/benchmarks.md).
@@ -253,7 +254,11 @@ class EmoOptimizer(Bearer):
         norms = all_norms(grads, vector, fused and (vector.is_cuda or not predicated), self._by_rows)
         heard, norm = agreed(heard, norms, moved.params, ranks)
         self._missing.note(heard)
-        roster = self._roster(found.params, moved, fused and not predicated)
+        self._make_states(found.params)
+        if self._is_loaded:
+            hand_on(moved.params, [self.state[p] for p in moved.params], ranks)
+            self._is_loaded = False
+        roster = Roster.of(moved, self.state, len(self.param_groups), fused and not predicated)
         active = self._active(roster, grads)
         buckets = self._buckets(active, predicated)
         self._plan = kernels.planned(roster, buckets, self.state, self.param_groups)
@@ -266,7 +271,7 @@ class EmoOptimizer(Bearer):
         """The emotion's state and options at the beginning of a step."""
         vector, plain = self._vector(), not predicated
         note_peaks(self.param_groups)
-        options = active.options(self.param_groups, self._hold, self._fall, self._fades, plain)
+        options = active.options(self.param_groups, self._target, self._fall, self._fades, plain)
         state: Any = self._emotion.unpack(vector, plain=plain)
         if not self._begun:
             state = self._emotion.begin(state, self._weights(vector, ranks), options)
@@ -282,14 +287,6 @@ class EmoOptimizer(Bearer):
     def _fuses(self, predicated: bool) -> bool:
         """Whether a kernel may do work that spans all groups: every group allows it."""
         return not predicated and all(wanted(group, torch.device("cpu")) for group in self.param_groups)
-
-    def _roster(self, params: list[Tensor], moved: Found, fused: bool) -> Roster:
-        """Make missing state of ``params``; return the roster of ``moved``."""
-        self._make_states(params)
-        if self._is_loaded:
-            hand_on(moved.params, [self.state[p] for p in moved.params], self._peers())
-            self._is_loaded = False
-        return Roster.of(moved, self.state, len(self.param_groups), fused)
 
     def _make_states(self, params: Sequence[Tensor]) -> None:
         """Make the state of parameters where it is missing; without ``use_shadow`` drop the shadows of all."""
@@ -333,14 +330,14 @@ class EmoOptimizer(Bearer):
         self, active: Active, buckets: Sequence[Bucket], mood: Mood, acts: Number, options: Options, first: int = 0
     ) -> Sums:
         """Move every tensor, bucket by bucket, and gather the sums for reflection."""
-        own_lr, step_sizes, decays = active.rates(mood, self._emotion.keeps)
+        own_lr, step_sizes, decays = active.rates(mood, self._emotion.least_decay)
         # The first step of a tensor has none before it to compare with.
         weight = torch.where(active.steps > 1, own_lr, 0.0)
         predicated = isinstance(acts, Tensor)
         if self.param_groups[0]["use_shadow"]:
             active.lean(mood, self._fuses(predicated))
         if not predicated and not acts:
-            return gather((), weight)
+            return no_sums(weight)
         reflect = self._emotion.reflects and options.use_trust
         parts: list[tuple[list[int], Reflected]] = []
         wholes = self._wholes(active, mood.grad_scale)
@@ -442,9 +439,9 @@ class EmoOptimizer(Bearer):
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
         self._is_loaded, self._plan = True, None
-        self._take_constants()
         self._note_begun()
         self._intake.clear()
+        self._take_constants()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")

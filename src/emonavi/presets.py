@@ -75,8 +75,12 @@ class Preset:
 
     corrects_bias: ClassVar[bool] = False
     reflects: ClassVar[bool] = False
-    keeps: ClassVar[float] = 0.0
-    constants: ClassVar[dict[str, float]] = {}
+    least_decay: ClassVar[float] = 0.0
+    constants: ClassVar[dict[str, float]] = {}  # none can be chosen
+
+    def having(self, constants: dict[str, float]) -> Preset:
+        """The same; see ``Emotion``."""
+        return self
 
     def initial(self) -> list[float]:
         """The state vector at the start of a run."""

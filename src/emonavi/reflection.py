@@ -39,9 +39,12 @@ from emonavi.scalars import Number, clamp, isfinite, like, log, negate, rsqrt, s
 if TYPE_CHECKING:
     from emonavi.emotion import State
 
-__all__ = ["NEVER", "Reflection", "running_mean"]
+__all__ = ["KNOWN_AFTER", "NEVER", "Reflection", "running_mean"]
 
 NEVER = -1e9  # "no goal": finite, so that arithmetic on it stays defined
+KNOWN_AFTER = 3  # cosines: trust and gain say nothing before
+# sqrt((2 - 0.3) / 0.3): standard deviation of one cosine over that of its mean with rate 0.3.
+FAST_T = 2.38
 DRIVE_RANGE = (math.log(1e-8), math.log(1e6))
 # Per step: with three steps of rest, the drive is back at half of its earlier value within ten.
 HEAL_RATE = (math.log(0.5) - math.log(0.1)) / 7
@@ -92,7 +95,7 @@ class Reflection:
         """Move the drive: rest, return after a panic, or follow trust."""
         if options.use_trust:
             change = self._lean(state, options)
-            change = where(seen & (state.reflections > 3), change, 0.0)
+            change = where(seen & (state.reflections > KNOWN_AFTER), change, 0.0)
         else:
             change = clamp(-state.log_drive, -self.pace, self.pace) * (state.brake == 0)
         resting = state.rest > 0
@@ -115,11 +118,10 @@ class Reflection:
     def _lean(self, state: State, options: Options) -> Number:
         """The change of the log drive that trust asks for."""
         deviation = sqrt(clamp(state.noise, 1e-12))
-        target = -options.hold * deviation
+        target = options.target * deviation
         # Growth needs a positive trust even if the target is below 0: a step too long can ruin a network.
         up = clamp(target, 0.0)
-        # 2.38 = sqrt((2 - 0.3) / 0.3): standard deviation of one cosine over that of its fast mean.
-        t_above, t_below = 2.38 * (state.fast - up) / deviation, 2.38 * (target - state.fast) / deviation
+        t_above, t_below = FAST_T * (state.fast - up) / deviation, FAST_T * (target - state.fast) / deviation
         # Noise alone keeps fast near -0.65 deviations, T' near -1.5: with a threshold of 2, noise would lower the lr.
         sure = self.sure * (clamp((t_above - 2) / 4, 0.0, 1.0) - clamp((t_below - 4) / 4, 0.0, 1.0))
         # The more weights there are, the smaller are both the cosine and its noise.
@@ -127,7 +129,7 @@ class Reflection:
         above, below = clamp((state.trust - up) / scale, 0.0, 1.0), clamp((target - state.trust) / scale, 0.0, 1.0)
         slow = self._pace(state, self.clock) * above - self._pace(state, options.fall) * below
         change = where(abs(sure) > abs(slow), sure, slow)
-        free = self.sure * clamp((2.38 * state.fast / deviation + 1) / 2, 0.0, 1.0)
+        free = self.sure * clamp((FAST_T * state.fast / deviation + 1) / 2, 0.0, 1.0)
         harmless = (state.log_drive < state.free) & (state.brake == 0) & (free > 0)
         change = where(harmless, clamp(change, free), change)
         return where(self._nothing_to_gain(state), clamp(change, high=0.0), change)

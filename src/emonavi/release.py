@@ -7,12 +7,13 @@ or the norm of all gradients. It goes by what was felt up to the step before::
     step()      feel the loss, judge the norm of all, reflect, as ever; a panic restores the shadow here
 
 What differs from the normal step: the loss of step t acts from step t + 1 on, as reflection does anyway; a gradient
-that is not finite keeps its own tensor where it is, but not those that moved before it; and no outlier is scaled down
-(``max_norm``), for what is one shows only when all have moved.
+that is not finite keeps its own tensor where it is, but not those that moved before it; no outlier is scaled down
+(``max_norm``), for what is one shows only when all have moved; and the shadow follows at the end of a step.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ from emonavi.distributed import Ranks, default_group, unless_alone
 from emonavi.emotion import Emotion
 from emonavi.intake import Loss, listening
 from emonavi.machine import Mood, Options, Sums
+from emonavi.notices import callers_level
 from emonavi.scalars import Number
 from emonavi.sweep import all_norms
 
@@ -59,6 +61,7 @@ class Release:
         self._optimizer = optimizer
         self._begun: _Begun | None = None
         self._idle = False  # a backward at lr 0
+        self._warned = False
         self._moved: dict[Tensor, _Moved] = {}
         self._groups = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"] if p.requires_grad}
         self._places = {p: place for place, p in enumerate(self._groups)}
@@ -109,7 +112,8 @@ class Release:
         predicated = optimizer._is_predicated(vector.device)
         state, options = optimizer._opening(active, Ranks(), predicated)
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
-        mood = optimizer._emotion.mood(state, yes, one, options)
+        # The shadow follows when it is known whether the step counts.
+        mood = optimizer._emotion.mood(state, yes, one, options)._replace(follow=0.0)
         return _Begun(vector, state, options, mood, predicated)
 
     @torch.no_grad()
@@ -155,6 +159,7 @@ class Release:
             if idle:
                 optimizer._intake.clear()  # as a normal step at lr 0
             return idle
+        self._warn_of_left_out()
         vector = begun.vector
         emotion: Any = optimizer._emotion
         active = self._active(Found(list(moved), [self._groups[p] for p in moved], [p.detach() for p in moved]))
@@ -164,9 +169,8 @@ class Release:
         if optimizer.param_groups[0]["use_shadow"]:
             mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
             fused = optimizer._fuses(begun.predicated)
-            active.lean(mood._replace(follow=0.0), fused)
-            idle_from = optimizer._params(), optimizer.state
-            shadow.follow_idle(*idle_from, active.roster.whole, mood.follow, fused)
+            active.lean(mood, fused)
+            shadow.follow_idle(optimizer._params(), optimizer.state, active.roster.whole, mood.follow, fused)
         sums = Sums(*(torch.cat(column, -1) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)
@@ -174,6 +178,16 @@ class Release:
         active.keep(stepped, *emotion.reflect_each(state, active.drive, active.trust, active.steps - 1, sums))
         optimizer._end(vector, state, acts)
         return True
+
+    def _warn_of_left_out(self) -> None:
+        """Say once that a parameter which was added or thawed later has a gradient, and does not move."""
+        if not self._warned and any(p.grad is not None for p in self._optimizer._params() if p not in self._groups):
+            self._warned = True
+            warnings.warn(
+                "a parameter that was added or thawed since gradient_release() has a gradient, and is not moved: "
+                "remove() the release and make it anew",
+                stacklevel=callers_level(),
+            )
 
 
 def gradient_release(optimizer: Any) -> Release:

@@ -90,8 +90,13 @@ def _lean_alike(params: list[Tensor], shadows: list[Tensor], pull: Number | None
     for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
         param, shadow = piece.batch["param"], piece.batch["shadow"]
         if pull is not None:
-            param.copy_(torch.lerp(wide(param).to(shadow.dtype), shadow, like(shadow, pull)))
+            param.copy_(_lerp(wide(param).to(shadow.dtype), shadow, pull))
             piece.write_back(["param"])
         if follow is not None:
-            shadow.lerp_(wide(param).to(shadow.dtype), like(shadow, follow))
+            shadow.copy_(_lerp(shadow, wide(param).to(shadow.dtype), follow))
             piece.write_back(["shadow"])
+
+
+def _lerp(start: Tensor, end: Tensor, rate: Number) -> Tensor:
+    """Torch's, but where both are equal it is that: of two infinities, as in a mask, torch makes NaN."""
+    return torch.where(start == end, start, torch.lerp(start, end, like(start, rate)))

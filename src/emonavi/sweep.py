@@ -19,7 +19,7 @@ from emonavi.machine import Sums
 from emonavi.pieces import Piece, pieces
 from emonavi.scalars import Number, like, widest
 
-__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "to_home", "wide"]
+__all__ = ["Bucket", "Reflected", "Rule", "all_norms", "dot", "gather", "integers", "no_sums", "to_home", "wide"]
 
 T = TypeVar("T")
 
@@ -107,6 +107,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """
     product = a * b
     return product.flatten(1).sum(1) if product.dim() > 1 else product
+
+
+def no_sums(weight: Tensor) -> Sums:
+    """Sums of nothing: zeros."""
+    return Sums(weight.new_zeros((3, len(weight))), weight)
 
 
 def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:

@@ -21,7 +21,7 @@ from emonavi import checks, shadow
 from emonavi.active import Active, Found, Roster, note_peaks
 from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
-from emonavi.displacement import MEMORIES, compared, sample, samples
+from emonavi.displacement import ROWS, compared, sample, samples
 from emonavi.distributed import Ranks, agreed
 from emonavi.dress import OF_THE_RUN, OPTIONS, adaptive, check, dress, fitting, wrappable
 from emonavi.emotion import UNKNOWN_RMS, Emotion
@@ -30,13 +30,15 @@ from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.notices import callers_level
 from emonavi.scalars import Number, exp
 from emonavi.spelling import spelled
-from emonavi.sweep import all_norms, gather, wide
+from emonavi.sweep import all_norms, no_sums, wide
 
 __all__ = ["Emotional"]
 
 # Target of trust and fall of the lr (see optimizer.py), for any rule. EmoNavi's fall of 1.5 is no better around AdamW
 # and worse around SGD (docs/benchmarks.md).
-_HOLD, _FALL = (0.0, 0.0), 2.0
+_TARGET, _FALL = (0.0, 0.0), 2.0
+# Memories in torch's own optimizers that have the shape of their parameter.
+_OF_ONE_SHAPE = ("exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 
 
 class Emotional(Bearer):
@@ -96,17 +98,17 @@ class Emotional(Bearer):
         process_group: Any = "auto",
     ) -> None:
         machine = adaptive(emotion)
-        felt = checks.options(machine, spelled({
+        own = checks.options(machine, spelled({
             "use_shadow": use_shadow, "use_trust": use_trust, "max_norm": max_norm, "min_lr": min_lr, "max_lr": max_lr,
         }))  # fmt: skip
         settings = checks.settings(capture, on_missing_loss, process_group)
         wrappable(optimizer)
         for group in optimizer.param_groups:
-            check(group, felt["max_norm"], felt["min_lr"], felt["max_lr"])
+            check(group, own["max_norm"], own["min_lr"], own["max_lr"])
         self.inner = optimizer
         super().__setstate__({})  # makes torch's hooks only: groups and state are the wrapped optimizer's
         self._setup(machine, *settings)
-        felt["lr_floor"], felt["lr_ceiling"] = felt.pop("min_lr"), felt.pop("max_lr")
+        own["lr_floor"], own["lr_ceiling"] = own.pop("min_lr"), own.pop("max_lr")
         for group in self.param_groups:
             # Left by an earlier wrapper; the optimizer may have moved since without it.
             for name in OF_THE_RUN:
@@ -114,9 +116,9 @@ class Emotional(Bearer):
             for p in group["params"] if "inner" in group else ():
                 for name in ("step_sample", "shadow"):
                     optimizer.state.get(p, {}).pop(name, None)
-            dress(optimizer, group, felt)
-        self._own = felt
-        self._had_shadow = bool(felt["use_shadow"])
+            dress(optimizer, group, own)
+        self._own = own
+        self._had_shadow = bool(own["use_shadow"])
         self.param_groups[0]["emotion"] = self._fresh()
         self._put_constants()
         self.writer = writer
@@ -155,7 +157,7 @@ class Emotional(Bearer):
         self._missing.note(heard)
         active = _alike(found, self.state, self.param_groups, vector)
         note_peaks(self.param_groups)
-        options = active.options(self.param_groups, _HOLD, _FALL, fades=False, plain=True)
+        options = active.options(self.param_groups, _TARGET, _FALL, fades=False, plain=True)
         state: Any = self._emotion.unpack(vector, plain=True)
         state = self._emotion.give_way(state, options.lr, options.use_trust)
         before = self._feel(state, heard, vector)
@@ -166,7 +168,7 @@ class Emotional(Bearer):
         if self.param_groups[0]["use_shadow"]:
             active.lean(mood, fused=True)
             shadow.follow_idle(self._params(), self.state, active.roster.whole, mood.follow, fused=True)
-        sums = gather((), active.lr)  # zeros
+        sums = no_sums(active.lr)
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
         self._end(vector, self._emotion.reflect(state, sums, acts, options), acts)
@@ -175,7 +177,7 @@ class Emotional(Bearer):
         """Let the wrapped optimizer step at lr 0: distributed checkpoints create state that way."""
         if bool(torch.isfinite(all_norms(found.grads, self._vector())).all()):
             self.inner.step()
-            self._make_state(found.params)
+            self._make_states(found.params)
         self._intake.clear()
 
     def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
@@ -192,9 +194,9 @@ class Emotional(Bearer):
             state = self._emotion.begin(state, Weights(rms, first.blank), options)
             user, rates = rates, active.rates(mood._replace(drive=exp(state.log_drive)))[0]
             for p, copy, share in zip(params, copies, (rates / user).nan_to_num().tolist(), strict=False):
-                p.copy_(torch.lerp(copy, p, share))
-        self._make_state(params)
-        return state, gather((), rates) if seen is None else self._reflected(active, *seen, rates)
+                p.copy_(torch.where(p == copy, p, torch.lerp(copy, p, share)))  # of two infinities it makes NaN
+        self._make_states(params)
+        return state, no_sums(rates) if seen is None else self._reflected(active, *seen, rates)
 
     @contextmanager
     def _acting(self, active: Active, rates: Tensor, grad_scale: Number) -> Iterator[None]:
@@ -214,7 +216,7 @@ class Emotional(Bearer):
             for p, grad in scaled:
                 p.grad = grad
 
-    def _make_state(self, params: list[Tensor]) -> None:
+    def _make_states(self, params: list[Tensor]) -> None:
         """Make missing state of the emotion. After the optimizer's step: it makes its own only where state is empty."""
         group = self.param_groups[0]
         if self._had_shadow and not group["use_shadow"]:
@@ -223,13 +225,15 @@ class Emotional(Bearer):
         for p in params:
             state = self.state[p]
             if group["use_trust"] and "step_sample" not in state:
-                state["step_sample"] = wide(p.detach()).new_zeros(MEMORIES, len(sample(p)))
+                state["step_sample"] = wide(p.detach()).new_zeros(ROWS, len(sample(p)))
             if group["use_shadow"]:
                 shadow.make(p, state)
 
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         size = len(sample(torch.empty_like(param, device="meta")))
-        shapes = {"step_sample": torch.Size((MEMORIES, size))}
+        shapes = {"step_sample": torch.Size((ROWS, size))}
+        if type(self.inner).__module__.startswith("torch.optim."):
+            shapes |= dict.fromkeys(_OF_ONE_SHAPE, param.shape)
         return shapes | {"shadow": param.shape} if self.param_groups[0]["use_shadow"] else shapes
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
@@ -250,6 +254,8 @@ class Emotional(Bearer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer; the emotion continues."""
         checks.mapping(param_group)
+        names = ("lr", "use_shadow", "use_trust", "max_norm", "min_lr", "max_lr")
+        param_group.update(spelled({name: param_group[name] for name in names if name in param_group}))
         own = self._options()
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
@@ -308,9 +314,9 @@ class Emotional(Bearer):
             what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
             warnings.warn(what, stacklevel=callers_level())
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
-        self._take_constants()
         self._note_begun()
         self._intake.clear()
+        self._take_constants()
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from emonavi.displacement import MEMORIES, RATE, places
+from emonavi.displacement import RATE, ROWS, places
 from emonavi.kernels.cpu import DTYPES, address, function_of, in_one_order, plain
 
 __all__ = ["compared", "samples"]
@@ -63,10 +63,10 @@ def compared(
         return None
     found = _places(tuple(map(Tensor.numel, params)))
     total = sum(found.sizes)
-    fits = [tuple(m.shape) for m in kept] == [(MEMORIES, n) for n in found.sizes] and len(per_rate) == len(params)
+    fits = [tuple(m.shape) for m in kept] == [(ROWS, n) for n in found.sizes] and len(per_rate) == len(params)
     if not fits or len(before) != total or len(grads) != total:
         return None  # state of another model, say: the kernel would read and write past its end
-    sums = torch.empty(MEMORIES, len(params), dtype=torch.float64, device="cpu")
+    sums = torch.empty(ROWS, len(params), dtype=torch.float64, device="cpu")
     moved, memories = _pointers(params), _pointers(kept)
     before_at, grads_at, per_rate_at, sums_at = (ctypes.c_void_p(t.data_ptr()) for t in (before, grads, per_rate, sums))
     function(
