@@ -222,7 +222,11 @@ class Bearer(torch.optim.Optimizer):
 
     @property
     def writer(self) -> Any:
-        """Where the emotion is written; not part of a checkpoint. A string is a TensorBoard log directory."""
+        """Where the emotion is written; not part of a checkpoint. A string is a TensorBoard log directory.
+
+        Setting it raises TypeError for what has no ``add_scalar``, ValueError for a string that names no directory,
+        ImportError without TensorBoard and OSError where the directory cannot be written; the old one then stays.
+        """
         return None if self._recorder is None else self._recorder.writer
 
     @writer.setter
@@ -254,8 +258,10 @@ class Bearer(torch.optim.Optimizer):
         Raises:
             ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
                 not finite, or a parameter with a gradient is not real floating-point. Nothing has changed then.
-            RuntimeError: a gradient is sparse, a parameter is of another shape than its state, or the optimizer is
-                inside :meth:`calm`. Nothing has changed then.
+            TypeError: the closure cannot be called.
+            RuntimeError: a gradient is sparse, a parameter is of another shape than its state or on the meta device,
+                no loss is known and ``on_missing_loss="error"``, or the optimizer is inside :meth:`calm`. Nothing has
+                changed then.
         """
         self._refuse_inside_calm("step()")
         self._prepare()
@@ -281,7 +287,7 @@ class Bearer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _stay(self, found: Found) -> None:
-        """The same where every lr is 0."""
+        """Make the state, and move nothing: every lr is 0."""
         raise NotImplementedError
 
     # What steps share -------------------------------------------------------------------------------------------

@@ -420,7 +420,11 @@ class EmoOptimizer(Bearer):
             self._release.refuse(what)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``; the emotion is in the first group."""
+        """As in ``torch.optim``; the emotion is in the first group.
+
+        Raises:
+            RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
+        """
         self._refuse_midway("state_dict()")
         self._put_constants()
         return super().state_dict()
@@ -435,6 +439,7 @@ class EmoOptimizer(Bearer):
             ValueError: the checkpoint is of another emotion, of an optimizer with other memories or other options, or
                 of a model of other shapes; nothing has changed then. The checkpoint of a sibling with the same memories
                 and options is accepted.
+            RuntimeError: as for :meth:`state_dict`.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))

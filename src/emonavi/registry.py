@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from emonavi.clan import EmoClan
 from emonavi.fact import EmoFact
@@ -63,11 +64,12 @@ def available() -> list[str]:
     return list(SIBLINGS)
 
 
-def create(name: str, params: Any, **options: Any) -> EmoOptimizer:
+def create(name: str, params: ParamsT, **options: Any) -> EmoOptimizer:
     """Construct a sibling by its name, upper or lower case; options may be strings.
 
     Raises:
         ValueError: there is no sibling of that name, or an option is out of range.
+        TypeError: the sibling has no such option, or one is of the wrong type.
 
     Example:
         >>> import torch, emonavi

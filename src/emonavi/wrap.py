@@ -252,7 +252,16 @@ class Emotional(Bearer):
         self._intake.drop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters to the wrapped optimizer; the emotion continues."""
+        """Add a group of parameters to the wrapped optimizer; the emotion continues.
+
+        Args:
+            param_group: ``"params"`` and the group's own options: the wrapped optimizer's, ``min_lr`` and ``max_lr``.
+
+        Raises:
+            ValueError: an option is out of range, or is one for all groups; or a parameter cannot be moved. Nothing has
+                changed then.
+            TypeError: it is no dict.
+        """
         checks.mapping(param_group)
         names = ("lr", "use_shadow", "use_trust", "max_norm", "min_lr", "max_lr")
         param_group.update(spelled({name: param_group[name] for name in names if name in param_group}))
@@ -286,7 +295,11 @@ class Emotional(Bearer):
         return dict(self._own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's; the emotion is in the first group."""
+        """The wrapped optimizer's; the emotion is in the first group.
+
+        Raises:
+            RuntimeError: inside :meth:`calm`.
+        """
         self._refuse_midway("state_dict()")
         self._put_constants()
         return self.inner.state_dict()
@@ -297,7 +310,9 @@ class Emotional(Bearer):
         A checkpoint of the wrapped optimizer alone is accepted; a warning says that the emotion is a fresh one.
 
         Raises:
-            ValueError: the checkpoint is of another emotion or of another optimizer; nothing has changed then.
+            ValueError: the checkpoint is of another emotion, of another optimizer or of a model of other shapes;
+                nothing has changed then.
+            RuntimeError: inside :meth:`calm`.
         """
         self._refuse_midway("load_state_dict()")
         own = self._options()

@@ -28,9 +28,9 @@ __all__ = [
     "function_of",
     "in_one_order",
     "kernel",
+    "misfit",
     "plain",
     "squares",
-    "wanted_size",
 ]
 
 # Dtype of parameters and gradients: dtype of their state.
@@ -72,11 +72,7 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]], predicat
     sweep, squares = function_of(rule.__name__, dtype), function_of("gather" if rule is emofact else "squares", dtype)
     if isinstance(sweep, str):
         return sweep
-    params = lists["param"]
-    sizes = ((t.numel(), wanted_size(rule, n, p)) for n, c in lists.items() for p, t in zip(params, c, strict=True))
-    if any(size != wanted for size, wanted in sizes):
-        return f"the kernel for {rule.__name__} wants parameters, gradients and memories of one size"
-    return Sweep(sweep, squares, lists, matrices=rule is emofact)
+    return misfit(rule, lists) or Sweep(sweep, squares, lists, matrices=rule is emofact)
 
 
 class Sweep:
@@ -220,8 +216,18 @@ def in_one_order(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, chain(params, grads))) and not any(map(Tensor.is_neg, grads))
 
 
-def wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
-    """How many elements the tensor of this name must have: a kernel would run past the end of a smaller one."""
+def misfit(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> str | None:
+    """What is wrong with the sizes of the tensors, if anything: a kernel would run past the end of a smaller one."""
+    for name, tensors in lists.items():
+        for param, tensor in zip(lists["param"], tensors, strict=True):
+            if tensor.numel() != _wanted_size(rule, name, param):
+                what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
+                return f"the kernel for {rule.__name__} has no use for {name} {what}"
+    return None
+
+
+def _wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
+    """How many elements the tensor of this name must have."""
     count = param.numel()
     if rule is not emofact or name in ("param", "grad"):
         return count

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emonavi.fact import SAMPLE_RATE, emofact
 from emonavi.kernels import Kernel
-from emonavi.kernels.cpu import OWN, wanted_size
+from emonavi.kernels.cpu import OWN, misfit
 from emonavi.lynx import emolynx
 from emonavi.memories import sample_stride
 from emonavi.navi import emonavi
@@ -115,11 +115,8 @@ def kernel(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> Kerne
         wanted = dtype if name in ("param", "grad") else torch.float32
         if not _plain(tensors, wanted, device):
             return f"the kernel for {rule.__name__} and {dtype} wants {name} as plain tensors of {wanted} on {device}"
-        # A program would run past the end of a tensor that is too small.
-        for param, tensor in zip(lists["param"], tensors, strict=True):
-            if tensor.numel() != wanted_size(rule, name, param):
-                what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
-                return f"the kernel for {rule.__name__} has no use for {name} {what}"
+    if unfit := misfit(rule, lists):
+        return unfit
 
     def run(
         lists: Mapping[str, list[Tensor]], scalars: dict[str, Any], grad_scale: Any, acts: Any, seeds: Tensor | None
