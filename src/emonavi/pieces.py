@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "CHUNK", "Piece", "dense", "in_order", "pieces"]
+__all__ = ["BLOCK", "CHUNK", "Piece", "pieces"]
 
 CHUNK = 131_072  # elements, half a MiB of float32: less costs more calls, more costs more memory traffic (`make bench`)
 BLOCK = 256  # elements that share an 8-bit scale: no cut goes through a block
@@ -93,30 +93,3 @@ def _cut(row: Sequence[Tensor], limit: int) -> Iterator[tuple[int, list[Tensor]]
                 for t in row
             ],
         )
-
-
-def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one range of memory without holes or overlap, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def in_order(columns: list[list[Tensor]], row_major: bool) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Columns whose tensors share one element order, and (tensor, copy) pairs of what has to be copied back."""
-    columns[1] = [g.resolve_neg() for g in columns[1]]
-    if all([t.is_contiguous() for column in columns for t in column]):
-        return columns, []
-    ordered, home = [list(column) for column in columns], []
-    for i, row in enumerate(zip(*columns, strict=True)):
-        stride = row[0].stride()
-        if not row_major and dense(row[0]) and all(t.stride() == stride for t in row):
-            continue
-        for k, tensor in enumerate(row):
-            ordered[k][i] = tensor.contiguous()
-            if k != 1 and ordered[k][i] is not tensor:
-                home.append((tensor, ordered[k][i]))
-    return ordered, home

@@ -5,33 +5,20 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from emonavi.fact import SAMPLE_RATE, emofact
 from emonavi.kernels import Kernel
 from emonavi.kernels.build import library
+from emonavi.kernels.tensors import in_one_order, in_order, misfit, plain
 from emonavi.lynx import emolynx
 from emonavi.memories import sample_size, sample_stride
 from emonavi.navi import emonavi
-from emonavi.pieces import in_order
 
-__all__ = [
-    "Numbers",
-    "Sweep",
-    "address",
-    "follow",
-    "function_of",
-    "in_one_order",
-    "kernel",
-    "misfit",
-    "plain",
-    "squares",
-]
+__all__ = ["Numbers", "Sweep", "address", "follow", "function_of", "kernel", "squares"]
 
 # Dtype of parameters and gradients: dtype of their state.
 DTYPES = {
@@ -40,7 +27,6 @@ DTYPES = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-OWN = {Tensor, Parameter}
 VECTORS = ("step_size", "decay", "root", "last_root", "bias", "seeds")  # others are one number
 
 
@@ -203,37 +189,6 @@ class Numbers:
 
     def _pass(self, function: Any, values: Tensor) -> None:
         function(ctypes.c_int64(len(self._pointers)), address(self._pointers), ctypes.c_void_p(values.data_ptr()))
-
-
-def plain(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
-    """Whether all are plain CPU tensors of this dtype, no subclasses: those may have no memory of their own."""
-    same = dtype is None or {t.dtype for t in tensors} <= {dtype}
-    return same and set(map(type, tensors)) <= OWN and all([t.is_cpu for t in tensors])
-
-
-def in_one_order(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-    """Whether all are contiguous, and no gradient is a lazily negated view."""
-    return all(map(Tensor.is_contiguous, chain(params, grads))) and not any(map(Tensor.is_neg, grads))
-
-
-def misfit(rule: Callable[..., Any], lists: Mapping[str, list[Tensor]]) -> str | None:
-    """What is wrong with the sizes of the tensors, if anything: a kernel would run past the end of a smaller one."""
-    for name, tensors in lists.items():
-        for param, tensor in zip(lists["param"], tensors, strict=True):
-            if tensor.numel() != _wanted_size(rule, name, param):
-                what = f"of {tensor.numel()} elements for a parameter of shape {tuple(param.shape)}"
-                return f"the kernel for {rule.__name__} has no use for {name} {what}"
-    return None
-
-
-def _wanted_size(rule: Callable[..., Any], name: str, param: Tensor) -> int:
-    """How many elements the tensor of this name must have."""
-    count = param.numel()
-    if rule is not emofact or name in ("param", "grad"):
-        return count
-    rows = len(param)
-    lines = {"exp_avg_row": rows, "exp_avg_col": count // max(1, rows)}
-    return lines[name] if name in lines else sample_size(count)
 
 
 def address(numbers: array[int]) -> ctypes.c_void_p:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from emonavi.fact import SAMPLE_RATE, emofact
 from emonavi.kernels import Kernel
-from emonavi.kernels.cpu import OWN, misfit
+from emonavi.kernels.tensors import PLAIN_TYPES, in_order, misfit
 from emonavi.lynx import emolynx
 from emonavi.memories import sample_stride
 from emonavi.navi import emonavi
-from emonavi.pieces import in_order
 from emonavi.sweep import integers
 
 try:
@@ -197,7 +196,7 @@ def squares(tensors: Sequence[Tensor]) -> Tensor | None:
 
 def _plain(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether all are plain tensors of this dtype and device, no subclasses: those may have no memory of their own."""
-    return all([t.dtype is dtype and type(t) in OWN and t.device == device for t in tensors])
+    return all([t.dtype is dtype and type(t) in PLAIN_TYPES and t.device == device for t in tensors])
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from emonavi.active import Found, Roster
-from emonavi.kernels.cpu import Sweep, in_one_order, plain
+from emonavi.kernels.cpu import Sweep
+from emonavi.kernels.tensors import in_one_order, plain
 from emonavi.sweep import Bucket
 
 __all__ = ["Plan"]

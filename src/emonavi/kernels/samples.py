@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from emonavi.displacement import RATE, ROWS, places
-from emonavi.kernels.cpu import DTYPES, address, function_of, in_one_order, plain
+from emonavi.kernels.cpu import DTYPES, address, function_of
+from emonavi.kernels.tensors import in_one_order, plain
 
 __all__ = ["compared", "samples"]
 
