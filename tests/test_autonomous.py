@@ -118,6 +118,14 @@ def test_the_emotion_keeps_its_drive_and_its_memories():
     assert all(torch.equal(a, s["drive"]) for a, s in zip(own, one.optimizer.state.values(), strict=True))
 
 
+def test_a_group_that_was_put_in_the_place_of_the_first_has_the_emotion_at_a_merge():
+    worker = Worker(0).train(20)
+    groups = worker.optimizer.param_groups
+    groups[0] = {name: value for name, value in groups[0].items() if name != "emotion"}
+    exchange([worker])
+    assert worker.felt("rest") == 1
+
+
 def test_a_newcomer_takes_the_mean_and_gives_nothing():
     old = crew(2)
     for w in old:

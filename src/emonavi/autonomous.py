@@ -123,9 +123,6 @@ class Merger:
             raise ValueError("the model is under FSDP1, whose weights are not merged: shard it with FSDP2")
         if averager is not None:
             self._check_shards(averager.process_group)
-        # Only the adaptive emotion panics, and has to rest.
-        machine = optimizer._emotion if isinstance(optimizer, Bearer) else None
-        self._emotion = machine if isinstance(machine, Emotion) else None
         self._alone = 0  # steps since the last merge
         if averager is not None and averager.step == 0:
             averager.step = 1  # it counts from 0, and would merge after the first step
@@ -235,9 +232,10 @@ class Merger:
         _write(params, weights)
         _write(followers, following)
         reshard(self.model)
-        if self._emotion is not None and alone >= _REST_AFTER:
-            # While it rests, a jump of the loss cuts no drive; each panic prolongs the rest.
-            vector, place = self.optimizer.param_groups[0]["emotion"], self._emotion.index("rest")
+        bearer = self.optimizer
+        if isinstance(bearer, Bearer) and isinstance(bearer._emotion, Emotion) and alone >= _REST_AFTER:
+            # Only this one panics. While it rests, a jump of the loss cuts no drive; each panic prolongs that.
+            vector, place = bearer._vector(), bearer._emotion.index("rest")
             vector[place] = vector[place].clamp(min=1)
 
     def _params(self) -> list[Tensor]:

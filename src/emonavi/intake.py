@@ -155,7 +155,7 @@ def _detached(loss: Tensor | float) -> Tensor | float:
         given: Any = loss
         try:
             return float(given.item() if getattr(given, "size", 0) == 1 else given)  # numpy's may have dims
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"a loss must be one real number, got {loss!r}") from error
     if loss.numel() != 1 or loss.is_complex():
         what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
