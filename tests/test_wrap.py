@@ -635,14 +635,14 @@ def test_parameters_of_another_shape():
     other = SGD.make(others, capture=False)
     train(other, others, 2)
     before = contents(optimizer)
-    with pytest.raises(ValueError, match=r"a model of other shapes: step_sample of parameter 0 is \(3, 30\), here"):
+    with pytest.raises(ValueError, match=r"other shapes: momentum_buffer of parameter 0 is \(6, 5\), here \(6, 4\)"):
         optimizer.load_state_dict(through_file(other.state_dict()))
     assert differences(before, contents(optimizer)) == []
     params[0].grad = None
     params[0].data = torch.ones(6, 5)
     Valley(params).fill(params, 3)
     before = contents(optimizer)
-    with pytest.raises(RuntimeError, match=r"a parameter of shape \(6, 5\) has step_sample of shape"):
+    with pytest.raises(RuntimeError, match=r"a parameter of shape \(6, 5\) has (step_sample|momentum_buffer) of shape"):
         optimizer.step(loss=1.0)
     assert differences(before, contents(optimizer)) == []
 
@@ -1109,6 +1109,12 @@ def test_a_checkpoint_of_a_model_of_other_shapes():
         with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(1024, 1024\), here \(1024, 2048\)"):
             other.load_state_dict(saved.state_dict())
     assert not other.state
+
+
+def test_wrapping_adds_nothing_to_the_defaults():
+    optimizer = Crowded(matrices())
+    emonavi.Emotional(optimizer)
+    assert optimizer.defaults == {"lr": 0.1}
 
 
 @pytest.mark.parametrize("kind", ["sibling", "wrapper"])

@@ -20,6 +20,7 @@ from emonavi import checks, shadow
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, default_group, is_piece, local, reshard
+from emonavi.groups import of_the_run
 from emonavi.intake import Intake, Loss
 from emonavi.machine import Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
@@ -27,7 +28,7 @@ from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak, callers_lev
 from emonavi.scalars import Number, exp, like, widest
 from emonavi.sweep import all_norms, to_home
 
-__all__ = ["Bearer", "of_the_run"]
+__all__ = ["Bearer"]
 
 
 class _Shared:
@@ -412,10 +413,3 @@ class Bearer(torch.optim.Optimizer):
         norms, counts = torch.where(finite, squares, 0.0).sqrt(), torch.where(finite, counts, 0.0)
         count = counts.sum().clamp(min=1)
         return Weights(rms=torch.linalg.vector_norm(norms) / count.sqrt(), blank=((norms == 0) * counts).sum() / count)
-
-
-def of_the_run(lr: float | Tensor) -> dict[str, Any]:
-    """What a group keeps of its lr: the one that it began with, and the highest so far."""
-    if isinstance(lr, Tensor):  # the peak will be one, too: a distributed checkpoint is loaded into what is there
-        return {"lr_start": lr.detach().clone(), "lr_peak": torch.zeros_like(lr, requires_grad=False)}
-    return {"lr_start": lr, "lr_peak": 0.0}

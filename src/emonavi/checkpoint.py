@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks, lowbit
-from emonavi.bearer import of_the_run
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
+from emonavi.groups import BOUNDS, OF_THE_RUN, of_the_run
 from emonavi.machine import KEPT, Machine
 from emonavi.notices import callers_level
 from emonavi.presets import PRESETS
@@ -84,8 +84,8 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     same_emotion(state_dict, optimizer._emotion)
     _same_storage(state_dict, optimizer.param_groups[0]["state_dtype"])
     # Only our own of the defaults: torch and others may add to them.
-    options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {"min_lr", "max_lr", *LATER}
-    same_optimizer(state_dict, options | {"lr_floor", "lr_ceiling", "lr_start", "lr_peak"}, layouts)
+    options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {*BOUNDS.values(), *LATER}
+    same_optimizer(state_dict, options | {*BOUNDS, *OF_THE_RUN}, layouts)
     same_shapes(state_dict, params, optimizer._shapes)
     return state_dict
 

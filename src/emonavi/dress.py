@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emonavi import checks
-from emonavi.bearer import Bearer, of_the_run
+from emonavi.bearer import Bearer
 from emonavi.checkpoint import not_torn, same_emotion, same_optimizer, same_shapes
 from emonavi.distributed import is_piece, is_sharded
 from emonavi.emotion import Emotion
+from emonavi.groups import BOUNDS, OF_THE_RUN, of_the_run
 
 if TYPE_CHECKING:
     from emonavi.wrap import Emotional
 
-__all__ = ["OF_THE_RUN", "OPTIONS", "adaptive", "check", "dress", "fitting", "wrappable"]
+__all__ = ["OPTIONS", "adaptive", "check", "dress", "fitting", "wrappable"]
 
 # Keys of each group, as the siblings have them.
-OPTIONS = ("use_shadow", "use_trust", "max_norm", "lr_floor", "lr_ceiling")
-OF_THE_RUN = ("lr_start", "lr_peak")
+OPTIONS = ("use_shadow", "use_trust", "max_norm", *BOUNDS)
 # For checks.group(): options that the wrapped optimizer has checked itself.
 _ITS_OWN = {"betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0, "fused": None}
 _NO_CLOSURE = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -17,10 +17,11 @@ from torch.optim.optimizer import ParamsT
 
 from emonavi import checks, kernels, lowbit, shadow
 from emonavi.active import Active, Found, Roster, note_peaks
-from emonavi.bearer import Bearer, of_the_run
+from emonavi.bearer import Bearer
 from emonavi.checkpoint import LATER, load_exactly, loadable
 from emonavi.distributed import Ranks, agreed, hand_on, is_part, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
+from emonavi.groups import BOUNDS, of_the_run
 from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Mood, Options, Sums
@@ -368,7 +369,7 @@ class EmoOptimizer(Bearer):
             RuntimeError: ``fused=True``, and there is no kernel. Nothing has changed then.
         """
         checks.mapping(param_group)
-        for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
+        for ours, name in BOUNDS.items():
             if ours in param_group:  # a group that was removed and comes back
                 param_group.setdefault(name, param_group[ours])
         param_group.update(spelled(param_group))  # in the caller's dict, which torch fills in and keeps as well
@@ -386,8 +387,7 @@ class EmoOptimizer(Bearer):
             self.param_groups.pop()
             raise
         group |= of_the_run(group["lr"]) | group
-        # Under names of our own: OneCycleLR writes its plan into "min_lr" and "max_lr".
-        group["lr_floor"], group["lr_ceiling"] = group.pop("min_lr"), group.pop("max_lr")
+        group |= {ours: group.pop(name) for ours, name in BOUNDS.items()}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise if the rule, or a kernel that is asked for, cannot move a group's tensors."""

@@ -23,8 +23,9 @@ from emonavi.bearer import Bearer
 from emonavi.checkpoint import load_exactly
 from emonavi.displacement import ROWS, compared, sample, samples
 from emonavi.distributed import Ranks, agreed
-from emonavi.dress import OF_THE_RUN, OPTIONS, adaptive, check, dress, fitting, wrappable
+from emonavi.dress import OPTIONS, adaptive, check, dress, fitting, wrappable
 from emonavi.emotion import UNKNOWN_RMS, Emotion
+from emonavi.groups import BOUNDS, OF_THE_RUN
 from emonavi.intake import Loss
 from emonavi.machine import KEPT, Mood, Options, Sums, Weights
 from emonavi.notices import callers_level
@@ -106,9 +107,11 @@ class Emotional(Bearer):
         for group in optimizer.param_groups:
             check(group, own["max_norm"], own["min_lr"], own["max_lr"])
         self.inner = optimizer
+        defaults = dict(optimizer.defaults)
         super().__setstate__({})  # makes torch's hooks only: groups and state are the wrapped optimizer's
+        optimizer.defaults = defaults  # torch adds one
         self._setup(machine, *settings)
-        own["lr_floor"], own["lr_ceiling"] = own.pop("min_lr"), own.pop("max_lr")
+        own |= {ours: own.pop(name) for ours, name in BOUNDS.items()}
         for group in self.param_groups:
             # Left by an earlier wrapper; the optimizer may have moved since without it.
             for name in OF_THE_RUN:
@@ -263,13 +266,13 @@ class Emotional(Bearer):
             TypeError: it is no dict.
         """
         checks.mapping(param_group)
-        names = ("lr", "use_shadow", "use_trust", "max_norm", "min_lr", "max_lr")
+        names = ("lr", "use_shadow", "use_trust", "max_norm", *BOUNDS.values())
         param_group.update(spelled({name: param_group[name] for name in names if name in param_group}))
         own = self._options()
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
         group = self.param_groups[-1]
-        for ours, name in (("lr_floor", "min_lr"), ("lr_ceiling", "max_lr")):
+        for ours, name in BOUNDS.items():
             given = group.pop(name, None)
             own[ours] = group.get(ours, own[ours]) if given is None else given
         try:
