@@ -459,7 +459,8 @@ def test_a_sharded_backbone_and_a_plain_head_hear_what_reaches_both():
     optimizers = [EmoNavi(m.parameters()) for m in (back, head, critic)]
     stand_in = as_fsdp_has(back)
     for _ in range(3):
-        judged = critic(stand_in(X).detach()).square().mean()
+        made = stand_in(X).detach().requires_grad_()  # as for a gradient penalty: a leaf that is nobody's
+        judged = critic(made).square().mean()
         judged.backward()
         loss = (head(stand_in(X)) - Y).square().mean()
         loss.backward()

@@ -97,7 +97,7 @@ def test_pickle_and_deepcopy_of_the_optimizer(case, config, way):
     check_twin(way(optimizer), optimizer, params, start=12)
 
 
-BOLD = {"done": 0.05, "sure": 0.02}
+BOLD = {"sure": 0.02, "done": 0.05}
 
 
 @siblings
@@ -131,8 +131,8 @@ def test_constants_of_another_run(case):
     other.load_state_dict(bold)  # silently: nobody had chosen others
     del plain["param_groups"][0]["emotion_constants"]  # an earlier version
     other.load_state_dict(plain)
-    assert other.state_dict()["param_groups"][0]["emotion_constants"] == {"sure": 0.02, "done": 0.05}
-    bold["param_groups"][0]["emotion_constants"] = {"surely": 0.3}
+    assert other.state_dict()["param_groups"][0]["emotion_constants"] == str(BOLD)
+    bold["param_groups"][0]["emotion_constants"] = "{'surely': 0.3}"
     before = contents(other)
     with pytest.raises(ValueError, match=r"'surely': 0\.3.*constants of an emotion are start, "):
         other.load_state_dict(bold)
@@ -140,18 +140,34 @@ def test_constants_of_another_run(case):
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
-@pytest.mark.filterwarnings("ignore:the checkpoint's constants")
-def test_constants_in_a_distributed_checkpoint(flat):
+@pytest.mark.filterwarnings("ignore:the checkpoint's constants", "ignore:torch.distributed is disabled")
+def test_constants_in_a_distributed_checkpoint(flat, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    model, other = model_of(), model_of()
-    for theirs, mine in ((BOLD, {}), ({}, BOLD), (BOLD, BOLD)):
+    for place, (theirs, mine) in enumerate(((BOLD, {}), ({}, BOLD), (BOLD, {"sure": 0.02}), ({}, {}))):
+        model, other = model_of(), model_of()
         first, second = (
             emonavi.EmoNavi(m.parameters(), emotion=c, capture=False) for m, c in ((model, theirs), (other, mine))
         )
         train(first, list(model.parameters()), 3)
-        saved = through_file(get_optimizer_state_dict(model, first, options=options))
-        set_optimizer_state_dict(other, second, saved, options=options)
+        path = tmp_path / str(place)
+        dcp.save({"o": get_optimizer_state_dict(model, first, options=options)}, checkpoint_id=path, no_dist=True)
+        held = {"o": get_optimizer_state_dict(other, second, options=options)}
+        dcp.load(held, checkpoint_id=path, no_dist=True)
+        set_optimizer_state_dict(other, second, held["o"], options=options)
         assert second._emotion == emonavi.Emotion(**theirs)
+        assert differences(contents(second), contents(first), ignore=("param",)) == []
+
+
+@siblings
+def test_a_run_whose_first_group_was_replaced_is_saved_with_its_emotion(case):
+    params = weights()
+    optimizer = case.make(params)
+    train(optimizer, params, 3)
+    groups = optimizer.param_groups
+    groups[0] = {name: value for name, value in groups[0].items() if not name.startswith("emotion")}
+    again = case.make(weights())
+    again.load_state_dict(through_file(optimizer.state_dict()))
+    assert again.emotion.steps == 3
 
 
 @siblings

@@ -186,7 +186,7 @@ def test_wrappers_are_looked_into(sheet):
         step()
     assert "drive" in console.export_text()
     plain = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(TypeError, match="SGD"):
+    with pytest.raises(TypeError, match="SGD holds no optimizer that listens"):
         monitor.live(plain)
 
 

@@ -288,27 +288,31 @@ def test_a_default_device_is_for_new_tensors_of_the_users(case, foreach):
     assert differences(*runs) == []
 
 
+WAYS = ({}, {"fused": False}, {"capturable": True})
+
+
 @siblings
-@pytest.mark.parametrize("fused", [None, False])
-def test_an_infinite_weight_stays_as_it_is(case, fused):
-    """As in a learnt mask, whose gradient is 0 there; of the scale of the weights it says nothing."""
-    runs = []
-    for hidden in (True, False):
-        plain, mask = (torch.nn.Parameter(torch.full(shape, 0.1)) for shape in ((4, 4), (4,)))
-        if hidden:
+@pytest.mark.parametrize("kwargs", WAYS, ids=str)
+@pytest.mark.parametrize("since", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_weight_stays_as_it_is(case, kwargs, since, dtype):
+    """As in a mask, whose gradient is 0 there; of the scale of the weights it says nothing."""
+    plain, mask = (torch.nn.Parameter(torch.full(shape, 0.1, dtype=dtype)) for shape in ((4, 4), (4,)))
+    optimizer = case.make([plain, mask], lr=1.0, use_shadow=True, **kwargs)
+    for t in range(8):
+        if t == since:
             mask.data[0] = -torch.inf
-        optimizer = case.make([plain, mask], lr=1.0, use_shadow=True, fused=fused)
-        for t in range(6):
-            for p in (plain, mask):
-                p.grad = torch.ones_like(p).masked_fill(p.isinf(), 0.0)
-            if t == 5:
-                plain.grad[0, 0] = torch.nan  # a panic, which restores the shadow
-            optimizer.step(loss=1.0)
-        for held in (mask, optimizer.state[mask]["shadow"]):
-            assert held.isinf().tolist() == [hidden, False, False, False] and not held.isnan().any()
-        runs.append(optimizer)
+        for p in (plain, mask):
+            p.grad = torch.ones_like(p).masked_fill(p.isinf(), 0.0)
+        if t == 6:
+            plain.grad[0, 0] = torch.nan  # a panic, which restores the shadow
+        optimizer.step(loss=1.0)
+    hidden = [True, False, False, False]
+    assert mask.isinf().tolist() == hidden and not mask.isnan().any()
+    shadow = optimizer.state[mask]["shadow"]
+    assert shadow.isinf().tolist() == hidden and not shadow.isnan().any()
     assert optimizer.emotion.skipped_steps == 1 and not plain.isnan().any()
-    assert runs[0].effective_lr[0] < 0.01
+    assert optimizer.effective_lr[0] < 0.01
 
 
 @siblings

@@ -677,7 +677,7 @@ def test_constants_of_the_emotion_are_in_the_checkpoint():
     other.load_state_dict(through_file(optimizer.state_dict()))
     assert other._emotion == emonavi.Emotion(sure=0.02)
     # Put around anew, it begins with the constants that the new wrapper is given.
-    assert emonavi.Emotional(optimizer.inner).param_groups[0]["emotion_constants"] == {}
+    assert emonavi.Emotional(optimizer.inner).param_groups[0]["emotion_constants"] == "{}"
 
 
 def test_checkpoints_that_do_not_fit():
@@ -1087,15 +1087,50 @@ def test_what_an_optimizer_calls_as_the_siblings_do_stays_its_own():
 @pytest.mark.parametrize("wrapped", [ADAMW, SGD], ids=lambda w: w.name)
 def test_an_infinite_weight_stays_as_it_is(wrapped):
     """As in a learnt mask; its gradient is 0."""
-    mask = torch.nn.Parameter(torch.ones(3, 3).masked_fill(torch.ones(3, 3).triu(1) > 0, -torch.inf))
-    with_shadow, masked = wrapped.make([mask], use_shadow=True), mask.isinf()
-    assert masked.sum() == 3
-    for _ in range(4):
-        mask.grad = torch.ones(3, 3).masked_fill(masked, 0.0)
-        with_shadow.step(loss=1.0)
-    for held in (mask, with_shadow.state[mask]["shadow"]):
-        assert torch.equal(held.isinf(), masked) and not held.isnan().any()
-    assert with_shadow.emotion.skipped_steps == 0
+    lrs = []
+    for hidden in (True, False):
+        mask, other = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(4))
+        masked = torch.ones(3, 3).triu(1) > 0 if hidden else torch.zeros(3, 3) > 0
+        mask.data.masked_fill_(masked, -torch.inf)
+        optimizer = wrapped.make([mask, other], use_shadow=True)
+        for _ in range(4):
+            mask.grad, other.grad = torch.ones(3, 3).masked_fill(masked, 0.0), torch.ones(4)
+            optimizer.step(loss=1.0)
+        for held in (mask, optimizer.state[mask]["shadow"]):
+            assert torch.equal(held.isinf(), masked) and not held.isnan().any()
+        assert optimizer.emotion.skipped_steps == 0
+        lrs.append(optimizer.effective_lr[0])
+    assert lrs[0] == pytest.approx(lrs[1], rel=1e-3)  # the size of its step is known all the same
+
+
+OF_TORCH = (
+    *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax"),
+    *("Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
+)
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_shapes_of_torchs_memories_are_compared(name):
+    params, others = ([torch.nn.Parameter(torch.ones(shape))] for shape in ((3, 4), (4, 3)))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer, other = (emonavi.Emotional(getattr(torch.optim, name)(p, **options)) for p in (params, others))
+    params[0].grad = torch.ones(3, 4)
+    optimizer.step(loss=1.0)
+    with pytest.raises(ValueError, match=r"of other shapes: .* of parameter 0 is \(3, 4\), here \(4, 3\)"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_momentum_that_is_none():
+    """As torch stored it once, for SGD without momentum."""
+    params = matrices()
+    inner = torch.optim.SGD(params, lr=0.1)
+    for p in params:
+        inner.state[p]["momentum_buffer"] = None
+    saved = through_file(inner.state_dict())
+    optimizer = emonavi.Emotional(inner, capture=False)
+    train(optimizer, params, 2)
+    with pytest.warns(UserWarning, match="goes on under a fresh emotion"):
+        optimizer.load_state_dict(saved)
 
 
 def test_a_checkpoint_of_a_model_of_other_shapes():

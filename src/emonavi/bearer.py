@@ -1,6 +1,6 @@
 """Base class of the siblings and ``Emotional``.
 
-``step()``, the emotion's state vector, the shadow, the writer, and what users read and tell.
+``step()``, the emotion's state vector, ``calm()``, the writer, and what users read and tell.
 """
 
 from __future__ import annotations
@@ -157,9 +157,10 @@ class Bearer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 group["lr_peak"] = of_the_run(group["lr"])["lr_peak"]
-                for p in group["params"]:
-                    if self.param_groups[0]["use_shadow"] and "shadow" in (state := self.state.get(p, {})):
-                        state["shadow"].copy_(p)
+            if self.param_groups[0]["use_shadow"]:
+                for p in self._params():
+                    if "shadow" in self.state.get(p, {}):
+                        self.state[p]["shadow"].copy_(p)
 
     @contextmanager
     def calm(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -257,8 +258,9 @@ class Bearer(torch.optim.Optimizer):
             The loss that counted, or what the closure returned, or None.
 
         Raises:
-            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr is
-                not finite, or a parameter with a gradient is not real floating-point. Nothing has changed then.
+            ValueError: both ``loss`` and a closure that returns one are given, the loss is not one number, an lr, a
+                bound or a weight decay in a group is no finite number of at least 0, or a parameter with a gradient is
+                not real floating-point. Nothing has changed then.
             TypeError: the closure cannot be called.
             RuntimeError: a gradient is sparse, a parameter is of another shape than its state or on the meta device,
                 no loss is known and ``on_missing_loss="error"``, or the optimizer is inside :meth:`calm`. Nothing has
@@ -329,13 +331,14 @@ class Bearer(torch.optim.Optimizer):
             self._skipped.note(not acts)
 
     def _put_constants(self) -> None:
-        """Put the emotion's constants into the first group, for checkpoints."""
-        self.param_groups[0]["emotion_constants"] = self._emotion.constants
+        """Put the emotion's constants into the first group, for checkpoints, as a string: torch takes a dict apart."""
+        self._vector()  # if the first group was replaced, it lacks that, too
+        self.param_groups[0]["emotion_constants"] = str(self._emotion.constants)
 
     def _take_constants(self) -> None:
         """Go on with the constants of the checkpoint that was loaded, as with the options in its groups."""
-        mine = self._emotion.constants
-        saved = self.param_groups[0].get("emotion_constants", mine)  # an earlier version did not store them
+        mine, stored = self._emotion.constants, self.param_groups[0].get("emotion_constants")
+        saved = mine if stored is None else checks.emotion(stored).constants  # an earlier version did not store them
         if saved == mine:
             return
         if mine:

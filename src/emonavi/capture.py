@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn import Parameter
 
 from emonavi.intake import Intake, Mark
 
@@ -220,13 +221,14 @@ def _tell(running: _Running, roots: Sequence[Tensor]) -> None:
     with _lock, torch.no_grad():
         listeners = list(_listeners)
         if len(listeners) > 1 or any(one.thread != running.thread for one in listeners):
-            leaves = _leaves(roots)
-            owners = [one for one in listeners if one.owned(leaves)]
+            leaves, weights = _leaves(roots)
+            owned = {one: one.owned(leaves) for one in listeners}
+            owners = [one for one in listeners if owned[one]]
             if not running.told:
                 # Not those of other threads: their own backward may be writing the gradients that are looked at here.
                 here = [one for one in listeners if one.thread == running.thread]
-                # FSDP's graph has unsharded copies as leaves: where a leaf is nobody's, those with shards hear, too.
-                if leaves.difference(*[one.owned(leaves) for one in owners]):
+                # FSDP's graph ends in Parameters of its own: where one is nobody's, those with shards hear, too.
+                if weights.difference(*owned.values()):
                     owners += [one for one in here if one.has_shards() and one not in owners]
                 owners = owners or here
             listeners = owners
@@ -240,10 +242,11 @@ def _unscaled(root: Tensor, weight: Tensor | None) -> Tensor:
     return value if weight is None else value * weight.detach().reshape(())
 
 
-def _leaves(roots: Sequence[Tensor]) -> set[int]:
-    """Ids of the leaves that the roots' graph reaches."""
+def _leaves(roots: Sequence[Tensor]) -> tuple[set[int], set[int]]:
+    """Ids of the leaves that the roots' graph reaches, and of the Parameters among them."""
     seen: set[Any] = set()
     leaves = {id(root) for root in roots if root.grad_fn is None}
+    weights = {id(root) for root in roots if root.grad_fn is None and isinstance(root, Parameter)}
     stack = [root.grad_fn for root in roots if root.grad_fn is not None]
     while stack:
         node = stack.pop()
@@ -255,4 +258,6 @@ def _leaves(roots: Sequence[Tensor]) -> set[int]:
             stack.extend([one for one, _ in below if one is not None])
         elif (variable := getattr(node, "variable", None)) is not None:  # at leaves only: a missing attribute is slow
             leaves.add(id(variable))
-    return leaves
+            if isinstance(variable, Parameter):
+                weights.add(id(variable))
+    return leaves, weights

@@ -160,7 +160,7 @@ def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
         saved = f"the checkpoint was saved with emotion {found!r} (version {version:g}, {len(vector)} entries)"
         mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
-    checks.emotion(state_dict["param_groups"][0].get("emotion_constants", {}))  # raises for unknown ones
+    checks.emotion(state_dict["param_groups"][0].get("emotion_constants", "{}"))  # raises for unknown ones
 
 
 def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:
@@ -203,7 +203,7 @@ def same_shapes(
         kept = state_dict["state"].get(i, {})
         own = shapes(param) if kept and not is_lazy(param) else {}  # a frozen one may be of any kind
         for name, memory in kept.items():
-            if name in own and memory.shape != own[name]:
+            if name in own and isinstance(memory, Tensor) and memory.shape != own[name]:
                 what = f"{name} of parameter {place} is {tuple(memory.shape)}, here {tuple(own[name])}"
                 raise ValueError(
                     f"the checkpoint is of a model of other shapes: {what}; load it with the model that it was saved "

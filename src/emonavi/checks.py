@@ -195,9 +195,9 @@ def _not_localized(param: Tensor) -> None:
     if hasattr(param, "_st_info"):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} is a part of a tensor-parallel one that "
-            "DistributedDataParallel has made plain: taken for the whole, it would let the ranks drift apart; in place "
-            'of that wrapper use, after parallelize_module(), fully_shard(model, mesh=mesh["dp"]), or '
-            'replicate(model, mesh=mesh["dp"]) of torch.distributed._composable.replicate_with_fsdp'
+            "DistributedDataParallel has made plain: taken for the whole, it would let the ranks drift apart. After "
+            'parallelize_module() use fully_shard(model, mesh=mesh["dp"]), or replicate(model, mesh=mesh["dp"]) of '
+            "torch.distributed._composable.replicate_with_fsdp, in its place"
         )
 
 
@@ -221,7 +221,8 @@ def left(group: Mapping[str, Any]) -> None:
     """Raise if what a scheduler or the user has left in a group is no number to step by; a device is not asked."""
     for name in ("lr", "lr_floor", "lr_ceiling", "weight_decay"):
         value = group.get(name)
-        given = name == "lr" or isinstance(value, float)  # others may be anything in a wrapped optimizer
+        # A wrapped optimizer's weight decay may be anything; no wall may be infinity, too.
+        given = name == "lr" or (isinstance(value, (int, float)) and not (name == "lr_ceiling" and value == math.inf))
         on_device = isinstance(value, Tensor) and value.device.type != "cpu"
         if given and not on_device and not -ROUNDING <= _as_float(plain(value)) < math.inf:
             what = f"{name}={value!r} in a group: a step needs a finite number of at least 0"
@@ -248,7 +249,7 @@ def fits(param: Tensor, state: Mapping[str, Any], shapes: Mapping[str, torch.Siz
     if any(size > 1 and not stride for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise RuntimeError(f"{what} is expanded, so that its elements share memory: make it of a clone()")
     for name, shape in shapes.items():
-        if name in state and state[name].shape != shape:
+        if getattr(state.get(name), "shape", shape) != shape:
             remedy = "where its data were replaced, del optimizer.state[parameter] lets it begin afresh"
             raise RuntimeError(f"{what} has {name} of shape {tuple(state[name].shape)}: {remedy}")
 

@@ -69,10 +69,10 @@ class EmoFact(EmoOptimizer):
     )
 
     # Without momentum trust is the purely greedy measure: it is 0 at a step far below the one that is best in the long
-    # run. Final loss over that of the same rule tuned with cosine (six dev tasks, calm / raw): 1.07 / 1.19 at 1.5 and
-    # 1.10 / 1.15 at 1; above 2 some raw weights are ruined. Without a shadow to return to, 1.5 is too much: on seven
-    # dev tasks 1 is 5 to 12 % better on four, up to 3 % worse on two, and with few labels 1.5 ended at 9.9 and 1.9
-    # where 1 ends at 1.7 and 1.5.
+    # run. Final loss over that of the same rule tuned with cosine (six dev tasks, calm / raw): 1.07 / 1.19 at -1.5
+    # and 1.10 / 1.15 at -1; below -2 some raw weights are ruined. Without a shadow to return to, -1.5 is too much: on
+    # seven dev tasks -1 is 5 to 12 % better on four, up to 3 % worse on two, and with few labels -1.5 ended at 9.9 and
+    # 1.9 where -1 ends at 1.7 and 1.5.
     _target = (-1.0, -1.5)
     # The target below 0 already keeps the lr high: a slower fall was 2 to 11 % worse on five dev tasks.
     _fall = 2.0

@@ -58,7 +58,7 @@ class EmoLynx(EmoOptimizer):
     )
 
     # Lion's memory is ten times as long as Adam's, so trust reaches 0 only at too large a step. Final loss over that of
-    # the same rule tuned with cosine, on the dev task `digits`: 0.96 at -0.3, 1.25 at 0. Below -0.3 a long run freezes.
+    # the same rule tuned with cosine, on the dev task `digits`: 0.96 at 0.3, 1.25 at 0. Above 0.3 a long run freezes.
     _target = (0.3, 0.3)
     # A sign does not shrink with the gradient, so the lr must: a slower fall was 2 % worse on five dev tasks.
     _fall = 2.0

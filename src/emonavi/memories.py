@@ -25,15 +25,16 @@ def sample_size(count: int) -> int:
 
 def fresh(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
     """Zeros under these names: shaped as a matrix's rows, columns or sample if so named, else as the parameter."""
-    here, dims = wide(local(param.detach())), range(1, param.dim())
+    here, dims = local(param.detach()), range(1, param.dim())
+    kind = wide(here.new_empty(0)).dtype
 
     def made(name: str) -> Tensor:
         if name == "exp_avg_row":
-            return placed(here.new_zeros((len(here), *(1 for _ in dims))), param, (0,))
+            return placed(here.new_zeros((len(here), *(1 for _ in dims)), dtype=kind), param, (0,))
         if name == "exp_avg_col":
-            return placed(here.new_zeros((1, *here.shape[1:])), param, dims)
+            return placed(here.new_zeros((1, *here.shape[1:]), dtype=kind), param, dims)
         if name == "exp_avg_sample":
-            return here.new_zeros(sample_size(param.numel()))
-        return torch.zeros_like(wide(param))
+            return here.new_zeros(sample_size(param.numel()), dtype=kind)
+        return torch.zeros_like(param, dtype=kind, requires_grad=False)
 
     return {name: made(name) for name in layout}

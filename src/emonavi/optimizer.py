@@ -199,7 +199,7 @@ class EmoOptimizer(Bearer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in ``torch.optim``. With gradients released, it ends the step of a backward that failed midway."""
         if self._release is not None and self._release.pending:
-            self._end_release(self._intake.take(None, None)[0])
+            self._release.close(self._intake.take(None, None)[0], told=False)
         super().zero_grad(set_to_none)
 
     def _end_release(self, heard: Loss | None) -> bool:

@@ -146,12 +146,15 @@ class Release:
         return optimizer._active(roster, found.grads)
 
     @torch.no_grad()  # zero_grad() comes here, too
-    def close(self, heard: Loss | None) -> bool:
-        """End the step that backward began. Returns whether it was one."""
+    def close(self, heard: Loss | None, told: bool = True) -> bool:
+        """End the step that backward began. Returns whether it was one.
+
+        ``told`` is False where nobody could tell its loss: a missing one is then no mistake.
+        """
         # In the order of the groups: backward's own is the other way round, and sums would differ in their last bits.
         begun, moved = self._begun, {p: self._moved[p] for p in self._groups if p in self._moved}
         optimizer = self._optimizer
-        if begun is not None and moved:
+        if begun is not None and moved and told:
             optimizer._missing.note(heard)  # may raise: the step can then be told its loss
         self._begun, self._moved = None, {}
         idle, self._idle = self._idle, False

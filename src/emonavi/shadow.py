@@ -1,4 +1,4 @@
-"""The shadow: a float32 copy of each parameter, in its state, that follows it slowly (``docs/caveats.md``).
+"""The shadow: a float32 copy of each parameter, in its state, that follows it slowly (``docs/emotion.md``).
 
 A panic pulls the parameters to it, and ``calm()`` shows it in their place.
 """
@@ -89,14 +89,18 @@ def _lean_alike(params: list[Tensor], shadows: list[Tensor], pull: Number | None
     """The same by torch, for parameters of one device and dtype, and shadows of one; None moves nothing."""
     for piece in pieces({"param": params, "shadow": shadows}, cut=True, stack=True):
         param, shadow = piece.batch["param"], piece.batch["shadow"]
+        weights = wide(param).to(shadow.dtype)
         if pull is not None:
-            param.copy_(_lerp(wide(param).to(shadow.dtype), shadow, pull))
+            param.copy_(_finite(torch.lerp(weights, shadow, like(shadow, pull)), weights))
             piece.write_back(["param"])
+            weights = wide(param).to(shadow.dtype)
         if follow is not None:
-            shadow.copy_(_lerp(shadow, wide(param).to(shadow.dtype), follow))
+            shadow.lerp_(weights, like(shadow, follow))
+            if isinstance(follow, Tensor) or not shadow.sum().isfinite():  # on a device nobody looks
+                shadow.copy_(_finite(shadow, weights))
             piece.write_back(["shadow"])
 
 
-def _lerp(start: Tensor, end: Tensor, rate: Number) -> Tensor:
-    """Torch's, but where both are equal it is that: of two infinities, as in a mask, torch makes NaN."""
-    return torch.where(start == end, start, torch.lerp(start, end, like(start, rate)))
+def _finite(moved: Tensor, weights: Tensor) -> Tensor:
+    """What has moved, but the weights where it is not finite: between infinities, as in a mask, lerp makes NaN."""
+    return torch.where(moved.isfinite(), moved, weights)

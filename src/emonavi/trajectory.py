@@ -84,6 +84,8 @@ class Trajectory:
             of, every, count = held.get("of", total), held.get("every", 1), weights.shape[1]
         except Exception as error:
             raise ValueError(f"{path} is no record of weights ({type(error).__name__}): {remedy}") from error
+        if len(steps) != len(weights):
+            raise ValueError(f"{path} has {len(steps)} steps and {len(weights)} records of weights: {remedy}")
         if len(steps) < 2:
             return  # of a run that was killed: no way is lost
         if (count, of) != (len(here), total):
@@ -124,9 +126,8 @@ class Trajectory:
     def save(self, folder: str | Path) -> Path:
         """Write the samples, with that of the last step, into a folder; return the path of the file.
 
-        The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32; for one
-        who goes on with it, the number of weights that the coordinates are ``of``, and that a record is due ``every``
-        so many steps.
+        The file holds ``steps`` of shape (records,) and ``weights`` of shape (records, coordinates), float32. For
+        :meth:`resume` it has ``of``, how many weights there are in all, and ``every``, the steps between two records.
         """
         if self._steps[-1] != self._step:
             self._note()
@@ -156,7 +157,7 @@ def trajectory(
 
     Raises:
         OSError: ``folder`` cannot be written. This is checked at once, not after the training.
-        ValueError: ``folder`` holds the record of another network, or a damaged one.
+        ValueError: ``folder`` holds the record of another network, one with other ``coordinates``, or a damaged one.
 
     Example:
         >>> import tempfile, torch, emonavi

@@ -39,7 +39,10 @@ __all__ = ["Emotional"]
 # and worse around SGD (docs/benchmarks.md).
 _TARGET, _FALL = (0.0, 0.0), 2.0
 # Memories in torch's own optimizers that have the shape of their parameter.
-_OF_ONE_SHAPE = ("exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+_OF_ONE_SHAPE = (
+    *("acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev"),
+    *("square_avg", "step_size", "sum"),
+)
 
 
 class Emotional(Bearer):
@@ -235,7 +238,7 @@ class Emotional(Bearer):
     def _shapes(self, param: Tensor) -> dict[str, torch.Size]:
         size = len(sample(torch.empty_like(param, device="meta")))
         shapes = {"step_sample": torch.Size((ROWS, size))}
-        if type(self.inner).__module__.startswith("torch.optim."):
+        if type(self.inner).__module__.startswith("torch.optim"):
             shapes |= dict.fromkeys(_OF_ONE_SHAPE, param.shape)
         return shapes | {"shadow": param.shape} if self.param_groups[0]["use_shadow"] else shapes
 
@@ -379,6 +382,7 @@ def _reach(active: Active, copies: list[Tensor], rates: Tensor) -> float:
     moved, count = 0.0, 0
     for p, copy, grad, rate in zip(active.roster.params, copies, active.grads, rates.tolist(), strict=False):
         if rate:
-            moved += (float(torch.linalg.vector_norm(wide(p) - wide(copy))) / rate) ** 2
+            step = torch.where(p == copy, 0.0, wide(p) - wide(copy))  # of two infinities: none
+            moved += (float(torch.linalg.vector_norm(step)) / rate) ** 2
             count += int(grad.count_nonzero())
     return math.sqrt(moved / count) if moved and count else 1.0

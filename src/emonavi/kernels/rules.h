@@ -530,7 +530,12 @@ int NAME(squares)(const bucket *b)
     return sweep_elements(b, NAME(square_piece));
 }
 
-/* The shadow follows the parameters, as torch's lerp has it, but an infinity stays what it is -----------------------*/
+/* The shadow follows the parameters, as torch's lerp has it; but where that is not finite, as in a mask, it is them --*/
+
+static inline WIDE NAME(finite)(WIDE moved, WIDE weight)
+{
+    return moved - moved == 0 ? moved : weight;
+}
 
 static void NAME(follow_piece)(const bucket *b, int64_t tensor, int64_t start, int64_t n, double *sums)
 {
@@ -541,11 +546,11 @@ static void NAME(follow_piece)(const bucket *b, int64_t tensor, int64_t start, i
     if (rate < (WIDE)0.5) {
 #pragma omp simd
         for (int64_t k = 0; k < n; k++)
-            shadow[k] = GET(param[k]) == shadow[k] ? shadow[k] : MULTIPLY_ADD(rate, GET(param[k]) - shadow[k], shadow[k]);
+            shadow[k] = NAME(finite)(MULTIPLY_ADD(rate, GET(param[k]) - shadow[k], shadow[k]), GET(param[k]));
     } else {
 #pragma omp simd
         for (int64_t k = 0; k < n; k++)
-            shadow[k] = GET(param[k]) == shadow[k] ? shadow[k] : MULTIPLY_ADD(rest, shadow[k] - GET(param[k]), GET(param[k]));
+            shadow[k] = NAME(finite)(MULTIPLY_ADD(rest, shadow[k] - GET(param[k]), GET(param[k])), GET(param[k]));
     }
 }
 
