@@ -822,14 +822,20 @@ def test_the_shadow_of_what_does_not_move_follows(make):
         torch.testing.assert_close(optimizer.state[idle]["shadow"], expected)
 
 
-@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+def wrapped(params, **options):
+    return emonavi.Emotional(torch.optim.AdamW(params), **options)
+
+
+all_makers = pytest.mark.parametrize(
+    "make", [*(case.make for case in CASES), wrapped], ids=[*(case.name for case in CASES), "Emotional"]
+)
+
+
+@all_makers
 def test_a_shadow_that_was_off_begins_at_todays_weights(make):
     """A NaN would else throw the run back to where it was switched off."""
     params = weights()
-    if make == "Emotional":
-        optimizer = emonavi.Emotional(torch.optim.AdamW(params), use_shadow=True)
-    else:
-        optimizer = make.make(params, use_shadow=True)
+    optimizer = make(params, use_shadow=True)
     train(optimizer, params, 5)
     optimizer.param_groups[0]["use_shadow"] = False
     for p in params:
@@ -851,13 +857,10 @@ def test_a_shadow_that_was_off_begins_at_todays_weights(make):
         assert (optimizer.state[p]["shadow"] - p).abs().max() < 1
 
 
-@pytest.mark.parametrize("make", [*CASES, "Emotional"], ids=lambda m: getattr(m, "name", m))
+@all_makers
 def test_a_step_at_lr_zero_drops_the_shadow_too(make):
     params = weights()
-    if make == "Emotional":
-        optimizer = emonavi.Emotional(torch.optim.AdamW(params), use_shadow=True)
-    else:
-        optimizer = make.make(params, use_shadow=True)
+    optimizer = make(params, use_shadow=True)
     train(optimizer, params, 3)
     optimizer.param_groups[0] |= {"use_shadow": False, "lr": 0.0}
     optimizer.step(loss=1.0)

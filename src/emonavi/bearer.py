@@ -20,9 +20,9 @@ from emonavi import checks, shadow
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, default_group, is_piece, local, reshard
-from emonavi.groups import of_the_run
-from emonavi.intake import Intake, Loss
-from emonavi.machine import Machine, Weights
+from emonavi.groups import no_peak
+from emonavi.intake import Intake
+from emonavi.machine import Loss, Machine, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak, callers_level
 from emonavi.scalars import Number, exp, like, widest
@@ -156,7 +156,7 @@ class Bearer(torch.optim.Optimizer):
         self._intake.clear()
         with torch.no_grad():
             for group in self.param_groups:
-                group["lr_peak"] = of_the_run(group["lr"])["lr_peak"]
+                group["lr_peak"] = no_peak(group["lr"])
             if self.param_groups[0]["use_shadow"]:
                 for p in self._params():
                     if "shadow" in self.state.get(p, {}):

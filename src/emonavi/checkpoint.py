@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from emonavi import checks, lowbit
 from emonavi.distributed import is_sharded
 from emonavi.emotion import Emotion
-from emonavi.groups import BOUNDS, OF_THE_RUN, of_the_run
+from emonavi.groups import BOUNDS, OF_THE_RUN, no_peak
 from emonavi.machine import KEPT, Machine
 from emonavi.notices import callers_level
 from emonavi.presets import PRESETS
@@ -102,7 +102,7 @@ def _taken_over(
         A state dict to load, with a fresh emotion, or None where the other holds no such memories.
     """
     # Not from state_dict(), which runs the user's hooks.
-    own = [{**g, "lr_peak": of_the_run(g["lr"])["lr_peak"]} for g in optimizer.param_groups]
+    own = [{**g, "lr_peak": no_peak(g["lr"])} for g in optimizer.param_groups]
     own[0]["emotion"] = optimizer._fresh()
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
     if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:

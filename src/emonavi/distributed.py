@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from emonavi.intake import Loss
-from emonavi.machine import KEPT
+from emonavi.machine import KEPT, Loss
 
 __all__ = [
     "Ranks",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BOUNDS", "OF_THE_RUN", "of_the_run"]
+__all__ = ["BOUNDS", "OF_THE_RUN", "no_peak", "of_the_run"]
 
 BOUNDS = {"lr_floor": "min_lr", "lr_ceiling": "max_lr"}  # names of our own: OneCycleLR writes its plan into the others
 OF_THE_RUN = ("lr_start", "lr_peak")
@@ -22,6 +22,9 @@ OF_THE_RUN = ("lr_start", "lr_peak")
 
 def of_the_run(lr: float | Tensor) -> dict[str, Any]:
     """What a group keeps of its lr from the beginning."""
-    if isinstance(lr, Tensor):  # the peak will be one, too: a distributed checkpoint is loaded into what is there
-        return {"lr_start": lr.detach().clone(), "lr_peak": torch.zeros_like(lr, requires_grad=False)}
-    return {"lr_start": lr, "lr_peak": 0.0}
+    return {"lr_start": lr.detach().clone() if isinstance(lr, Tensor) else lr, "lr_peak": no_peak(lr)}
+
+
+def no_peak(lr: float | Tensor) -> float | Tensor:
+    """The highest lr before any step: 0, of the lr's kind, as a distributed checkpoint is loaded into what is there."""
+    return torch.zeros_like(lr, requires_grad=False) if isinstance(lr, Tensor) else 0.0

@@ -13,16 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emonavi.distributed import is_piece, is_sharded, local
+from emonavi.machine import Loss
 from emonavi.scalars import widest
 
-__all__ = ["Intake", "Loss", "Mark", "listening", "observe", "unwrapped"]
-
-
-class Loss(NamedTuple):
-    """The loss of one step, and of how many backward calls it is the sum (0: not captured)."""
-
-    value: Tensor | float
-    window: int | Tensor = 0
+__all__ = ["Intake", "Mark", "listening", "observe", "unwrapped"]
 
 
 class Mark(NamedTuple):
@@ -105,7 +100,7 @@ class Intake:
 
     def has_shards(self) -> bool:
         """Whether a parameter may be sharded by FSDP, which differentiates a copy of it."""
-        return any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in self._params())
+        return any(is_sharded(p) or is_piece(p) for p in self._params())
 
     def take(self, told: Tensor | float | None, closure: Callable[[], Any] | None) -> tuple[Loss | None, Any]:
         """The loss that counts for this step, and what ``step()`` returns."""
@@ -143,10 +138,9 @@ class Intake:
         self.thread = threading.get_ident()
 
 
-def _version(grad: Any) -> int:
+def _version(grad: Tensor | None) -> int:
     """How often a gradient was written to. FSDP2 adds to the local part of a DTensor."""
-    is_plain = grad is None or type(grad) is Tensor  # most are; asking others for an attribute takes longer
-    return getattr(grad if is_plain or not hasattr(grad, "to_local") else grad.to_local(), "_version", 0)
+    return 0 if grad is None else local(grad)._version
 
 
 def _detached(loss: Tensor | float) -> Tensor | float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emonavi.scalars import Number, isfinite, like, negate, where
 
-__all__ = ["KEPT", "Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
+__all__ = ["KEPT", "Loss", "Machine", "Mood", "Options", "Sums", "Weights", "keep", "regular"]
 
 
 # The scalars in the state of each tensor, with their initial values.
@@ -29,6 +29,13 @@ class Options(NamedTuple):
     # Over the groups in which something moves:
     decayed: Number  # every lr is below half its peak: a schedule is ending the run
     lr: Number  # the highest lr
+
+
+class Loss(NamedTuple):
+    """The loss of one step, and of how many backward calls it is the sum (0: not captured)."""
+
+    value: Tensor | float
+    window: int | Tensor = 0
 
 
 class Weights(NamedTuple):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from emonavi.distributed import local, placed
-from emonavi.sweep import wide
 
 __all__ = ["fresh", "sample_size", "sample_stride"]
 
@@ -26,7 +25,7 @@ def sample_size(count: int) -> int:
 def fresh(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
     """Zeros under these names: shaped as a matrix's rows, columns or sample if so named, else as the parameter."""
     here, dims = local(param.detach()), range(1, param.dim())
-    kind = wide(here.new_empty(0)).dtype
+    kind = torch.promote_types(here.dtype, torch.float32)
 
     def made(name: str) -> Tensor:
         if name == "exp_avg_row":

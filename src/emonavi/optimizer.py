@@ -22,9 +22,8 @@ from emonavi.checkpoint import LATER, load_exactly, loadable
 from emonavi.distributed import Ranks, agreed, hand_on, is_part, is_piece, is_sharded, local, local_grad
 from emonavi.emotion import Emotion
 from emonavi.groups import BOUNDS, of_the_run
-from emonavi.intake import Loss
 from emonavi.kernels import choose, wanted
-from emonavi.machine import KEPT, Mood, Options, Sums
+from emonavi.machine import KEPT, Loss, Mood, Options, Sums
 from emonavi.memories import fresh
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release

@@ -24,8 +24,8 @@ from emonavi import checks, shadow
 from emonavi.active import Active, Found, Roster
 from emonavi.distributed import Ranks, default_group, unless_alone
 from emonavi.emotion import Emotion
-from emonavi.intake import Loss, listening
-from emonavi.machine import Mood, Options, Sums
+from emonavi.intake import listening
+from emonavi.machine import Loss, Mood, Options, Sums
 from emonavi.notices import callers_level
 from emonavi.scalars import Number
 from emonavi.sweep import all_norms

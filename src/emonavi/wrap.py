@@ -26,8 +26,7 @@ from emonavi.distributed import Ranks, agreed
 from emonavi.dress import OPTIONS, adaptive, check, dress, fitting, wrappable
 from emonavi.emotion import UNKNOWN_RMS, Emotion
 from emonavi.groups import BOUNDS, OF_THE_RUN
-from emonavi.intake import Loss
-from emonavi.machine import KEPT, Mood, Options, Sums, Weights
+from emonavi.machine import KEPT, Loss, Mood, Options, Sums, Weights
 from emonavi.notices import callers_level
 from emonavi.scalars import Number, exp
 from emonavi.spelling import spelled
