@@ -1,9 +1,11 @@
 """Compare optimizers on the LoRA examples, and with a fine-tune of all weights: loss, and what was forgotten.
 
-    python examples/compare.py minilm          # writes benchmarks/lora-minilm-cpu.json, fifteen minutes on one core
-    python examples/compare.py efficientnet    # writes benchmarks/lora-efficientnet-cpu.json, eight
+    python examples/compare.py minilm          # writes benchmarks/lora-minilm-cpu.json, half an hour of one core
+    python examples/compare.py efficientnet    # writes benchmarks/lora-efficientnet-cpu.json, a quarter
+    python examples/compare.py minilm --long   # 400 steps: benchmarks/lora-minilm-400-cpu.json
 
-Each run is written when it is done; ``--resume`` goes on where a command was interrupted.
+Each run is written when it is done; ``--resume`` goes on where a command was interrupted. "+ shadow" is the run with
+``use_shadow=True``, evaluated with the shadow.
 """
 
 import argparse
@@ -27,11 +29,15 @@ from transformers import AutoTokenizer
 import emonavi
 from emonavi.bench.provenance import made_on
 
+SHADOW = " + shadow"
 OURS = ("EmoNavi", "EmoFact", "EmoLynx")
+OURS += tuple(name + SHADOW for name in OURS)
 # The likeliest first: an interrupted comparison has them.
 GRID = [("lora", name, 1e-3) for name in (*OURS, "AdamW")] + [("lora", "Prodigy", 1.0)]
 GRID += [("all", "AdamW", 1e-4), ("all", "EmoNavi", 1e-3)]
 GRID += [("lora", name, lr) for lr in (1e-2, 1e-4) for name in (*OURS, "AdamW")] + [("all", "AdamW", 1e-5)]
+LONG = [("lora", name, 1e-3) for name in (*OURS, "AdamW")] + [("lora", "Prodigy", 1.0)]
+LONG += [("lora", "AdamW", lr) for lr in (3e-4, 1e-4, 3e-3)]
 PACKAGES = {"minilm": ("transformers", "peft"), "efficientnet": ("efficientnet-lite-pytorch",)}
 
 
@@ -74,9 +80,10 @@ def example_of(task, small):
 
 
 def optimizer_of(name, params, lr):
-    """An optimizer with all options but lr at their defaults."""
+    """An optimizer with all options but lr, and the shadow if it is named, at their defaults."""
+    name, shadow, _ = name.partition(SHADOW)
     kind = next(getattr(package, name) for package in (emonavi, torch.optim, prodigyopt) if hasattr(package, name))
-    return kind(params, lr=lr)
+    return kind(params, lr=lr, **{"use_shadow": True} if shadow else {})
 
 
 def run(task, weights, name, lr, seed, steps, small=False):
@@ -87,6 +94,8 @@ def run(task, weights, name, lr, seed, steps, small=False):
     optimizer = optimizer_of(name, [p for p in model.parameters() if p.requires_grad], lr)
     torch.manual_seed(seed)
     example.train(model, optimizer, examples, steps)
+    if SHADOW in name:
+        optimizer.eval()
     loss, right = example.evaluate(model, held_out)
     found = {"loss": loss, "right": right}
     if isinstance(optimizer, emonavi.EmoOptimizer):
@@ -109,25 +118,28 @@ def table(runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=PACKAGES)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--long", action="store_true", help="400 steps, adapters only, and more lrs of AdamW")
+    parser.add_argument("--steps", type=int, help="another number of them")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="keep the runs that the file holds already")
     parser.add_argument("--small", action="store_true", help="the examples' small data and every sixth run, for a test")
     parser.add_argument("--out", type=Path, help="where to write, if not into benchmarks/")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    out = options.out or Path(__file__).parents[1] / "benchmarks" / f"lora-{options.task}-cpu.json"
+    grid, steps = (LONG, 400) if options.long else (GRID, 100)
+    steps, file = options.steps or steps, f"lora-{options.task}{'-400' if options.long else ''}-cpu.json"
+    out = options.out or Path(__file__).parents[1] / "benchmarks" / file
     runs = json.loads(out.read_text())["runs"] if options.resume and out.exists() else []
     done = [[r[k] for k in ("weights", "optimizer", "lr", "seed")] for r in runs]
     typed = [arg for arg in sys.argv[1:] if arg != "--resume"]
     found = {"command": shlex.join(["python", "examples/compare.py", *typed]), **made_on()}
     found["versions"] |= {name: version(name) for name in ("prodigyopt", *PACKAGES[options.task])}
-    found |= {"steps": options.steps, "seeds": options.seeds, "runs": runs}
+    found |= {"steps": steps, "seeds": options.seeds, "runs": runs}
     for seed in range(options.seeds):
-        for weights, name, lr in GRID[:: 6 if options.small else 1]:
+        for weights, name, lr in grid[:: 6 if options.small else 1]:
             if [weights, name, lr, seed] in done:
                 continue
-            runs.append(run(options.task, weights, name, lr, seed, options.steps, options.small))
+            runs.append(run(options.task, weights, name, lr, seed, steps, options.small))
             out.write_text(json.dumps(found, indent=0) + "\n")
             print(*list(table(runs[-1:]))[2:], flush=True)
     print(*table(runs), sep="\n")

@@ -726,52 +726,6 @@ def test_a_schedule_in_its_end_phase_is_not_undone(case):
 # Shadow --------------------------------------------------------------------------------------------------------------
 
 
-@configured(lambda c: c.shadow)
-@ways
-def test_calm_swaps_and_restores(case, config, foreach):
-    optimizer, params, _ = run(case, 20, foreach=foreach, **config.kwargs)
-    before = contents(optimizer)
-    shadows = [optimizer.state[p]["shadow"].clone() for p in params]
-    assert any(not torch.equal(p, s) for p, s in zip(params, shadows, strict=True))
-    places = [p.data_ptr() for p in params]
-    with optimizer.calm():
-        assert all(torch.equal(p, s) for p, s in zip(params, shadows, strict=True))
-        assert [p.data_ptr() for p in params] == places
-        for what in (optimizer.step, optimizer.state_dict, optimizer.calm().__enter__):
-            with pytest.raises(RuntimeError, match="inside calm"):
-                what()
-        assert all(torch.equal(p, s) for p, s in zip(params, shadows, strict=True))
-    assert differences(before, contents(optimizer)) == []
-    with pytest.raises(KeyError, match="mine"), optimizer.calm():
-        raise KeyError("mine")
-    assert differences(before, contents(optimizer)) == []
-    optimizer.state_dict()
-    train(optimizer, params, 1, start=20)
-
-
-@siblings
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_calm_in_other_dtypes(case, dtype):
-    optimizer, params, _ = run(case, 10, dtype=dtype, use_shadow=True)
-    wide = torch.promote_types(dtype, torch.float32)
-    before = [p.detach().clone() for p in params]
-    with optimizer.calm():
-        for p in params:
-            assert optimizer.state[p]["shadow"].dtype == (wide if dtype != torch.float64 else torch.float64)
-            assert p.dtype == dtype
-            assert torch.equal(p, optimizer.state[p]["shadow"].to(dtype))
-    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-
-
-@siblings
-def test_calm_without_a_shadow(case):
-    optimizer, params, _ = run(case, 3)
-    with pytest.raises(RuntimeError, match="no shadow"), optimizer.calm():
-        pass
-    train(optimizer, params, 2, start=3)  # the refusal left nothing locked
-    optimizer.state_dict()
-
-
 @siblings
 def test_shadow_is_a_slow_average(case):
     """Made at the first step from the weights as they were; then inside what the weights have been."""
@@ -1320,19 +1274,6 @@ def test_shadow_of_a_model_whose_precision_changes(case, dtype):
 
 
 @siblings
-def test_calm_gives_back_weights_that_were_moved_inside(case):
-    """As by ``model.half()``, for an export, and ``model.float()`` after it."""
-    params = weights()
-    optimizer = case.make(params, use_shadow=True)
-    train(optimizer, params, 3)
-    before = [p.detach().clone() for p in params]
-    with optimizer.calm():
-        for p in params:
-            p.data = p.data.half().float()
-    assert all(torch.equal(p.detach(), b) for p, b in zip(params, before, strict=True))
-
-
-@siblings
 def test_deepcopy_is_another_run(case):
     optimizer, _, _ = run(case, 5)
     before = contents(optimizer)
@@ -1354,16 +1295,6 @@ def test_a_group_at_lr_zero_with_the_only_gradient_is_no_step(case):
 
 
 @siblings
-def test_a_copy_inside_calm_is_refused(case):
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = case.make([weight], use_shadow=True)
-    weight.grad = torch.ones(2)
-    optimizer.step(loss=1.0)
-    with optimizer.calm(), pytest.raises(RuntimeError, match="copying inside calm"):
-        copy.deepcopy(optimizer)
-
-
-@siblings
 def test_the_drive_heals_where_no_loss_is_heard_any_more(case):
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = case.make([weight], lr=1e-3, use_trust=False, capture=False, on_missing_loss="ignore")
@@ -1375,18 +1306,6 @@ def test_the_drive_heals_where_no_loss_is_heard_any_more(case):
         weight.grad = torch.ones(4)
         optimizer.step()
     assert optimizer.emotion.drive == pytest.approx(1.0)
-
-
-@siblings
-def test_calm_before_the_first_step_shows_the_weights(case):
-    """As a trainer's check of its evaluation does it; without a shadow it is refused as ever."""
-    params = weights()
-    before = [p.detach().clone() for p in params]
-    optimizer = case.make(params, use_shadow=True)
-    with optimizer.calm():
-        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    with pytest.raises(RuntimeError, match="use_shadow=True"), case.make(params).calm():
-        pass
 
 
 @siblings

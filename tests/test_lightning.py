@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("lightning")
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -204,6 +204,59 @@ def test_a_resumed_run_is_the_uninterrupted_one(sibling, scaled, tmp_path):
     torch.save(checkpoint | {"optimizer_states": [fresh.state_dict()]}, tmp_path / "half.ckpt")
     without, _ = run(2, str(tmp_path / "half.ckpt"))
     assert "group 0: emotion" in differences(contents(whole.inner), contents(without.inner))
+
+
+# The shadow -----------------------------------------------------------------------------------------------------------
+
+
+class Validated(Net):
+    """Keeps what each validation saw."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen = []
+
+    def validation_step(self, batch, batch_idx):
+        state = self.inner.state
+        shadows = [state[p]["shadow"] for p in self.net.parameters() if "shadow" in state.get(p, {})]
+        self.seen.append([torch.equal(p, s) for p, s in zip(self.net.parameters(), shadows, strict=bool(shadows))])
+
+
+def validated(folder, epochs, ckpt_path=None, bridge=True, **settings):
+    """Validates after every fifth batch, and saves then."""
+    model = Validated(use_shadow=True)
+    saving = ModelCheckpoint(folder, "{step}", monitor=None, save_top_k=-1, save_on_train_epoch_end=False)
+    how = {"enable_checkpointing": True, "val_check_interval": 5, "callbacks": [saving]}
+    how["callbacks"] += [EmotionCallback()] if bridge else []
+    model.val_dataloader = lambda: DataLoader(TensorDataset(X, Y), batch_size=40)
+    return model, fit(model, folder, epochs, ckpt_path, **how | settings)
+
+
+def test_the_shadow_is_validated_and_saved(tmp_path):
+    model, trainer = validated(tmp_path, 2)
+    assert model.seen[1:] == [[True] * 4] * 4
+    assert not any(model.seen[0])  # the check before the first step: there is no shadow yet
+    saved = torch.load(tmp_path / "step=15.ckpt", weights_only=True)
+    kept = saved["optimizer_states"][0]["state"]
+    assert all(torch.equal(p, kept[i]["shadow"]) for i, p in enumerate(saved["state_dict"].values()))
+    plain = Net(use_shadow=True)
+    fit(plain, tmp_path, 2)
+    model.inner.train()
+    assert differences(contents(plain.inner), contents(model.inner)) == []  # validation is no part of the run
+    assert trainer.global_step == 20
+
+
+def test_a_run_resumes_exactly_from_a_saved_shadow(tmp_path):
+    whole, _ = validated(tmp_path, 2)
+    half = str(tmp_path / "step=10.ckpt")
+    again, _ = validated(tmp_path / "again", 2, half)
+    for model in (whole, again):
+        model.inner.train()
+    assert differences(contents(whole.inner), contents(again.inner)) == []
+    with pytest.raises(
+        RuntimeError, match=r"after eval\(\): the weights are the shadow's; leave the block, or call train"
+    ):
+        validated(tmp_path / "without", 2, half, bridge=False)
 
 
 # Fabric ---------------------------------------------------------------------------------------------------------------

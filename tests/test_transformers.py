@@ -52,11 +52,10 @@ def arguments(folder, **settings):
     return TrainingArguments(str(folder), **how | settings)
 
 
-def trainer_of(folder, cls=Told, callbacks=(), kind=Witness, options=None, data=DATA, **settings):
+def trainer_of(folder, cls=Told, callbacks=(), kind=Witness, options=None, data=DATA, held_out=None, **settings):
     args = arguments(folder, **settings)
     how = optimizer_cls_and_kwargs(cls, args, **(options or {}))
-    trainer = kind(llama(), args, train_dataset=data, optimizer_cls_and_kwargs=how, callbacks=list(callbacks))
-    return trainer
+    return kind(llama(), args, None, data, held_out, optimizer_cls_and_kwargs=how, callbacks=list(callbacks))
 
 
 def inner(trainer):
@@ -182,6 +181,83 @@ def test_a_save_at_every_step_changes_nothing(tmp_path):
     plain, saving = trainer_of(tmp_path / "a"), trainer_of(tmp_path / "b", save_strategy="steps", save_steps=1)
     plain.train(), saving.train()
     assert differences(everything(plain), everything(saving)) == []
+
+
+# The shadow -----------------------------------------------------------------------------------------------------------
+
+
+def shadowed(folder, cls=EmoNavi, callbacks=(), **settings):
+    """Evaluates and saves every second of six steps."""
+    how = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, **settings}
+    return trainer_of(folder, cls, callbacks, options={"use_shadow": True}, held_out=DATA[:6], **how)
+
+
+def held_out(trainer):
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def loss_of(state):
+    model = llama()
+    model.load_state_dict(state)
+    rows = TOKENS[:6]
+    with torch.no_grad():
+        return float(model(rows, labels=rows).loss)
+
+
+@pytest.mark.parametrize("cls", [EmoNavi, EmoLynx])
+def test_the_trainer_evaluates_and_saves_the_shadow(cls, tmp_path):
+    class Look(TrainerCallback):
+        raw, calm = [], []
+
+        def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+            self.raw.append(loss_of(model.state_dict()))
+            with optimizer.optimizer.calm():
+                self.calm.append(loss_of(model.state_dict()))
+
+    trainer, look = shadowed(tmp_path, cls), Look()
+    trainer.add_callback(look)
+    trainer.train()
+    assert held_out(trainer) == pytest.approx(look.calm[1::2], rel=1e-6)
+    assert held_out(trainer) != pytest.approx(look.raw[1::2], rel=1e-6)
+    for step in (2, 4, 6):
+        saved = LlamaForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}").state_dict()
+        assert loss_of(saved) == pytest.approx(look.calm[step - 1], rel=1e-6)
+    plain = trainer_of(tmp_path / "plain", cls, options={"use_shadow": True})
+    plain.train()
+    inner(trainer).train()
+    assert differences(everything(plain), everything(trainer)) == []  # evaluation is no part of the run
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_run_resumes_exactly_from_a_saved_shadow(at, tmp_path):
+    whole = shadowed(tmp_path)
+    whole.train()
+    again = shadowed(tmp_path, save_strategy="no")
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert differences(everything(whole), everything(again)) == []
+    assert held_out(again) == held_out(whole)
+    assert logged(again) == logged(whole)
+
+
+def test_the_best_weights_are_not_replaced_by_the_last_shadow(tmp_path):
+    """The Trainer loads them at the end, and may evaluate them."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = shadowed(tmp_path, eval_steps=4, save_steps=4, **best)
+    trainer.train()
+    assert trainer.state.best_global_step == 4 < trainer.state.global_step
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    trainer.save_model(tmp_path / "chosen")
+    saved = [LlamaForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("chosen", "checkpoint-4")]
+    assert differences(*saved) == []
+
+
+def test_weights_that_were_loaded_are_evaluated_as_they_are(tmp_path):
+    trainer = trainer_of(tmp_path, options={"use_shadow": True})
+    trainer.train()
+    trainer.model.load_state_dict(llama().state_dict())
+    with pytest.warns(UserWarning, match="written to since the last step"):
+        found = trainer.evaluate(DATA[:6])["eval_loss"]
+    assert found == pytest.approx(loss_of(llama().state_dict()), rel=1e-6)
 
 
 # The integration ------------------------------------------------------------------------------------------------------

@@ -196,7 +196,12 @@ class Merger:
 
         It is everything that is sent, times the steps since the last merge, followed by that number of steps. It is all
         zeros if there were none, or if a number is not finite.
+
+        Raises:
+            RuntimeError: the shadow stands in place of the weights, as inside of ``calm()``.
         """
+        if isinstance(self.optimizer, Bearer):
+            self.optimizer._refuse_inside_calm("a merge")
         flat = _flat([*self._params(), *self._followers()])
         sound = flat.isfinite().all()
         return torch.where(sound, torch.cat([flat * self._alone, flat.new_full((1,), self._alone)]), 0.0)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from emonavi import checks, shadow
 from emonavi.active import Found, bounded, per_tensor
 from emonavi.capture import listen
-from emonavi.distributed import Ranks, default_group, is_piece, local, reshard
+from emonavi.distributed import Ranks, default_group, is_piece, is_sharded, local, reshard
 from emonavi.groups import no_peak
 from emonavi.intake import Intake
 from emonavi.machine import Loss, Machine, Weights
@@ -60,7 +60,7 @@ class Bearer(torch.optim.Optimizer):
         self._ranks: Ranks | None = None  # None: not determined yet
         self._world: Any = None  # the default group when they were determined
         self._known: dict[Tensor, torch.Size] = {}  # shapes that state is known to fit
-        self._is_calm = False
+        self._written: int | None = None  # the parameters' versions after the last step, to see who wrote since
         self._calls = 0  # steps, real and skipped
         self._skipped, self._ignored, self._idle = (Streak(what, name) for what in (SKIPPED, IGNORED, IDLE))
         self._felt: Tensor | None = None  # the vector as it was last read
@@ -83,7 +83,9 @@ class Bearer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """As in ``torch.optim``, but without the emotion's state vector; :attr:`emotion` shows it by name."""
-        hidden = {"params", "emotion"} if self._emotion.constants else {"params", "emotion", "emotion_constants"}
+        hidden = {"params", "emotion"}
+        hidden |= set() if self._is_calm else {"shown"}
+        hidden |= set() if self._emotion.constants else {"emotion_constants"}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
@@ -151,6 +153,7 @@ class Bearer(torch.optim.Optimizer):
             RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
         """
         self._refuse_midway("reset_emotion()")
+        self._refuse_inside_calm("reset_emotion()")
         self._vector().copy_(self._fresh(anew=True))
         self._calls = 0
         self._intake.clear()
@@ -166,9 +169,9 @@ class Bearer(torch.optim.Optimizer):
     def calm(self, model: nn.Module | None = None) -> Iterator[None]:
         """Put the shadow in place of the weights, for evaluation. The weights return at the end, also after an error.
 
-        Before the first step the shadow equals the weights. The block holds a copy of the weights. To keep the shadow,
-        save or copy it inside the block. BatchNorm's statistics are not averaged: if a model has them,
-        ``torch.optim.swa_utils.update_bn`` sets them from data.
+        Before the first step the shadow equals the weights. The block holds a copy of the weights, which is in
+        ``state_dict()`` as well. To keep the shadow, save or copy it inside the block. BatchNorm's statistics are not
+        averaged: if a model has them, ``torch.optim.swa_utils.update_bn`` sets them from data.
 
         Args:
             model: a model under FSDP2 (``fully_shard``) or ``replicate()`` that is run inside the block. Both keep
@@ -176,8 +179,7 @@ class Bearer(torch.optim.Optimizer):
                 model, they gather anew at both ends of the block. Saving needs no model.
 
         Raises:
-            RuntimeError: there is no shadow, or the block is entered twice, or ``step()`` or ``state_dict()`` is
-                called inside it.
+            RuntimeError: there is no shadow, or ``step()`` or ``reset_emotion()`` is called inside the block.
             ValueError: the model is under FSDP1, whose gathered weights cannot be dropped.
 
         Example:
@@ -190,9 +192,9 @@ class Bearer(torch.optim.Optimizer):
             ...     evaluated = model(torch.ones(1, 2))
         """
         self._refuse_midway("calm()")
+        params, was_calm = self._shadowed(), self._is_calm
         wanted = self.param_groups[0]["use_shadow"]
-        pairs = [(p, s["shadow"]) for p in self._params() if wanted and "shadow" in (s := self.state.get(p, {}))]
-        if not pairs and (self._begun or not wanted):
+        if not params and (self._begun or not wanted):
             remedy = (
                 "the next step makes it"
                 if wanted
@@ -200,27 +202,89 @@ class Bearer(torch.optim.Optimizer):
                 "param_groups[0]['use_shadow'] = True and make a step"
             )
             raise RuntimeError(f"calm() has no shadow to show: {remedy}")
-        if model is not None and any(is_piece(p) for p, _ in pairs):
+        if model is not None and any(is_piece(p) for p in params):
             raise ValueError(
                 "calm(model) of a model under FSDP1, which may go on with weights that it gathered before: save inside "
                 "calm() and evaluate what was saved, or shard with FSDP2's fully_shard()"
             )
-        self._is_calm = True
         try:
-            with shadow.shown(pairs):
-                reshard(model)
-                yield
-        finally:
-            self._is_calm = False
+            if not was_calm:
+                self._show(params)
             reshard(model)
+            yield
+        finally:
+            if not was_calm:
+                self.train()
+            reshard(model)
+
+    def eval(self) -> None:
+        """Put the shadow in place of the weights until :meth:`train`, as schedule-free optimizers do.
+
+        Trainers that know those call both by themselves, Hugging Face's and accelerate's among them: they evaluate, and
+        save, the shadow. The weights that train are in ``state_dict()`` then, so that a run resumes exactly. Elsewhere
+        :meth:`calm` is safer, since it ends by itself.
+
+        Nothing happens without a shadow, or before the first step, where the shadow equals the weights. With a warning,
+        also where the weights were written to since the last step, as when a trainer loads its best ones: the shadow is
+        not theirs. And where they are sharded: the model would go on with weights that it gathered before, for which
+        there is ``calm(model)``.
+
+        Raises:
+            RuntimeError: between backward and ``step()`` with gradients released.
+
+        Example:
+            >>> import torch, emonavi
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> optimizer.eval()
+            >>> evaluated = model(torch.ones(1, 2))
+            >>> optimizer.train()
+        """
+        self._refuse_midway("eval()")
+        params = self._shadowed()
+        if self._is_calm or not params:
+            return
+        if any(is_sharded(p) or is_piece(p) for p in params):
+            what, remedy = "the weights are sharded", "evaluate inside calm(model)"
+        elif self._written not in (None, shadow.versions(self._params())):
+            what, remedy = "the weights were written to since the last step", "calm() shows the last step's shadow"
+        else:
+            self._show(params)
+            return
+        warnings.warn(f"{what}: eval() leaves them as they are; {remedy}", stacklevel=callers_level())
+
+    def train(self) -> None:
+        """Put the weights back that :meth:`eval` replaced; it does nothing where there are none."""
+        if self._is_calm:
+            shadow.hide(self._params(), self.state)
+            self.param_groups[0]["shown"] = "raw"
+            self._written = shadow.versions(self._params())
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether the shadow stands in place of the weights."""
+        return next(iter(self.param_groups), {}).get("shown") == "shadow"
+
+    def _shadowed(self) -> list[Tensor]:
+        """Parameters that have a shadow; none where it is switched off."""
+        wanted = self.param_groups[0]["use_shadow"]
+        return [p for p in self._params() if "shadow" in self.state.get(p, {})] if wanted else []
+
+    def _show(self, params: list[Tensor]) -> None:
+        self.param_groups[0]["shown"] = "shadow"  # first: train() then mends what fails midway
+        shadow.show(params, self.state)
 
     def _refuse_inside_calm(self, what: str) -> None:
         if self._is_calm:
-            raise RuntimeError(f"{what} inside calm(): the weights there are the shadow's; leave the block first")
+            raise RuntimeError(
+                f"{what} inside calm(), or after eval(): the weights are the shadow's; leave the block, or call "
+                "train(), first"
+            )
 
     def _refuse_midway(self, what: str) -> None:
-        """Raise if a step is under way, so that the state is incomplete."""
-        self._refuse_inside_calm(what)
+        """Hook: raise if a step is under way, so that the state is incomplete."""
 
     @property
     def writer(self) -> Any:
@@ -324,6 +388,7 @@ class Bearer(torch.optim.Optimizer):
         """Store the state after a step, which ``acts`` or was skipped, and record it."""
         vector.copy_(self._emotion.pack(state))
         self._calls += 1
+        self._written = shadow.versions(self._params()) if self.param_groups[0]["use_shadow"] else None
         self._intake.clear()
         if self._recorder is not None:
             self._recorder.record(vector, self._effective_lr(vector, state.log_drive))
@@ -331,9 +396,13 @@ class Bearer(torch.optim.Optimizer):
             self._skipped.note(not acts)
 
     def _put_constants(self) -> None:
-        """Put the emotion's constants into the first group, for checkpoints, as a string: torch takes a dict apart."""
+        """Put the emotion's constants into the first group, for checkpoints, as a string: torch takes a dict apart.
+
+        Also which weights are shown: distributed checkpoints keep only what is there from the beginning.
+        """
         self._vector()  # if the first group was replaced, it lacks that, too
         self.param_groups[0]["emotion_constants"] = str(self._emotion.constants)
+        self.param_groups[0].setdefault("shown", "raw")
 
     def _take_constants(self) -> None:
         """Go on with the constants of the checkpoint that was loaded, as with the options in its groups."""
@@ -360,6 +429,7 @@ class Bearer(torch.optim.Optimizer):
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
+        self._written = None  # the model was loaded as well, before or after
 
     def _fresh(self, anew: bool = False) -> Tensor:
         """A fresh state vector.

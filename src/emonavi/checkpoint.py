@@ -23,9 +23,19 @@ from emonavi.presets import PRESETS
 from emonavi.spelling import FLAGS, NUMBERS
 
 if TYPE_CHECKING:
+    from emonavi.bearer import Bearer
     from emonavi.optimizer import EmoOptimizer
 
-__all__ = ["LATER", "load_exactly", "loadable", "not_torn", "same_emotion", "same_optimizer", "same_shapes"]
+__all__ = [
+    "LATER",
+    "load_exactly",
+    "loadable",
+    "not_torn",
+    "same_emotion",
+    "same_optimizer",
+    "same_shapes",
+    "same_shown",
+]
 
 # Options that earlier versions did not have, with the values that match their behaviour.
 LATER: dict[str, Any] = {"state_dtype": None, "stochastic_rounding": False}
@@ -76,6 +86,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
         ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes, or has lost its
             emotion.
     """
+    same_shown(state_dict, optimizer)
     params = list(optimizer._params())
     layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
     if "emotion" not in state_dict["param_groups"][0]:
@@ -161,6 +172,18 @@ def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
         mine = f"this optimizer has {machine.name!r} (version {own[1]:g}, {len(own)} entries)"
         raise ValueError(f"{saved}, {mine}: construct it with the emotion, and the emonavi, that saved it")
     checks.emotion(state_dict["param_groups"][0].get("emotion_constants", "{}"))  # raises for unknown ones
+
+
+def same_shown(state_dict: dict[str, Any], optimizer: Bearer) -> None:
+    """Raise if a checkpoint holds no weights that train, where it says so, or where the optimizer waits for them."""
+    if state_dict["param_groups"][0].get("shown", "raw") != "shadow":
+        optimizer._refuse_inside_calm("loading the checkpoint of a run that trains")
+    elif any("shadow" in kept and "raw" not in kept for kept in state_dict["state"].values()):
+        raise ValueError(
+            "the checkpoint was saved inside calm() or after eval(), and the weights that train are not there. A "
+            "distributed checkpoint is loaded into what is there already: make the state by "
+            "get_optimizer_state_dict(), and load optimizer and model inside of `with optimizer.calm():`"
+        )
 
 
 def _same_storage(state_dict: dict[str, Any], state_dtype: str | None) -> None:

@@ -5,6 +5,7 @@
     lr_start, lr_peak            the lr that it began with, and the highest so far
     lr_floor, lr_ceiling         its ``min_lr`` and ``max_lr``
     emotion, emotion_constants   in the first group: the state vector, and the constants that are not the defaults
+    shown                        in the first group: which weights the model has, ``"raw"``, or ``"shadow"`` in calm()
 """
 
 from __future__ import annotations

@@ -313,7 +313,7 @@ class EmoOptimizer(Bearer):
         """Shapes of a parameter's memories, by name, as stored."""
         like = param.detach() if is_sharded(param) else torch.empty_like(param, device="meta")
         shapes = {name: memory.shape for name, memory in self._memories(like).items()}
-        return shapes | {"shadow": param.shape}
+        return shapes | {"shadow": param.shape, "raw": param.shape}
 
     def _buckets(self, active: Active, predicated: bool) -> list[Bucket]:
         """The step's tensors in buckets. Raises before anything moves."""
@@ -414,7 +414,6 @@ class EmoOptimizer(Bearer):
                     state[name].fill_(KEPT[name])
 
     def _refuse_midway(self, what: str) -> None:
-        super()._refuse_midway(what)
         if self._release is not None:
             self._release.refuse(what)
 
@@ -422,7 +421,7 @@ class EmoOptimizer(Bearer):
         """As in ``torch.optim``; the emotion is in the first group.
 
         Raises:
-            RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
+            RuntimeError: between backward and ``step()`` with gradients released.
         """
         self._refuse_midway("state_dict()")
         self._put_constants()
@@ -438,7 +437,8 @@ class EmoOptimizer(Bearer):
             ValueError: the checkpoint is of another emotion, of an optimizer with other memories or other options, or
                 of a model of other shapes; nothing has changed then. The checkpoint of a sibling with the same memories
                 and options is accepted.
-            RuntimeError: as for :meth:`state_dict`.
+            RuntimeError: as for :meth:`state_dict`; or the shadow stands in place of the weights, as after
+                :meth:`eval`, and not in the checkpoint.
         """
         self._refuse_midway("load_state_dict()")
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))

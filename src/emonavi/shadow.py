@@ -1,12 +1,12 @@
 """The shadow: a float32 copy of each parameter, in its state, that follows it slowly (``docs/emotion.md``).
 
-A panic pulls the parameters to it, and ``calm()`` shows it in their place.
+A panic pulls the parameters to it, and ``calm()`` and ``eval()`` show it in their place. What trains is in the state
+then, as ``raw``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from emonavi.pieces import pieces
 from emonavi.scalars import Number, like
 from emonavi.sweep import wide
 
-__all__ = ["drop", "follow_idle", "lean", "make", "shown"]
+__all__ = ["drop", "follow_idle", "hide", "lean", "make", "show", "versions"]
 
 States = Mapping[Tensor, dict[str, Any]]  # an optimizer's ``state``
 
@@ -35,21 +35,31 @@ def drop(params: Iterable[Tensor], states: States) -> None:
         states.get(p, {}).pop("shadow", None)
 
 
-@contextmanager
-def shown(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Put shadows in place of the parameters, which return at the end, also after an error; it holds a copy of them."""
-    here = [local(p.detach()) for p, _ in pairs]
-    held = [p.clone() for p in here]
-    try:
-        _copy(here, [local(shadow.detach()) for _, shadow in pairs])
-        yield
-    finally:
-        _copy([local(p.detach()) for p, _ in pairs], held)  # looked up again: the block may have moved them
+def show(params: Sequence[Tensor], states: States) -> None:
+    """Put the shadows in place of these parameters, which have one, and keep the parameters in the states."""
+    raw = [p.detach().clone() for p in params]  # all of them before the first is kept: memory may run out
+    for p, kept in zip(params, raw, strict=True):
+        states[p]["raw"] = kept
+    _copy(params, [states[p]["shadow"] for p in params])
 
 
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+def hide(params: Iterable[Tensor], states: States) -> None:
+    """Put back the parameters that :func:`show` kept."""
+    held = [p for p in params if "raw" in states.get(p, {})]
+    _copy(held, [states[p]["raw"] for p in held])
+    for p in held:
+        del states[p]["raw"]
+
+
+def versions(params: Iterable[Tensor]) -> int:
+    """A number that is another one once a parameter was written to."""
+    return sum(p._version for p in params)
+
+
+@torch.no_grad()
+def _copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     if to:
-        torch._foreach_copy_(to, source)
+        torch._foreach_copy_([local(t.detach()) for t in to], [local(t.detach()) for t in source])
 
 
 def follow_idle(

@@ -239,7 +239,7 @@ class Emotional(Bearer):
         shapes = {"step_sample": torch.Size((ROWS, size))}
         if type(self.inner).__module__.startswith("torch.optim"):
             shapes |= dict.fromkeys(_OF_ONE_SHAPE, param.shape)
-        return shapes | {"shadow": param.shape} if self.param_groups[0]["use_shadow"] else shapes
+        return shapes | {"shadow": param.shape, "raw": param.shape} if self.param_groups[0]["use_shadow"] else shapes
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples. Also remembers the step."""
@@ -300,12 +300,7 @@ class Emotional(Bearer):
         return dict(self._own)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's; the emotion is in the first group.
-
-        Raises:
-            RuntimeError: inside :meth:`calm`.
-        """
-        self._refuse_midway("state_dict()")
+        """The wrapped optimizer's; the emotion is in the first group."""
         self._put_constants()
         return self.inner.state_dict()
 
@@ -317,9 +312,8 @@ class Emotional(Bearer):
         Raises:
             ValueError: the checkpoint is of another emotion, of another optimizer or of a model of other shapes;
                 nothing has changed then.
-            RuntimeError: inside :meth:`calm`.
+            RuntimeError: the shadow stands in place of the weights, as after :meth:`eval`, and not in the checkpoint.
         """
-        self._refuse_midway("load_state_dict()")
         own = self._options()
         load_exactly(
             self.inner.load_state_dict, self.inner, state_dict, lambda final: fitting(final, self), as_placed=True
@@ -355,7 +349,6 @@ class Emotional(Bearer):
         return self.inner.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_midway("copying")
         self._prepare()
         return {"inner": self.inner, "_settings": self._settings()}
 

@@ -30,6 +30,9 @@ class EmotionCallback(Callback):
     in each. Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed
     over. Under a schedule the effective lr is that of the step to come.
 
+    Where they have a shadow, it is what is validated, and saved by a ModelCheckpoint after it, with the weights that
+    train in the optimizer's part: such a checkpoint resumes exactly, under this callback.
+
     Args:
         stop: end the training once all of them say ``should_stop``; looked at after each step, which waits for the
             device. ``min_steps`` and ``min_epochs`` are kept.
@@ -45,6 +48,16 @@ class EmotionCallback(Callback):
         if not _ours(trainer):
             names = ", ".join(type(o).__name__ for o in trainer.optimizers) or "none"
             raise TypeError(f"no optimizer that listens to a loss among {names}: return one in configure_optimizers()")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the shadow."""
+        for optimizer in _ours(trainer):
+            optimizer.eval()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Go on with the weights that train. Not sooner: checkpoints are saved after the validation."""
+        for optimizer in _ours(trainer):
+            optimizer.train()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

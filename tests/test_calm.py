@@ -1,0 +1,312 @@
+"""What shows the shadow in place of the weights: ``calm()``, and ``eval()`` and ``train()`` as trainers call them."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cases import CASES, configured, contents, differences, siblings, train, ways, weights
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import emonavi
+from emonavi.autonomous import Merger
+
+
+def wrapped(params, **options):
+    inner = torch.optim.AdamW(params, lr=1e-2, foreach=options.pop("foreach", None))
+    return emonavi.Emotional(inner, **{"on_missing_loss": "ignore", "capture": False} | options)
+
+
+MAKERS = [*(case.make for case in CASES), wrapped]
+makers = pytest.mark.parametrize("make", MAKERS, ids=[*(case.name for case in CASES), "Emotional"])
+
+
+def run(make, steps=20, *, dtype=torch.float32, **options):
+    params = weights(dtype)
+    optimizer = make(params, **options)
+    train(optimizer, params, steps)
+    return optimizer, params
+
+
+def copies(params):
+    return [p.detach().clone() for p in params]
+
+
+def same(params, others):
+    return all(torch.equal(p, o) for p, o in zip(params, others, strict=True))
+
+
+def shadows(optimizer, params):
+    return [optimizer.state[p]["shadow"].to(p.dtype, copy=True) for p in params]
+
+
+def refusals(optimizer):
+    """What would train on the shadow, or take it for the weights."""
+    return optimizer.step, optimizer.reset_emotion, Merger(torch.nn.Linear(1, 1), optimizer).offer
+
+
+# calm() ---------------------------------------------------------------------------------------------------------------
+
+
+@configured(lambda c: c.shadow)
+@ways
+def test_calm_swaps_and_restores(case, config, foreach):
+    optimizer, params = run(case.make, foreach=foreach, process_group=None, **config.kwargs)
+    before, average = contents(optimizer), shadows(optimizer, params)
+    assert not same(params, average)
+    places = [p.data_ptr() for p in params]
+    with optimizer.calm():
+        assert same(params, average)
+        assert [p.data_ptr() for p in params] == places
+        for what in refusals(optimizer):
+            with pytest.raises(RuntimeError, match=r"inside calm\(\), or after eval\(\)"):
+                what()
+        with optimizer.calm():
+            assert same(params, average)
+        assert same(params, average)
+    assert differences(before, contents(optimizer)) == []
+    with pytest.raises(KeyError, match="mine"), optimizer.calm():
+        raise KeyError("mine")
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 1, start=20)
+
+
+@makers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_calm_in_other_dtypes(make, dtype):
+    optimizer, params = run(make, 10, dtype=dtype, use_shadow=True)
+    before = copies(params)
+    with optimizer.calm():
+        for p in params:
+            assert optimizer.state[p]["shadow"].dtype == torch.promote_types(dtype, torch.float32)
+            assert p.dtype == dtype
+        assert same(params, shadows(optimizer, params))
+    assert same(params, before)
+
+
+@makers
+def test_calm_without_a_shadow(make):
+    optimizer, params = run(make, 3)
+    with pytest.raises(RuntimeError, match=r"no shadow to show: construct with use_shadow=True"), optimizer.calm():
+        pass
+    train(optimizer, params, 2, start=3)  # the refusal left nothing locked
+
+
+@makers
+def test_before_the_first_step_the_weights_are_shown(make):
+    """As a trainer's check of its evaluation does it; without a shadow calm() is refused as ever."""
+    params = weights()
+    before, optimizer = copies(params), make(params, use_shadow=True)
+    with optimizer.calm():
+        assert same(params, before)
+    optimizer.eval()
+    train(optimizer, params, 1)  # nothing was replaced, so nothing has to be put back
+    with pytest.raises(RuntimeError, match="use_shadow=True"), make(weights()).calm():
+        pass
+
+
+@makers
+def test_calm_gives_back_weights_that_were_moved_inside(make):
+    """As by ``model.half()``, for an export, and ``model.float()`` after it."""
+    optimizer, params = run(make, 3, use_shadow=True)
+    before = copies(params)
+    with optimizer.calm():
+        for p in params:
+            p.data = p.data.half().float()
+    assert same(params, before)
+
+
+# eval() and train() ---------------------------------------------------------------------------------------------------
+
+
+@makers
+@ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_evaluation_changes_nothing(make, foreach, dtype):
+    plain, alone = run(make, 12, dtype=dtype, foreach=foreach, use_shadow=True)
+    params = weights(dtype)
+    optimizer = make(params, foreach=foreach, use_shadow=True)
+    for t in range(12):
+        optimizer.train()  # as trainers do before each step
+        train(optimizer, params, 1, start=t)
+        if t % 4 == 3:
+            before, average = copies(params), shadows(optimizer, params)
+            assert not same(before, average)
+            for _ in range(2):
+                optimizer.eval()
+                assert same(params, average)
+                with optimizer.calm():
+                    assert same(params, average)
+            assert "shown: shadow" in repr(optimizer)
+            for what in (optimizer.step, optimizer.reset_emotion):
+                with pytest.raises(RuntimeError, match=r"after eval\(\).*call train\(\), first"):
+                    what()
+            assert same(params, average)
+    optimizer.train()
+    assert "shown" not in repr(optimizer)
+    assert same(params, alone)
+    assert differences(contents(plain), contents(optimizer)) == []
+
+
+@makers
+def test_without_a_shadow_there_is_nothing_to_show(make):
+    optimizer, params = run(make, 3)
+    before = contents(optimizer)
+    optimizer.eval()
+    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 1, start=3)
+
+
+@makers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_run_saved_after_eval_resumes_exactly(make, dtype, order, tmp_path):
+    optimizer, params = run(make, 10, dtype=dtype, use_shadow=True)
+    optimizer.eval()
+    torch.save({"model": copies(params), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    shown = copies(params)
+    optimizer.train()
+    train(optimizer, params, 5, start=10)
+
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    again = weights(dtype)
+    resumed = make(again, use_shadow=True)
+    loads = [lambda: [p.data.copy_(s) for p, s in zip(again, saved["model"], strict=True)]]
+    loads.insert(order == "model first", lambda: resumed.load_state_dict(saved["optimizer"]))
+    for load in loads:
+        load()
+    with pytest.raises(RuntimeError, match=r"call train\(\), first"):
+        train(resumed, again, 1, start=10)
+    assert same(again, shown)
+    resumed.eval()  # it is there already
+    assert same(again, shown)
+    resumed.train()
+    train(resumed, again, 5, start=10)
+    assert differences(contents(optimizer), contents(resumed)) == []
+
+
+@makers
+def test_the_checkpoint_of_training_is_not_loaded_over_the_shadow(make):
+    """Whether the model's weights were loaded before, or will be, nobody knows."""
+    optimizer, _ = run(make, 5, use_shadow=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.eval()
+    before = contents(optimizer)
+    with pytest.raises(RuntimeError, match=r"loading the checkpoint of a run that trains inside calm\(\), or after"):
+        optimizer.load_state_dict(saved)
+    assert differences(before, contents(optimizer)) == []
+    optimizer.train()
+    optimizer.load_state_dict(saved)
+
+
+@makers
+def test_weights_from_elsewhere_are_not_replaced_by_the_shadow(make):
+    """A trainer loads the best ones at the end, and evaluates."""
+    optimizer, params = run(make, 5, use_shadow=True)
+    best = copies(params)
+    train(optimizer, params, 5, start=5)
+    with torch.no_grad():
+        for p, b in zip(params, best, strict=True):
+            p.copy_(b)  # as load_state_dict() does
+    with pytest.warns(UserWarning, match=r"written to since the last step: eval\(\) leaves them as they are"):
+        optimizer.eval()
+    assert same(params, best)
+    with optimizer.calm():  # who asks for the shadow gets it
+        assert same(params, shadows(optimizer, params))
+    train(optimizer, params, 1, start=10)
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+
+
+@makers
+def test_a_model_that_moves_between_step_and_evaluation_is_shown(make):
+    """As to another precision, which is no writing to the weights."""
+    optimizer, params = run(make, 5, use_shadow=True)
+    for p in params:
+        p.grad, p.data = None, p.data.double()
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+
+
+@siblings
+def test_sharded_weights_are_left_to_calm(case):
+    optimizer, params = run(case.make, 5, use_shadow=True)
+    before = copies(params)
+    for p in params:
+        p._fsdp_flattened = True  # as FSDP1 marks them
+    with pytest.warns(UserWarning, match=r"weights are sharded: eval\(\) leaves them.*inside calm\(model\)"):
+        optimizer.eval()
+    assert same(params, before)
+    optimizer.train()
+
+
+@makers
+def test_a_copy_made_after_eval_trains_on_by_itself(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    twin = copy.deepcopy(optimizer)
+    own = [p for g in twin.param_groups for p in g["params"]]
+    twin.train()
+    assert same(own, before)
+    train(twin, own, 3, start=5)
+    optimizer.train()
+    train(optimizer, params, 3, start=5)
+    assert differences(contents(optimizer), contents(twin)) == []
+
+
+def test_memory_that_runs_out_leaves_the_weights(monkeypatch):
+    optimizer, _ = run(CASES[0].make, 5, use_shadow=True)
+    before, count = contents(optimizer), 0
+    clone = torch.Tensor.clone
+
+    def scarce(tensor, **options):
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise MemoryError("no more")
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", scarce)
+    with pytest.raises(MemoryError):
+        optimizer.eval()
+    monkeypatch.undo()
+    optimizer.train()
+    assert differences(before, contents(optimizer)) == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("make", [CASES[0].make, wrapped], ids=["sibling", "wrapped"])
+def test_a_distributed_checkpoint_after_eval(make, flat, tmp_path):
+    """It is loaded into what is there: without the raw weights in the state, it would go on from the shadow."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def made():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, make(list(model.parameters()), use_shadow=True)
+
+    (model, optimizer), (other, fresh) = made(), made()
+    train(optimizer, list(model.parameters()), 5)
+    optimizer.eval()
+    dcp.save({"o": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(model.state_dict())
+
+    def load():
+        held = {"o": get_optimizer_state_dict(other, fresh, options=options)}
+        dcp.load(held, checkpoint_id=tmp_path, no_dist=True)
+        set_optimizer_state_dict(other, fresh, held["o"], options=options)
+
+    with pytest.raises(ValueError, match=r"after eval\(\), and the weights that train are not there.*calm\(\):`"):
+        load()
+    with fresh.calm():
+        load()
+    optimizer.train()
+    for net, one in ((model, optimizer), (other, fresh)):
+        train(one, list(net.parameters()), 3, start=5)
+    assert differences(contents(optimizer), contents(fresh)) == []
