@@ -269,12 +269,16 @@ class Bearer(torch.optim.Optimizer):
 
     def _shadowed(self) -> list[Tensor]:
         """Parameters that have a shadow; none where it is switched off."""
-        wanted = self.param_groups[0]["use_shadow"]
+        wanted = self.param_groups[0].get("use_shadow")
         return [p for p in self._params() if "shadow" in self.state.get(p, {})] if wanted else []
 
     def _show(self, params: list[Tensor]) -> None:
-        self.param_groups[0]["shown"] = "shadow"  # first: train() then mends what fails midway
-        shadow.show(params, self.state)
+        self.param_groups[0]["shown"] = "shadow"
+        try:
+            shadow.show(params, self.state)
+        except BaseException:  # memory may run out
+            self.train()
+            raise
 
     def _refuse_inside_calm(self, what: str) -> None:
         if self._is_calm:
