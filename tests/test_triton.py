@@ -84,7 +84,7 @@ def moved(case, bucket, scalars, kernel, grad_scale=1.0, acts=True, seeds=None):
     held = {name: [t.clone(memory_format=torch.preserve_format) for t in column] for name, column in bucket.items()}
     made, n = cuda.kernel(case.rule, held) if kernel else None, len(bucket["param"])
     scale = torch.tensor(grad_scale, dtype=torch.float64, device=DEVICE)
-    swept = Bucket(case.rule, {"foreach": False}, (), list(range(n)), held, cut=False, kernel=made)
+    swept = Bucket(case.rule, {"foreach": False}, (), list(range(n)), torch.arange(n), held, cut=False, kernel=made)
     sums = swept.move(scalars, scale, torch.tensor(acts, device=DEVICE), seeds)
     return held, None if sums is None else torch.stack(sums).T.tolist()
 

@@ -323,7 +323,8 @@ class EmoOptimizer(Bearer):
             rule, cut = self._rule(layout)
             whole = self._needs_whole(active.roster.whole[places[0]])
             kernel = None if whole else choose(rule, lists, group, predicated)
-            found.append(Bucket(rule, group, layout, places, lists, cut, kernel))
+            at = integers(tuple(places), active.lr.device)
+            found.append(Bucket(rule, group, layout, places, at, lists, cut, kernel))
         return found
 
     def _sweep(
@@ -339,10 +340,10 @@ class EmoOptimizer(Bearer):
         if not predicated and not acts:
             return no_sums(weight)
         reflect = self._emotion.reflects and options.use_trust
-        parts: list[tuple[list[int], Reflected]] = []
+        parts: list[tuple[Tensor, Reflected]] = []
         wholes = self._wholes(active, mood.grad_scale)
         for bucket in buckets:
-            group, at = bucket.group, integers(tuple(bucket.places), active.lr.device)
+            group, at = bucket.group, bucket.at
             scalars = self._scalars(bucket.layout, group, active.steps[at], step_sizes[at], mood)
             scalars |= {"decay": decays[at] if group["weight_decay"] else None, "reflect": reflect}
             if bucket.places[0] in wholes:
@@ -352,7 +353,7 @@ class EmoOptimizer(Bearer):
             scale = -mood.grad_scale if group["maximize"] else mood.grad_scale
             reflected = bucket.move(scalars, scale, acts, seeds)
             if reflected is not None:
-                parts.append((bucket.places, reflected))
+                parts.append((at, reflected))
         return gather(parts, weight)
 
     # Groups and checkpoints -------------------------------------------------------------------------------------

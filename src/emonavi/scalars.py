@@ -66,7 +66,9 @@ def negate(flag: Number) -> Number:
 def clamp(x: Number, low: Number = -math.inf, high: Number = math.inf) -> Number:
     """The nearest number from ``low`` to ``high``; NaN stays NaN."""
     if isinstance(x, Tensor):
-        return torch.clamp(torch.clamp(x, min=low), max=high)
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return torch.clamp(torch.clamp(x, min=low), max=high)
+        return torch.clamp(x, low, high)
     return low if x < low else high if x > high else x
 
 

@@ -34,7 +34,8 @@ class Bucket(NamedTuple):
     rule: Rule
     group: dict[str, Any]  # whose options hold
     layout: tuple[str, ...]  # names of the state tensors, in the order that the rule takes them
-    places: list[int]  # indices in the step's vectors
+    places: list[int]  # indices in the step's vectors,
+    at: Tensor  # and as a tensor on their device
     lists: dict[str, list[Tensor]]  # "param", "grad" and one list for each state name
     cut: bool  # tensors may be cut: the rule is elementwise
     kernel: Kernel | None = None  # moves the whole bucket instead of the rule
@@ -114,13 +115,16 @@ def no_sums(weight: Tensor) -> Sums:
     return Sums(weight.new_zeros((3, len(weight))), weight)
 
 
-def gather(parts: Sequence[tuple[list[int], Reflected]], weight: Tensor) -> Sums:
-    """Put together the sums of all buckets. ``weight`` is 1-D, one entry for each tensor; it sets device and dtype."""
+def gather(parts: Sequence[tuple[Tensor, Reflected]], weight: Tensor) -> Sums:
+    """Put together the sums of all buckets, from their ``at`` and what they gave.
+
+    ``weight`` is 1-D, one entry for each tensor; it sets device and dtype.
+    """
     if len(parts) == 1 and len(parts[0][0]) == len(weight):  # one bucket holds all, in order
         return Sums(to_home(torch.stack(parts[0][1]), weight), weight)
     sums = weight.new_zeros((3, len(weight)))
     for some in _by_kind(parts, lambda part: part[1][0]).values():
-        places = integers(tuple(p for owned, _ in some for p in owned), weight.device)
+        places = torch.cat([at for at, _ in some])
         values = torch.stack([torch.cat(column) for column in zip(*(three for _, three in some), strict=True)])
         sums = sums.index_add(1, places, to_home(values, weight))
     return Sums(sums, weight)

@@ -69,16 +69,21 @@ class Sweep:
         grads = lists.get("grad", [])
         self.in_order = in_one_order([t for name, column in lists.items() if name != "grad" for t in column], grads)
         self._arrays: _Arrays | None = None
+        self._pointed = False  # whether the arrays are those of the gradients to move
 
     def squares(self, lists: Mapping[str, list[Tensor]]) -> Tensor:
         """Sum of squares of each gradient, for a bucket that is in order and is moved next with these gradients."""
-        return _squares(self._squares, self._where(lists), first=1)
+        self._pointed = False
+        sums = _squares(self._squares, self._where(lists), first=1)
+        self._pointed = True
+        return sums
 
     def _where(self, lists: Mapping[str, list[Tensor]]) -> _Arrays:
         if self._arrays is None:
             self._arrays = _Arrays(list(lists.values()), self.matrices)
-        else:
+        elif not self._pointed:
             self._arrays.point(1, lists["grad"])
+        self._pointed = False
         return self._arrays
 
     def __call__(

@@ -9,7 +9,7 @@ tensor's header.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple, cast
@@ -59,17 +59,17 @@ class Plan(NamedTuple):
         whole = all(map(is_, roster.params, roster.whole))
         if not whole or not all(isinstance(kernel, Sweep) and kernel.in_order for kernel in kernels):
             return None
-        kept = _values(roster.states)
+        kept = list(_values(roster.states))
         memories = [value for value in kept if isinstance(value, Tensor)]
-        watched = [*roster.whole, *memories]
+        # Not the scalars: their storage is kept, and who moves a state elsewhere moves its memories, too.
+        watched = [*roster.whole, *(t for t in memories if t.dim())]
         shaped = any(cast(Sweep, kernel).matrices for kernel in kernels)
         without = [bucket.with_grads([]) for bucket in buckets]
-        places = torch.tensor([i for bucket in buckets for i in bucket.places], device="cpu")
         return cls(
             roster, without, list(groups), _flags(groups), dict(states), kept,
             [t.untyped_storage() for t in memories], watched, list(map(_pointer, watched)),
             list(map(_dtype, roster.whole)), list(map(_size, roster.whole)),
-            list(map(_shape, roster.whole)) if shaped else [], places.argsort(),
+            list(map(_shape, roster.whole)) if shaped else [], torch.cat([bucket.at for bucket in buckets]).argsort(),
         )  # fmt: skip
 
     def fits(self, found: Found, states: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -83,11 +83,11 @@ class Plan(NamedTuple):
             # Compared by identity: looking tensors up is slower.
             and _same(list(states), list(self.states))
             and _same(list(states.values()), list(self.states.values()))
-            and _same(_values(self.roster.states), self.kept)
+            and sum(map(len, self.roster.states)) == len(self.kept)
+            and all(map(is_, _values(self.roster.states), self.kept))
             and list(map(_pointer, self.watched)) == self.pointers
             and list(map(_dtype, params)) == self.dtypes
-            and list(map(_size, params)) == self.sizes
-            and (not self.shapes or list(map(_shape, params)) == self.shapes)
+            and (list(map(_shape, params)) == self.shapes if self.shapes else list(map(_size, params)) == self.sizes)
             and plain(grads)
             and in_one_order(params, grads)
             and list(map(_size, grads)) == self.sizes
@@ -104,8 +104,8 @@ class Plan(NamedTuple):
         return [bucket.with_grads([grads[i] for i in bucket.places]) for bucket in self.buckets]
 
 
-def _values(states: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable([state.values() for state in states]))
+def _values(states: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable([state.values() for state in states])
 
 
 def _flags(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
