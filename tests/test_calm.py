@@ -44,9 +44,9 @@ def shadows(optimizer, params):
     return [optimizer.state[p]["shadow"].to(p.dtype, copy=True) for p in params]
 
 
-def refusals(optimizer):
-    """What would train on the shadow, or take it for the weights."""
-    return optimizer.step, optimizer.reset_emotion, Merger(torch.nn.Linear(1, 1), optimizer).offer
+def merges(optimizer):
+    merger = Merger(torch.nn.Linear(1, 1), optimizer)
+    return merger.offer, lambda: merger.accept(torch.zeros(1))
 
 
 # calm() ---------------------------------------------------------------------------------------------------------------
@@ -62,9 +62,10 @@ def test_calm_swaps_and_restores(case, config, foreach):
     with optimizer.calm():
         assert same(params, average)
         assert [p.data_ptr() for p in params] == places
-        for what in refusals(optimizer):
-            with pytest.raises(RuntimeError, match=r"inside calm\(\), or after eval\(\)"):
+        for what in (optimizer.step, optimizer.reset_emotion, *merges(optimizer)):
+            with pytest.raises(RuntimeError, match=r"inside calm\(\): leave the block first; the weights are"):
                 what()
+        optimizer.train()  # a trainer may call it: the block ends where it ends
         with optimizer.calm():
             assert same(params, average)
         assert same(params, average)
@@ -127,9 +128,9 @@ def test_calm_gives_back_weights_that_were_moved_inside(make):
 @ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_evaluation_changes_nothing(make, foreach, dtype):
-    plain, alone = run(make, 12, dtype=dtype, foreach=foreach, use_shadow=True)
+    plain, alone = run(make, 12, dtype=dtype, foreach=foreach, use_shadow=True, process_group=None)
     params = weights(dtype)
-    optimizer = make(params, foreach=foreach, use_shadow=True)
+    optimizer = make(params, foreach=foreach, use_shadow=True, process_group=None)
     for t in range(12):
         optimizer.train()  # as trainers do before each step
         train(optimizer, params, 1, start=t)
@@ -141,13 +142,12 @@ def test_an_evaluation_changes_nothing(make, foreach, dtype):
                 assert same(params, average)
                 with optimizer.calm():
                     assert same(params, average)
-            assert "shown: shadow" in repr(optimizer)
-            for what in (optimizer.step, optimizer.reset_emotion):
-                with pytest.raises(RuntimeError, match=r"after eval\(\).*call train\(\), first"):
+            for what in merges(optimizer):
+                with pytest.raises(RuntimeError, match=r"a merge after eval\(\): call train\(\) first"):
                     what()
             assert same(params, average)
     optimizer.train()
-    assert "shown" not in repr(optimizer)
+    assert "shown" not in repr(optimizer)  # of the state, not an option
     assert same(params, alone)
     assert differences(contents(plain), contents(optimizer)) == []
 
@@ -179,8 +179,6 @@ def test_a_run_saved_after_eval_resumes_exactly(make, dtype, order, tmp_path):
     loads.insert(order == "model first", lambda: resumed.load_state_dict(saved["optimizer"]))
     for load in loads:
         load()
-    with pytest.raises(RuntimeError, match=r"call train\(\), first"):
-        train(resumed, again, 1, start=10)
     assert same(again, shown)
     resumed.eval()  # it is there already
     assert same(again, shown)
@@ -190,17 +188,62 @@ def test_a_run_saved_after_eval_resumes_exactly(make, dtype, order, tmp_path):
 
 
 @makers
-def test_the_checkpoint_of_training_is_not_loaded_over_the_shadow(make):
-    """Whether the model's weights were loaded before, or will be, nobody knows."""
-    optimizer, _ = run(make, 5, use_shadow=True)
-    saved = copy.deepcopy(optimizer.state_dict())
+def test_a_step_after_eval_moves_the_weights_that_train(make):
+    """Of a loop that forgets train() one gradient is the shadow's, and the run goes on."""
+    (optimizer, params), (other, others) = (run(make, 5, use_shadow=True) for _ in range(2))
     optimizer.eval()
+    shown = copies(params)
+    grads = [torch.full_like(p, 0.1) for p in params]
+    for some in (params, others):
+        for p, g in zip(some, grads, strict=True):
+            p.grad = g.clone()
+    with pytest.warns(UserWarning, match=r"step\(\) after eval\(\).*call train\(\) before the forward pass"):
+        optimizer.step(loss=1.0)
+    other.step(loss=1.0)
+    assert differences(contents(optimizer), contents(other)) == []
+    assert not same(params, shown)
+
+    def closure():
+        assert same(params, others)  # of which the gradient is: nothing to warn of
+        return 1.0
+
+    optimizer.eval()
+    optimizer.step(closure)
+    other.step(lambda: 1.0)
+    assert differences(contents(optimizer), contents(other)) == []
+
+
+@makers
+def test_a_new_stage_after_eval(make):
+    (optimizer, params), (other, _) = (run(make, 5, use_shadow=True) for _ in range(2))
+    optimizer.eval()
+    optimizer.reset_emotion()
+    other.reset_emotion()
+    assert differences(contents(optimizer), contents(other)) == []
+    assert same(params, shadows(optimizer, params))
+
+
+@makers
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_the_checkpoint_of_training_is_loaded_after_eval(make, order):
+    """As in a notebook: train, evaluate, and go on from an older checkpoint."""
+    optimizer, params = run(make, 5, use_shadow=True)
+    saved, weights_then = copy.deepcopy(optimizer.state_dict()), copies(params)
     before = contents(optimizer)
-    with pytest.raises(RuntimeError, match=r"loading the checkpoint of a run that trains inside calm\(\), or after"):
-        optimizer.load_state_dict(saved)
-    assert differences(before, contents(optimizer)) == []
+    train(optimizer, params, 5, start=5)
+    optimizer.eval()
+
+    def load_model():
+        with torch.no_grad():
+            for p, w in zip(params, weights_then, strict=True):
+                p.copy_(w)
+
+    loads = [load_model]
+    loads.insert(order == "model first", lambda: optimizer.load_state_dict(saved))
+    for load in loads:
+        load()
     optimizer.train()
-    optimizer.load_state_dict(saved)
+    assert differences(before, contents(optimizer)) == []
 
 
 @makers
@@ -223,13 +266,114 @@ def test_weights_from_elsewhere_are_not_replaced_by_the_shadow(make):
 
 
 @makers
-def test_a_model_that_moves_between_step_and_evaluation_is_shown(make):
-    """As to another precision, which is no writing to the weights."""
+def test_weights_that_are_loaded_after_eval_stay(make):
+    """A trainer loads its best ones at the end, and is asked to train on."""
     optimizer, params = run(make, 5, use_shadow=True)
-    for p in params:
-        p.grad, p.data = None, p.data.double()
+    best = copies(params)
+    train(optimizer, params, 5, start=5)
+    optimizer.eval()
+    with torch.no_grad():
+        for p, b in zip(params, best, strict=True):
+            p.copy_(b)
+    with pytest.warns(UserWarning, match=r"since eval\(\): train\(\) leaves them as they are, and drops those"):
+        optimizer.train()
+    assert same(params, best)
+    assert not any("raw" in state for state in optimizer.state.values())
+    with pytest.warns(UserWarning, match="written to since the last step"):
+        optimizer.eval()
+    train(optimizer, params, 1, start=10)
+
+
+@makers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_saved_in_fewer_bits_is_taken_for_the_shadow(make, dtype):
+    optimizer, params = run(make, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    with torch.no_grad():
+        for p in params:
+            p.copy_(p.to(dtype))
+    optimizer.train()
+    assert same(params, before)
+
+
+@makers
+def test_a_block_does_not_make_weights_from_elsewhere_the_optimizers_own(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    with torch.no_grad():
+        params[0].mul_(2)
+    with optimizer.calm():
+        pass
+    with pytest.warns(UserWarning, match="written to since the last step"):
+        optimizer.eval()
+
+
+@makers
+def test_a_group_that_is_added_was_not_written_to(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    added = torch.nn.Parameter(torch.zeros(3))
+    torch.nn.init.ones_(added)
+    optimizer.add_param_group({"params": [added]})
     optimizer.eval()
     assert same(params, shadows(optimizer, params))
+    assert added.tolist() == [1, 1, 1]
+
+
+@makers
+def test_frozen_weights_made_in_inference_mode(make):
+    with torch.inference_mode():
+        frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    params = weights()
+    optimizer = make([*params, frozen], use_shadow=True)
+    train(optimizer, params, 3)
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+
+
+@makers
+def test_groups_may_be_edited_after_eval(make):
+    params = weights()
+    optimizer = make([{"params": params[:2]}, {"params": params[2:]}], use_shadow=True)
+    train(optimizer, params, 5)
+    before = copies(params)
+    optimizer.eval()
+    optimizer.param_groups.reverse()
+    optimizer.train()
+    assert same(params, before)
+
+
+def test_a_second_wrapper_finds_the_weights_that_train():
+    optimizer, params = run(wrapped, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    emonavi.Emotional(optimizer.inner, use_shadow=True)
+    assert same(params, before)
+
+
+@makers
+def test_a_checkpoint_without_a_shadow_is_said_to_be_one(make):
+    (saved, _), (with_shadow, _) = run(make, 3), run(make, 3, use_shadow=True)
+    with pytest.warns(UserWarning, match=r"use_shadow=False is taken: set param_groups\[0\]\['use_shadow'\] = True"):
+        with_shadow.load_state_dict(saved.state_dict())
+    saved.load_state_dict(with_shadow.state_dict())
+
+
+def test_a_wrapped_optimizer_with_modes_keeps_them():
+    class Modes(torch.optim.SGD):
+        said = ()
+
+        def eval(self):
+            self.said += ("eval",)
+
+        def train(self):
+            self.said += ("train",)
+
+    optimizer, params = run(lambda p, **options: emonavi.Emotional(Modes(p, lr=1e-2), **options), 3, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    assert same(params, before)
+    optimizer.train()
+    assert optimizer.inner.said == ("eval", "train")
 
 
 @siblings

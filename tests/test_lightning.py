@@ -246,17 +246,25 @@ def test_the_shadow_is_validated_and_saved(tmp_path):
     assert trainer.global_step == 20
 
 
-def test_a_run_resumes_exactly_from_a_saved_shadow(tmp_path):
+@pytest.mark.parametrize("bridge", [True, False], ids=["with", "without"])
+def test_a_run_resumes_exactly_from_a_saved_shadow(bridge, tmp_path):
+    """Without the callback too: Lightning's steps evaluate the model themselves."""
     whole, _ = validated(tmp_path, 2)
-    half = str(tmp_path / "step=10.ckpt")
-    again, _ = validated(tmp_path / "again", 2, half)
+    again, _ = validated(tmp_path / "again", 2, str(tmp_path / "step=10.ckpt"), bridge)
     for model in (whole, again):
         model.inner.train()
     assert differences(contents(whole.inner), contents(again.inner)) == []
-    with pytest.raises(
-        RuntimeError, match=r"after eval\(\): the weights are the shadow's; leave the block, or call train"
-    ):
-        validated(tmp_path / "without", 2, half, bridge=False)
+
+
+def test_a_fit_ends_with_the_shadow(tmp_path):
+    """Also without a validation. That of another model leaves the trained one alone."""
+    model, other = Net(use_shadow=True), Validated()
+    trainer = fit(model, tmp_path, callbacks=[EmotionCallback()])
+    other.inner, params = model.inner, list(model.net.parameters())
+    assert all(torch.equal(p, model.inner.state[p]["shadow"]) for p in params)
+    model.inner.train()
+    trainer.validate(other, DataLoader(TensorDataset(X, Y), batch_size=40), verbose=False)
+    assert not any(torch.equal(p, model.inner.state[p]["shadow"]) for p in params)
 
 
 # Fabric ---------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,56 @@ def test_the_best_weights_are_not_replaced_by_the_last_shadow(tmp_path):
     assert differences(*saved) == []
 
 
+def test_the_best_weights_are_trained_on(tmp_path):
+    """And not the last ones, which the evaluation before had put aside."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = shadowed(tmp_path, eval_steps=4, save_steps=4, **best)
+    trainer.train()
+    chosen = [p.detach().clone() for p in trainer.model.parameters()]
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            self.seen = getattr(self, "seen", [p.detach().clone() for p in model.parameters()])
+
+    look = Look()
+    trainer.add_callback(look)
+    with pytest.warns(UserWarning, match=r"since eval\(\): train\(\) leaves them as they are"):
+        trainer.train()
+    assert all(torch.equal(p, c) for p, c in zip(look.seen, chosen, strict=True))
+
+
+def test_a_notebook_goes_on_from_a_checkpoint(tmp_path):
+    trainer, other = shadowed(tmp_path), shadowed(tmp_path / "other", save_strategy="no")
+    trainer.train()
+    for each in (trainer, other):
+        each.args.save_strategy = "no"
+        each.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        inner(each).train()
+    assert differences(everything(trainer), everything(other)) == []
+
+
+class Forgetful(Witness):
+    """A step of its own, without ``optimizer.train()``."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = self.compute_loss(model.train(), inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_trainer_with_a_step_of_its_own(tmp_path):
+    """The callback lets it go on with the weights that train, and leaves the shadow at the end."""
+    runs = []
+    for strategy in ("steps", "no"):
+        how = {"options": {"use_shadow": True}, "held_out": DATA[:6], "eval_strategy": strategy, "eval_steps": 2}
+        trainer = trainer_of(tmp_path, EmoNavi, [EmotionCallback()], Forgetful, **how)
+        trainer.train()
+        assert all(torch.equal(p, inner(trainer).state[p]["shadow"]) for p in trainer.model.parameters())
+        inner(trainer).train()
+        runs.append(everything(trainer))
+    assert differences(*runs) == []
+
+
 def test_weights_that_were_loaded_are_evaluated_as_they_are(tmp_path):
     trainer = trainer_of(tmp_path, options={"use_shadow": True})
     trainer.train()

@@ -200,8 +200,7 @@ class Merger:
         Raises:
             RuntimeError: the shadow stands in place of the weights, as inside of ``calm()``.
         """
-        if isinstance(self.optimizer, Bearer):
-            self.optimizer._refuse_inside_calm("a merge")
+        self._refuse_inside_calm()
         flat = _flat([*self._params(), *self._followers()])
         sound = flat.isfinite().all()
         return torch.where(sound, torch.cat([flat * self._alone, flat.new_full((1,), self._alone)]), 0.0)
@@ -217,7 +216,9 @@ class Merger:
 
         Raises:
             ValueError: the mean is of another model.
+            RuntimeError: as for :meth:`offer`.
         """
+        self._refuse_inside_calm()
         params, followers = ([local(t) for t in some] for some in (self._params(), self._followers()))
         sizes = [sum(t.numel() for t in some) for some in (params, followers)]
         if mean.shape != (sum(sizes) + 1,) or (self._last is not None and self._last.numel() != sizes[0]):
@@ -238,10 +239,17 @@ class Merger:
         _write(followers, following)
         reshard(self.model)
         bearer = self.optimizer
-        if isinstance(bearer, Bearer) and isinstance(bearer._emotion, Emotion) and alone >= _REST_AFTER:
+        if not isinstance(bearer, Bearer):
+            return
+        bearer._written = None  # the shadow was merged as well
+        if isinstance(bearer._emotion, Emotion) and alone >= _REST_AFTER:
             # Only this one panics. While it rests, a jump of the loss cuts no drive; each panic prolongs that.
             vector, place = bearer._vector(), bearer._emotion.index("rest")
             vector[place] = vector[place].clamp(min=1)
+
+    def _refuse_inside_calm(self) -> None:
+        if isinstance(self.optimizer, Bearer):
+            self.optimizer._refuse_inside_calm("a merge")
 
     def _params(self) -> list[Tensor]:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -60,7 +60,12 @@ class Bearer(torch.optim.Optimizer):
         self._ranks: Ranks | None = None  # None: not determined yet
         self._world: Any = None  # the default group when they were determined
         self._known: dict[Tensor, torch.Size] = {}  # shapes that state is known to fit
-        self._written: int | None = None  # the parameters' versions after the last step, to see who wrote since
+        self._is_calm = False  # whether the shadow stands in place of the weights
+        self._blocks = 0  # of calm(), that are open
+        # The parameters' versions after the last step, to see whether anyone has written to them since; None: not
+        # known, and as it was when the shadow was put in their place.
+        self._written: int | None = None
+        self._was_written = False
         self._calls = 0  # steps, real and skipped
         self._skipped, self._ignored, self._idle = (Streak(what, name) for what in (SKIPPED, IGNORED, IDLE))
         self._felt: Tensor | None = None  # the vector as it was last read
@@ -83,8 +88,7 @@ class Bearer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """As in ``torch.optim``, but without the emotion's state vector; :attr:`emotion` shows it by name."""
-        hidden = {"params", "emotion"}
-        hidden |= set() if self._is_calm else {"shown"}
+        hidden = {"params", "emotion", "shown"}
         hidden |= set() if self._emotion.constants else {"emotion_constants"}
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
@@ -153,7 +157,9 @@ class Bearer(torch.optim.Optimizer):
             RuntimeError: inside :meth:`calm`, or between backward and ``step()`` with gradients released.
         """
         self._refuse_midway("reset_emotion()")
-        self._refuse_inside_calm("reset_emotion()")
+        if self._blocks:
+            self._refuse_inside_calm("reset_emotion()")
+        self.train()
         self._vector().copy_(self._fresh(anew=True))
         self._calls = 0
         self._intake.clear()
@@ -207,14 +213,16 @@ class Bearer(torch.optim.Optimizer):
                 "calm(model) of a model under FSDP1, which may go on with weights that it gathered before: save inside "
                 "calm() and evaluate what was saved, or shard with FSDP2's fully_shard()"
             )
+        self._blocks += 1
         try:
             if not was_calm:
                 self._show(params)
             reshard(model)
             yield
         finally:
+            self._blocks -= 1
             if not was_calm:
-                self.train()
+                self._hide()
             reshard(model)
 
     def eval(self) -> None:
@@ -248,7 +256,7 @@ class Bearer(torch.optim.Optimizer):
             return
         if any(is_sharded(p) or is_piece(p) for p in params):
             what, remedy = "the weights are sharded", "evaluate inside calm(model)"
-        elif self._written not in (None, shadow.versions(self._params())):
+        elif self._is_written:
             what, remedy = "the weights were written to since the last step", "calm() shows the last step's shadow"
         else:
             self._show(params)
@@ -256,16 +264,19 @@ class Bearer(torch.optim.Optimizer):
         warnings.warn(f"{what}: eval() leaves them as they are; {remedy}", stacklevel=callers_level())
 
     def train(self) -> None:
-        """Put the weights back that :meth:`eval` replaced; it does nothing where there are none."""
-        if self._is_calm:
-            shadow.hide(self._params(), self.state)
-            self.param_groups[0]["shown"] = "raw"
-            self._written = shadow.versions(self._params())
+        """Put back the weights that :meth:`eval` replaced; nothing happens where it replaced none, or inside a block.
+
+        Where the model's weights were written to in between, as by a trainer that loads its best ones, they stay, and a
+        warning says so.
+        """
+        if self._is_calm and not self._blocks and not self._leave():
+            what = "the weights were written to since eval(): train() leaves them as they are"
+            warnings.warn(f"{what}, and drops those that trained before", stacklevel=callers_level())
 
     @property
-    def _is_calm(self) -> bool:
-        """Whether the shadow stands in place of the weights."""
-        return next(iter(self.param_groups), {}).get("shown") == "shadow"
+    def _is_written(self) -> bool:
+        """Whether the weights were written to since the last step, as far as is known."""
+        return self._written not in (None, shadow.versions(self._params()))
 
     def _shadowed(self) -> list[Tensor]:
         """Parameters that have a shadow; none where it is switched off."""
@@ -273,19 +284,42 @@ class Bearer(torch.optim.Optimizer):
         return [p for p in self._params() if "shadow" in self.state.get(p, {})] if wanted else []
 
     def _show(self, params: list[Tensor]) -> None:
-        self.param_groups[0]["shown"] = "shadow"
+        """Put the shadow in place of the weights."""
+        self._was_written = self._is_written
+        self._note_shown(True)
         try:
             shadow.show(params, self.state)
         except BaseException:  # memory may run out
-            self.train()
+            self._hide()
             raise
+
+    def _hide(self) -> None:
+        """Put the weights back."""
+        shadow.hide(self._params(), self.state)
+        self._note_shown(False)
+        if not self._was_written:
+            self._written = shadow.versions(self._params())
+
+    def _leave(self) -> bool:
+        """The same, but weights that were written to since then stay. Returns whether none were."""
+        if not self._is_calm:
+            return True
+        if shadow.is_shown(self._params(), self.state):
+            self._hide()
+            return True
+        shadow.forget(self._params(), self.state)
+        self._note_shown(False)
+        return False
+
+    def _note_shown(self, is_calm: bool) -> None:
+        """Also in the first group, for checkpoints: distributed ones keep only what is there from the beginning."""
+        self._is_calm = is_calm
+        self.param_groups[0]["shown"] = "shadow" if is_calm else "raw"
 
     def _refuse_inside_calm(self, what: str) -> None:
         if self._is_calm:
-            raise RuntimeError(
-                f"{what} inside calm(), or after eval(): the weights are the shadow's; leave the block, or call "
-                "train(), first"
-            )
+            where = "inside calm(): leave the block first" if self._blocks else "after eval(): call train() first"
+            raise RuntimeError(f"{what} {where}; the weights are the shadow's")
 
     def _refuse_midway(self, what: str) -> None:
         """Hook: raise if a step is under way, so that the state is incomplete."""
@@ -334,7 +368,13 @@ class Bearer(torch.optim.Optimizer):
                 no loss is known and ``on_missing_loss="error"``, or the optimizer is inside :meth:`calm`. Nothing has
                 changed then.
         """
-        self._refuse_inside_calm("step()")
+        if self._blocks:
+            self._refuse_inside_calm("step()")
+        if self._is_calm:
+            self.train()
+            if closure is None:
+                what = "step() after eval(), whose gradient is that of the shadow's weights: call train() before the "
+                warnings.warn(f"{what}forward pass, also after a checkpoint that was saved so", stacklevel=2)
         self._prepare()
         heard, returned = self._intake.take(loss, closure)
         if not self._end_release(heard):
@@ -399,17 +439,20 @@ class Bearer(torch.optim.Optimizer):
         if not isinstance(acts, Tensor):  # to know, it would have to wait for the device
             self._skipped.note(not acts)
 
-    def _put_constants(self) -> None:
-        """Put the emotion's constants into the first group, for checkpoints, as a string: torch takes a dict apart.
+    def _put_in_group(self) -> None:
+        """Put into the first group, which may be another one than it was, what a checkpoint needs.
 
-        Also which weights are shown: distributed checkpoints keep only what is there from the beginning.
+        The emotion's constants as a string: torch's distributed checkpoints take a dict apart.
         """
-        self._vector()  # if the first group was replaced, it lacks that, too
+        self._vector()
+        self._note_shown(self._is_calm)
         self.param_groups[0]["emotion_constants"] = str(self._emotion.constants)
-        self.param_groups[0].setdefault("shown", "raw")
 
-    def _take_constants(self) -> None:
+    def _take_options(self, had_shadow: bool) -> None:
         """Go on with the constants of the checkpoint that was loaded, as with the options in its groups."""
+        if had_shadow and not self.param_groups[0]["use_shadow"]:
+            remedy = "set param_groups[0]['use_shadow'] = True to begin one at the next step"
+            warnings.warn(f"the checkpoint's use_shadow=False is taken: {remedy}", stacklevel=callers_level())
         mine, stored = self._emotion.constants, self.param_groups[0].get("emotion_constants")
         saved = mine if stored is None else checks.emotion(stored).constants  # an earlier version did not store them
         if saved == mine:
@@ -433,7 +476,8 @@ class Bearer(torch.optim.Optimizer):
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
-        self._written = None  # the model was loaded as well, before or after
+        self._is_calm = self.param_groups[0].get("shown") == "shadow"
+        self._written, self._was_written = None, False  # the model was loaded as well, before or after
 
     def _fresh(self, anew: bool = False) -> Tensor:
         """A fresh state vector.

@@ -23,18 +23,17 @@ from emonavi.presets import PRESETS
 from emonavi.spelling import FLAGS, NUMBERS
 
 if TYPE_CHECKING:
-    from emonavi.bearer import Bearer
     from emonavi.optimizer import EmoOptimizer
 
 __all__ = [
     "LATER",
+    "has_raw",
     "load_exactly",
     "loadable",
     "not_torn",
     "same_emotion",
     "same_optimizer",
     "same_shapes",
-    "same_shown",
 ]
 
 # Options that earlier versions did not have, with the values that match their behaviour.
@@ -86,7 +85,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
         ValueError: the checkpoint is of another emotion, another optimizer or a model of other shapes, or has lost its
             emotion.
     """
-    same_shown(state_dict, optimizer)
+    has_raw(state_dict)
     params = list(optimizer._params())
     layouts = [() if is_lazy(p) else optimizer._layout(p) for p in params]
     if "emotion" not in state_dict["param_groups"][0]:
@@ -98,6 +97,7 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {*BOUNDS.values(), *LATER}
     same_optimizer(state_dict, options | {*BOUNDS, *OF_THE_RUN}, layouts)
     same_shapes(state_dict, params, optimizer._shapes)
+    optimizer._leave()
     return state_dict
 
 
@@ -174,11 +174,10 @@ def same_emotion(state_dict: dict[str, Any], machine: Machine) -> None:
     checks.emotion(state_dict["param_groups"][0].get("emotion_constants", "{}"))  # raises for unknown ones
 
 
-def same_shown(state_dict: dict[str, Any], optimizer: Bearer) -> None:
-    """Raise if a checkpoint holds no weights that train, where it says so, or where the optimizer waits for them."""
-    if state_dict["param_groups"][0].get("shown", "raw") != "shadow":
-        optimizer._refuse_inside_calm("loading the checkpoint of a run that trains")
-    elif any("shadow" in kept and "raw" not in kept for kept in state_dict["state"].values()):
+def has_raw(state_dict: dict[str, Any]) -> None:
+    """Raise if a checkpoint that was saved with the shadow in place of the weights has lost the weights."""
+    shown = state_dict["param_groups"][0].get("shown", "raw")
+    if shown == "shadow" and any("shadow" in kept and "raw" not in kept for kept in state_dict["state"].values()):
         raise ValueError(
             "the checkpoint was saved inside calm() or after eval(), and the weights that train are not there. A "
             "distributed checkpoint is loaded into what is there already: make the state by "

@@ -9,7 +9,7 @@ import torch
 
 from emonavi import checks
 from emonavi.bearer import Bearer
-from emonavi.checkpoint import not_torn, same_emotion, same_optimizer, same_shapes, same_shown
+from emonavi.checkpoint import has_raw, not_torn, same_emotion, same_optimizer, same_shapes
 from emonavi.distributed import is_piece, is_sharded
 from emonavi.emotion import Emotion
 from emonavi.groups import BOUNDS, OF_THE_RUN, of_the_run
@@ -76,7 +76,7 @@ def dress(optimizer: torch.optim.Optimizer, group: dict[str, Any], options: dict
 
 def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
     """Return the checkpoint; raise ValueError if its emotion, its optimizer or its shapes are not the wrapper's."""
-    same_shown(state_dict, wrapper)
+    has_raw(state_dict)
     # Flags, and options that are None, may come from a later version: torch fills them in.
     options = {k for k, v in wrapper.defaults.items() if v is not None and not isinstance(v, bool)}
     saved, name = state_dict["param_groups"][0], type(wrapper.inner).__name__
@@ -93,4 +93,5 @@ def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
         not_torn(state_dict, ["step_sample"])
     same_optimizer(state_dict, options, [])
     same_shapes(state_dict, list(wrapper._params()), wrapper._shapes)
+    wrapper._leave()
     return state_dict

@@ -18,7 +18,7 @@ from emonavi.pieces import pieces
 from emonavi.scalars import Number, like
 from emonavi.sweep import wide
 
-__all__ = ["drop", "follow_idle", "hide", "lean", "make", "show", "versions"]
+__all__ = ["drop", "follow_idle", "forget", "hide", "is_shown", "lean", "make", "show", "versions"]
 
 States = Mapping[Tensor, dict[str, Any]]  # an optimizer's ``state``
 
@@ -47,13 +47,29 @@ def hide(params: Iterable[Tensor], states: States) -> None:
     """Put back the parameters that :func:`show` kept."""
     held = [p for p in params if "raw" in states.get(p, {})]
     _copy(held, [states[p]["raw"] for p in held])
-    for p in held:
-        del states[p]["raw"]
+    forget(held, states)
+
+
+def forget(params: Iterable[Tensor], states: States) -> None:
+    """Drop what :func:`show` kept: the parameters were written to, and stay as they are."""
+    for p in params:
+        states.get(p, {}).pop("raw", None)
+
+
+def is_shown(params: Iterable[Tensor], states: States) -> bool:
+    """Whether the parameters still have the values that :func:`show` gave them. Waits for the device.
+
+    To within the rounding of 16 bits, in which a model may have been saved.
+    """
+    both = [p for p in params if {"raw", "shadow"} <= states.get(p, {}).keys()]
+    return all(
+        torch.allclose(p.detach(), states[p]["shadow"].to(p), rtol=2**-7, atol=1e-7, equal_nan=True) for p in both
+    )
 
 
 def versions(params: Iterable[Tensor]) -> int:
-    """A number that is another one once a parameter was written to."""
-    return sum(p._version for p in params)
+    """A number that is another one once a parameter was written to, other than through ``.data``."""
+    return sum(p._version for p in params if not p.is_inference())
 
 
 @torch.no_grad()

@@ -118,14 +118,16 @@ class Emotional(Bearer):
             # Left by an earlier wrapper; the optimizer may have moved since without it.
             for name in OF_THE_RUN:
                 group.pop(name, None)
-            for p in group["params"] if "inner" in group else ():
+            earlier = group["params"] if "inner" in group else []
+            shadow.hide(earlier, optimizer.state)
+            for p in earlier:
                 for name in ("step_sample", "shadow"):
                     optimizer.state.get(p, {}).pop(name, None)
             dress(optimizer, group, own)
         self._own = own
         self._had_shadow = bool(own["use_shadow"])
         self.param_groups[0]["emotion"] = self._fresh()
-        self._put_constants()
+        self._put_in_group()
         self.writer = writer
 
     @property
@@ -273,6 +275,7 @@ class Emotional(Bearer):
         own = self._options()
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
+        self._written = None
         group = self.param_groups[-1]
         for ours, name in BOUNDS.items():
             given = group.pop(name, None)
@@ -299,9 +302,22 @@ class Emotional(Bearer):
             self._own = {name: first[name] for name in OPTIONS}
         return dict(self._own)
 
+    def eval(self) -> None:
+        """As a sibling's; a wrapped optimizer that has modes of its own, as schedule-free ones, is put into its."""
+        if _has_modes(self.inner):
+            self.inner.eval()  # type: ignore[attr-defined]
+        else:
+            super().eval()
+
+    def train(self) -> None:
+        """As a sibling's; a wrapped optimizer that has modes of its own, as schedule-free ones, is put into its."""
+        super().train()
+        if _has_modes(self.inner):
+            self.inner.train()  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's; the emotion is in the first group."""
-        self._put_constants()
+        self._put_in_group()
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,7 +328,6 @@ class Emotional(Bearer):
         Raises:
             ValueError: the checkpoint is of another emotion, of another optimizer or of a model of other shapes;
                 nothing has changed then.
-            RuntimeError: the shadow stands in place of the weights, as after :meth:`eval`, and not in the checkpoint.
         """
         own = self._options()
         load_exactly(
@@ -330,7 +345,7 @@ class Emotional(Bearer):
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
         self._note_begun()
         self._intake.clear()
-        self._take_constants()
+        self._take_options(own["use_shadow"])
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""
@@ -350,6 +365,7 @@ class Emotional(Bearer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._prepare()
+        self._put_in_group()
         return {"inner": self.inner, "_settings": self._settings()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -359,6 +375,10 @@ class Emotional(Bearer):
         self._options()
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
         self._note_begun()
+
+
+def _has_modes(optimizer: Any) -> bool:
+    return all(callable(getattr(optimizer, name, None)) for name in ("eval", "train"))
 
 
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:

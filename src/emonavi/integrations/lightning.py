@@ -30,8 +30,8 @@ class EmotionCallback(Callback):
     in each. Where there are several, the second's tags begin with ``emo/1/`` and so on; other optimizers are passed
     over. Under a schedule the effective lr is that of the step to come.
 
-    Where they have a shadow, it is what is validated, and saved by a ModelCheckpoint after it, with the weights that
-    train in the optimizer's part: such a checkpoint resumes exactly, under this callback.
+    Where they have a shadow, it is what is validated, what a ModelCheckpoint saves after that, with the weights that
+    train in the optimizer's part, and what the model has at the end.
 
     Args:
         stop: end the training once all of them say ``should_stop``; looked at after each step, which waits for the
@@ -51,13 +51,21 @@ class EmotionCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the shadow."""
-        for optimizer in _ours(trainer):
+        for optimizer in _ours(trainer, pl_module):
             optimizer.eval()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the weights that train. Not sooner: checkpoints are saved after the validation."""
         for optimizer in _ours(trainer):
             optimizer.train()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The same after a validation inside of an epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the model with the shadow."""
+        self.on_validation_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,11 +89,15 @@ class EmotionCallback(Callback):
                 logger.log_metrics(felt, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _ours(trainer: Trainer) -> list[Any]:
+def _ours(trainer: Trainer, module: LightningModule | None = None) -> list[Any]:
+    """Our optimizers, only those of a module if it is given: a Trainer may validate another one than it trained."""
     found = []
     for optimizer in trainer.optimizers:
         try:
             found.append(listening(optimizer))
         except TypeError:
             continue
-    return found
+    if module is None:
+        return found
+    own = set(module.parameters())
+    return [o for o in found if any(p in own for g in o.param_groups for p in g["params"])]

@@ -74,6 +74,9 @@ class EmotionCallback(TrainerCallback):
     get. :meth:`attach` puts this one before them. In ``Trainer(callbacks=[...])`` it reaches the log history and the
     console only, and says so. Under a schedule the effective lr is that of the step to come.
 
+    Where the optimizer has a shadow, which the Trainer evaluates by itself, the model has it at the end of the training
+    as well.
+
     Args:
         stop: end the training once ``optimizer.should_stop``; looked at after each step, which waits for the device.
     """
@@ -115,6 +118,18 @@ class EmotionCallback(TrainerCallback):
             felt = readings(kwargs["optimizer"])
             logs.update(felt)
             state.log_history[-1].update(felt)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on with the weights that train: a Trainer with a step of its own may not do so."""
+        listening(kwargs["optimizer"]).train()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model with the shadow."""
+        listening(kwargs["optimizer"]).eval()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop where it was asked for."""
