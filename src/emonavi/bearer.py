@@ -17,12 +17,12 @@ from torch._compile import _disable_dynamo  # unlike torch.compiler.disable, it 
 from torch.nn.parameter import is_lazy
 
 from emonavi import checks, shadow
-from emonavi.active import Found, bounded, per_tensor
+from emonavi.active import Active, Found, bounded, per_tensor
 from emonavi.capture import listen
 from emonavi.distributed import Ranks, default_group, is_piece, is_sharded, local, reshard
 from emonavi.groups import no_peak
 from emonavi.intake import Intake
-from emonavi.machine import Loss, Machine, Weights
+from emonavi.machine import Loss, Machine, Mood, Weights
 from emonavi.monitor import Recorder, Snapshot
 from emonavi.notices import IDLE, IGNORED, SKIPPED, Missing, Streak, callers_level
 from emonavi.scalars import Number, exp, like, widest
@@ -427,6 +427,12 @@ class Bearer(torch.optim.Optimizer):
         if not isinstance(felt.code, Tensor):
             self._ignored.note(felt.ignored_losses > state.ignored_losses)
         return felt
+
+    def _lean(self, active: Active, mood: Mood, fused: bool) -> None:
+        """Move weights and shadows towards each other; the shadows of weights without a gradient follow as well."""
+        if self.param_groups[0]["use_shadow"]:
+            active.lean(mood, fused)
+            shadow.follow_idle(self._params(), self.state, active.roster.whole, mood.follow, fused)
 
     def _end(self, vector: Tensor, state: Any, acts: Number) -> None:
         """Store the state after a step, which ``acts`` or was skipped, and record it."""

@@ -222,10 +222,8 @@ class EmoOptimizer(Bearer):
         state = self._feel(state, heard, vector)
         state, acts, grad_scale = self._emotion.guard(state, norm, options)
         mood = self._emotion.mood(state, acts, grad_scale, options)
+        self._lean(active, mood, self._fuses(predicated))
         sums = self._sweep(active, buckets, mood, acts, options)
-        if self.param_groups[0]["use_shadow"]:
-            moved, fused = active.roster.whole, self._fuses(predicated)
-            shadow.follow_idle(self._params(), self.state, moved, mood.follow, fused)
         if self._emotion.reflects and options.use_trust:
             sums = sums._replace(products=ranks.whole(sums.products, active.roster.whole))
         state = self._emotion.reflect(state, sums, acts, options)
@@ -336,10 +334,7 @@ class EmoOptimizer(Bearer):
         own_lr, step_sizes, decays = active.rates(mood, self._emotion.least_decay)
         # The first step of a tensor has none before it to compare with.
         weight = torch.where(active.steps > 1, own_lr, 0.0)
-        predicated = isinstance(acts, Tensor)
-        if self.param_groups[0]["use_shadow"]:
-            active.lean(mood, self._fuses(predicated))
-        if not predicated and not acts:
+        if not isinstance(acts, Tensor) and not acts:
             return no_sums(weight)
         reflect = self._emotion.reflects and options.use_trust
         parts: list[tuple[Tensor, Reflected]] = []

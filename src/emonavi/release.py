@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emonavi import checks, shadow
+from emonavi import checks
 from emonavi.active import Active, Found, Roster
 from emonavi.distributed import Ranks, default_group, unless_alone
 from emonavi.emotion import Emotion
@@ -112,9 +112,7 @@ class Release:
         predicated = optimizer._is_predicated(vector.device)
         state, options = optimizer._opening(active, Ranks(), predicated)
         yes, one = (vector.new_ones(()) > 0, vector.new_ones(())) if predicated else (True, 1.0)
-        # The shadow follows when it is known whether the step counts.
-        mood = optimizer._emotion.mood(state, yes, one, options)._replace(follow=0.0)
-        return _Begun(vector, state, options, mood, predicated)
+        return _Begun(vector, state, options, optimizer._emotion.mood(state, yes, one, options), predicated)
 
     @torch.no_grad()
     def _move(self, param: Tensor) -> None:
@@ -169,11 +167,8 @@ class Release:
         state = optimizer._feel(begun.state, heard, vector)
         norm = torch.linalg.vector_norm(torch.stack([m.norm for m in moved.values()]))
         state, acts, _ = emotion.guard(state, norm, begun.options)
-        if optimizer.param_groups[0]["use_shadow"]:
-            mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
-            fused = optimizer._fuses(begun.predicated)
-            active.lean(mood, fused)
-            shadow.follow_idle(optimizer._params(), optimizer.state, active.roster.whole, mood.follow, fused)
+        mood = emotion.mood(state, acts, begun.mood.grad_scale, begun.options)
+        optimizer._lean(active, mood, optimizer._fuses(begun.predicated))
         sums = Sums(*(torch.cat(column, -1) for column in zip(*(m.sums for m in moved.values()), strict=True)))
         # The tensors moved by the mood of the step before.
         state = emotion.reflect(state, sums, acts, begun.options)._replace(last_scalar=begun.mood.scalar)

@@ -172,9 +172,7 @@ class Emotional(Bearer):
         if not acts and not state.steps:
             state = before._replace(skipped_steps=state.skipped_steps)  # before the first step there is no drive to cut
         mood = self._emotion.mood(state, acts, grad_scale, options)
-        if self.param_groups[0]["use_shadow"]:
-            active.lean(mood, fused=True)
-            shadow.follow_idle(self._params(), self.state, active.roster.whole, mood.follow, fused=True)
+        self._lean(active, mood, fused=True)
         sums = no_sums(active.lr)
         if acts:
             state, sums = self._step_inner(active, mood, state, options)
