@@ -372,13 +372,20 @@ class Emotion(Reflection):
 
     def mood(self, state: State, acts: Number, grad_scale: Number, options: Options) -> Mood:
         """The scalars of the coming update; ``acts`` is False if it is skipped."""
-        # A rule whose step size does not depend on gradients would go on moving when there is nothing to gain.
-        fade = where(state.reflections > KNOWN_AFTER, clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0), 1.0)
-        horizon = where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0)
-        # A panic restores the shadow even if the gradient is not finite.
-        scale = like(horizon, fade if options.fades else 1.0)
-        felt = state.scalar, state.last_scalar
-        return Mood(exp(state.log_drive), scale, None, grad_scale, state.panic, horizon, *felt)
+        fade = like(state.code, 1.0)
+        if options.fades:  # a rule whose step size does not depend on gradients would go on when nothing is to gain
+            share = clamp(state.gain / clamp(state.gain_mean, 1e-300), high=1.0)
+            fade = where(state.reflections > KNOWN_AFTER, share, fade)
+        return Mood(
+            drive=exp(state.log_drive),
+            scale=fade,
+            trust=None,
+            grad_scale=grad_scale,
+            pull=state.panic,  # restores the shadow even if the gradient is not finite
+            follow=where(acts, 1 / (self.shadow_horizon * (state.steps + 1) + 1), 0.0),
+            scalar=state.scalar,
+            last_scalar=state.last_scalar,
+        )
 
     def mood_word(self, values: dict[str, float], stop: bool) -> str:
         """One word for the state."""
