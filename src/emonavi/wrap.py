@@ -381,8 +381,8 @@ def _has_modes(optimizer: Any) -> bool:
 
 def _alike(found: Found, states: Any, groups: list[dict[str, Any]], vector: Tensor) -> Active:
     """Active tensors of a wrapped step. They have no drive of their own, since one lr serves the whole group."""
-    shadows = {p: {k: v for k, v in states.get(p, {}).items() if k == "shadow"} for p in found.params}
-    roster = Roster.of(found, shadows, len(groups), fused=False)
+    own = {p: states.get(p, {}) for p in found.params}  # looked up, an empty one would come into being
+    roster = Roster.of(found, own, len(groups), fused=False)
     kept = [vector.new_full((len(found.params),), value) for value in KEPT.values()]
     return Active.of(roster, found.grads, groups, lambda group: 0.0, vector, kept)
 
