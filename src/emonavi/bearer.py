@@ -1,6 +1,6 @@
 """Base class of the siblings and ``Emotional``.
 
-``step()``, the emotion's state vector, ``calm()``, the writer, and what users read and tell.
+``step()``, the emotion's state vector, ``calm()`` and ``eval()``, the writer, and what users read and tell.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Bearer(torch.optim.Optimizer):
         self._was_written = False
         self._calls = 0  # steps, real and skipped
         self._skipped, self._ignored, self._idle = (Streak(what, name) for what in (SKIPPED, IGNORED, IDLE))
-        self._felt: Tensor | None = None  # the vector as it was last read
+        self._last_vector: Tensor | None = None  # the vector as it was last read
         self._recorder: Recorder | None = None
         me = weakref.ref(self)  # an intake that held its optimizer would keep it alive
 
@@ -409,7 +409,7 @@ class Bearer(torch.optim.Optimizer):
 
     def _check_fit(self, params: list[Tensor]) -> None:
         """Raise if a parameter cannot be moved, or if its gradient or its state has another shape."""
-        checks.memory(params)
+        checks.movable(params)
         for p in params:
             if self._known.get(p) != p.shape:  # a kernel would run past the end of a smaller tensor
                 checks.fits(p, self.state.get(p, {}), self._shapes(p))
@@ -510,12 +510,12 @@ class Bearer(torch.optim.Optimizer):
         If the user replaced the first group, the vector moves to the group that is first now.
         """
         group = self.param_groups[0]
-        vector: Tensor | None = group.get("emotion", self._felt)
+        vector: Tensor | None = group.get("emotion", self._last_vector)
         if vector is None:
             vector = self._fresh()
         if vector.device != self._home():
             vector = vector.to(self._home(), widest(self._home()))
-        self._felt = group["emotion"] = vector
+        self._last_vector = group["emotion"] = vector
         return vector
 
     def _peers(self) -> Ranks:

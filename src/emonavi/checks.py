@@ -28,7 +28,7 @@ __all__ = [
     "group",
     "left",
     "mapping",
-    "memory",
+    "movable",
     "options",
     "parameters",
     "settings",
@@ -176,11 +176,11 @@ def parameters(params: Sequence[Tensor]) -> None:
     """Raise if the rules cannot move a parameter that is not frozen."""
     for p in params:
         if not frozen(p):
-            _movable(p)
+            _real_and_dense(p)
             _not_localized(p)
 
 
-def _movable(param: Tensor) -> None:
+def _real_and_dense(param: Tensor) -> None:
     if param.dtype in DENSE_FLOATS and param.layout == torch.strided:
         return  # first: a lazy parameter has no shape yet
     what = f"a parameter of shape {tuple(param.shape)}"
@@ -229,10 +229,10 @@ def left(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{what}; see who wrote it (a scheduler that ran past its end?), or set it anew")
 
 
-def memory(params: Sequence[Tensor]) -> None:
-    """Raise if a parameter with a gradient is on the meta device, or the rules cannot move it."""
+def movable(params: Sequence[Tensor]) -> None:
+    """Raise if the rules cannot move a parameter that has a gradient, or if it is on the meta device."""
     for p in params:
-        _movable(p)
+        _real_and_dense(p)
         if p.is_meta:
             what = f"a parameter of shape {tuple(p.shape)} is on the meta device, where nothing can be moved"
             raise RuntimeError(f"{what}: load the model first, or give it memory with model.to_empty(device=...)")

@@ -6,6 +6,7 @@
     lr_floor, lr_ceiling         its ``min_lr`` and ``max_lr``
     emotion, emotion_constants   in the first group: the state vector, and the constants that are not the defaults
     shown                        in the first group: which weights the model has, ``"raw"``, or ``"shadow"`` in calm()
+                                 and after eval()
 """
 
 from __future__ import annotations
