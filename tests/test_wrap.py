@@ -664,6 +664,10 @@ def test_groups_given_to_the_wrapped_optimizer_itself():
     assert optimizer.param_groups[0]["lr_ceiling"] == 0.5 and optimizer.emotion.steps == 4
     optimizer.param_groups.clear()
     optimizer.inner.add_param_group({"params": params})
+    with pytest.raises(RuntimeError, match="no shadow to show"), optimizer.calm():
+        pass
+    optimizer.param_groups.clear()
+    optimizer.inner.add_param_group({"params": params})
     copy.deepcopy(optimizer)
     train(optimizer, params, 2, start=4)
     assert optimizer.emotion.steps == 6

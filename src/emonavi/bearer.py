@@ -280,7 +280,8 @@ class Bearer(torch.optim.Optimizer):
 
     def _shadowed(self) -> list[Tensor]:
         """Parameters that have a shadow; none where it is switched off."""
-        wanted = self.param_groups[0].get("use_shadow")
+        self._prepare()
+        wanted = self.param_groups[0]["use_shadow"]
         return [p for p in self._params() if "shadow" in self.state.get(p, {})] if wanted else []
 
     def _show(self, params: list[Tensor]) -> None:
