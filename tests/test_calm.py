@@ -453,3 +453,19 @@ def test_a_distributed_checkpoint_after_eval(make, flat, tmp_path):
     for net, one in ((model, optimizer), (other, fresh)):
         train(one, list(net.parameters()), 3, start=5)
     assert differences(contents(optimizer), contents(fresh)) == []
+
+
+@makers
+def test_what_the_optimizer_itself_writes_is_not_from_elsewhere(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the wrapped optimizer steps all the same
+    train(optimizer, params, 1, start=5)
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+    optimizer.train()
+    with torch.no_grad():
+        params[0].add_(1.0)
+    optimizer.reset_emotion()  # the shadow begins anew, at these weights
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))

@@ -166,10 +166,9 @@ class Bearer(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 group["lr_peak"] = no_peak(group["lr"])
-            if self.param_groups[0]["use_shadow"]:
-                for p in self._params():
-                    if "shadow" in self.state.get(p, {}):
-                        self.state[p]["shadow"].copy_(p)
+            for p in self._shadowed():
+                self.state[p]["shadow"].copy_(p)
+        self._written = None  # the shadow is that of these weights, whoever wrote them
 
     @contextmanager
     def calm(self, model: nn.Module | None = None) -> Iterator[None]:
