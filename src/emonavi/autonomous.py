@@ -241,7 +241,7 @@ class Merger:
         bearer = self.optimizer
         if not isinstance(bearer, Bearer):
             return
-        bearer._written = None  # the shadow was merged as well
+        bearer._note_left()  # the shadow was merged as well
         if isinstance(bearer._emotion, Emotion) and alone >= _REST_AFTER:
             # Only this one panics. While it rests, a jump of the loss cuts no drive; each panic prolongs that.
             vector, place = bearer._vector(), bearer._emotion.index("rest")

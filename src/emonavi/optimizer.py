@@ -376,7 +376,7 @@ class EmoOptimizer(Bearer):
         checks.shared(param_group, self.defaults)
         checks.group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._ranks = self._written = None
+        self._ranks = self._left = None
         group = self.param_groups[-1]
         try:
             self._check_group(group)
@@ -441,9 +441,7 @@ class EmoOptimizer(Bearer):
         had_shadow = self.param_groups[0]["use_shadow"]
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
         self._is_loaded, self._plan = True, None
-        self._note_begun()
-        self._intake.clear()
-        self._take_options(had_shadow)
+        self._resume(had_shadow)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")
@@ -458,4 +456,4 @@ class EmoOptimizer(Bearer):
                 group.setdefault(name, value)
         if settings is not None:  # unpickled or copied: torch keeps groups and state only
             self._setup(*settings)
-            self._note_begun()
+            self._resume()

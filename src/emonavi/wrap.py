@@ -185,7 +185,7 @@ class Emotional(Bearer):
             self.inner.step()  # it may write to the weights what they are
             self._make_states(found.params)
             if not was_written:
-                self._written = shadow.versions(self._params())
+                self._note_left()
         self._intake.clear()
 
     def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
@@ -276,7 +276,7 @@ class Emotional(Bearer):
         own = self._options()
         checks.shared({k: v for k, v in param_group.items() if k != "capturable"}, own)
         self.inner.add_param_group(param_group)
-        self._written = None
+        self._left = None
         group = self.param_groups[-1]
         for ours, name in BOUNDS.items():
             given = group.pop(name, None)
@@ -344,9 +344,7 @@ class Emotional(Bearer):
             what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
             warnings.warn(what, stacklevel=callers_level())
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
-        self._note_begun()
-        self._intake.clear()
-        self._take_options(own["use_shadow"])
+        self._resume(own["use_shadow"])
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""
@@ -375,7 +373,7 @@ class Emotional(Bearer):
         self._setup(*settings)
         self._options()
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
-        self._note_begun()
+        self._resume()
 
 
 def _has_modes(optimizer: Any) -> bool:

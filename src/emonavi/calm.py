@@ -1,0 +1,202 @@
+"""Which weights the model has: those that train, or the shadow's in their place.
+
+``calm()`` shows the shadow inside of a block, ``eval()`` until ``train()``, as trainers call them. The weights that
+train are in the state then, and in checkpoints.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emonavi import shadow
+from emonavi.distributed import is_piece, is_sharded, reshard
+from emonavi.notices import callers_level
+
+__all__ = ["Calm"]
+
+
+class Calm(torch.optim.Optimizer):
+    """Base of :class:`~emonavi.bearer.Bearer`, which says whether a run has begun."""
+
+    def _setup(self, *settings: Any) -> None:
+        self._is_calm = False  # whether the shadow stands in place of the weights
+        self._blocks = 0  # of calm(), that are open
+        # The parameters' versions as the optimizer left them, to see whether anyone has written to them since; None is
+        # not known. And whether anyone had, when the shadow was put in their place.
+        self._left: int | None = None
+        self._was_written = False
+
+    @property
+    def _begun(self) -> bool:
+        """Hook: whether there was a step."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Hook: adopt groups added directly to the wrapped optimizer."""
+
+    def _params(self) -> Iterator[Tensor]:
+        return (p for g in self.param_groups for p in g["params"])
+
+    @contextmanager
+    def calm(self, model: nn.Module | None = None) -> Iterator[None]:
+        """Put the shadow in place of the weights, for evaluation. The weights return at the end, also after an error.
+
+        Before the first step the shadow equals the weights. The block holds a copy of the weights, which is in
+        ``state_dict()`` as well. To keep the shadow, save or copy it inside the block. BatchNorm's statistics are not
+        averaged: if a model has them, ``torch.optim.swa_utils.update_bn`` sets them from data.
+
+        Args:
+            model: a model under FSDP2 (``fully_shard``) or ``replicate()`` that is run inside the block. Both keep
+                weights that they have gathered, those of the last evaluation say, and would go on with them; given the
+                model, they gather anew at both ends of the block. Saving needs no model.
+
+        Raises:
+            RuntimeError: there is no shadow, or ``step()`` or ``reset_emotion()`` is called inside the block.
+            ValueError: the model is under FSDP1, whose gathered weights cannot be dropped.
+
+        Example:
+            >>> import torch, emonavi
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> with optimizer.calm():
+            ...     evaluated = model(torch.ones(1, 2))
+        """
+        self._refuse_midway("calm()")
+        params, was_calm = self._shadowed(), self._is_calm
+        wanted = self.param_groups[0]["use_shadow"]
+        if not params and (self._begun or not wanted):
+            remedy = (
+                "the next step makes it"
+                if wanted
+                else "construct with use_shadow=True; in a run that was loaded, and brought its own options, set "
+                "param_groups[0]['use_shadow'] = True and make a step"
+            )
+            raise RuntimeError(f"calm() has no shadow to show: {remedy}")
+        if model is not None and any(is_piece(p) for p in params):
+            raise ValueError(
+                "calm(model) of a model under FSDP1, which may go on with weights that it gathered before: save inside "
+                "calm() and evaluate what was saved, or shard with FSDP2's fully_shard()"
+            )
+        self._blocks += 1
+        try:
+            if not was_calm:
+                self._show(params)
+            reshard(model)
+            yield
+        finally:
+            self._blocks -= 1
+            if not was_calm:
+                self._hide()
+            reshard(model)
+
+    def eval(self) -> None:
+        """Put the shadow in place of the weights until :meth:`train`, as schedule-free optimizers do.
+
+        Trainers that know those call both by themselves, Hugging Face's and accelerate's among them: they evaluate, and
+        save, the shadow. The weights that train are in ``state_dict()`` then, so that a run resumes exactly. Elsewhere
+        :meth:`calm` is safer, since it ends by itself.
+
+        Nothing happens without a shadow, or before the first step, where the shadow equals the weights. With a warning,
+        also where the weights were written to since the last step, as when a trainer loads its best ones: the shadow is
+        not theirs. And where they are sharded: the model would go on with weights that it gathered before, for which
+        there is ``calm(model)``.
+
+        Raises:
+            RuntimeError: between backward and ``step()`` with gradients released.
+
+        Example:
+            >>> import torch, emonavi
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = emonavi.EmoNavi(model.parameters(), use_shadow=True)
+            >>> model(torch.ones(4, 2)).sum().backward()
+            >>> _ = optimizer.step()
+            >>> optimizer.eval()
+            >>> evaluated = model(torch.ones(1, 2))
+            >>> optimizer.train()
+        """
+        self._refuse_midway("eval()")
+        params = self._shadowed()
+        if self._is_calm or not params:
+            return
+        if any(is_sharded(p) or is_piece(p) for p in params):
+            what, remedy = "the weights are sharded", "evaluate inside calm(model)"
+        elif self._is_written:
+            what, remedy = "the weights were written to since the last step", "calm() shows the last step's shadow"
+        else:
+            self._show(params)
+            return
+        warnings.warn(f"{what}: eval() leaves them as they are; {remedy}", stacklevel=callers_level())
+
+    def train(self) -> None:
+        """Put back the weights that :meth:`eval` replaced; nothing happens where it replaced none, or inside a block.
+
+        Where the model's weights were written to in between, as by a trainer that loads its best ones, they stay, and a
+        warning says so.
+        """
+        if self._is_calm and not self._blocks and not self._leave():
+            what = "the weights were written to since eval(): train() leaves them as they are"
+            warnings.warn(f"{what}, and drops those that trained before", stacklevel=callers_level())
+
+    @property
+    def _is_written(self) -> bool:
+        """Whether the weights were written to since the last step, as far as is known."""
+        return self._left not in (None, shadow.versions(self._params()))
+
+    def _note_left(self) -> None:
+        """The weights are as the optimizer leaves them, and the shadow is theirs."""
+        self._left = shadow.versions(self._params()) if self.param_groups[0].get("use_shadow") else None
+
+    def _shadowed(self) -> list[Tensor]:
+        """Parameters that have a shadow; none where it is switched off."""
+        self._prepare()
+        wanted = self.param_groups[0]["use_shadow"]
+        return [p for p in self._params() if "shadow" in self.state.get(p, {})] if wanted else []
+
+    def _show(self, params: list[Tensor]) -> None:
+        """Put the shadow in place of the weights."""
+        self._was_written = self._is_written
+        self._note_shown(True)
+        try:
+            shadow.show(params, self.state)
+        except BaseException:  # memory may run out
+            self._hide()
+            raise
+
+    def _hide(self) -> None:
+        """Put the weights back."""
+        shadow.hide(self._params(), self.state)
+        self._note_shown(False)
+        if not self._was_written:
+            self._note_left()
+
+    def _leave(self) -> bool:
+        """The same, but weights that were written to since then stay. Returns whether none were."""
+        if not self._is_calm:
+            return True
+        if shadow.is_shown(self._params(), self.state):
+            self._hide()
+            return True
+        shadow.forget(self._params(), self.state)
+        self._note_shown(False)
+        return False
+
+    def _note_shown(self, is_calm: bool) -> None:
+        """Also in the first group, for checkpoints: distributed ones keep only what is there from the beginning."""
+        self._is_calm = is_calm
+        self.param_groups[0]["shown"] = "shadow" if is_calm else "raw"
+
+    def _refuse_inside_calm(self, what: str) -> None:
+        if self._is_calm:
+            where = "inside calm(): leave the block first" if self._blocks else "after eval(): call train() first"
+            raise RuntimeError(f"{what} {where}; the weights are the shadow's")
+
+    def _refuse_midway(self, what: str) -> None:
+        """Hook: raise if a step is under way, so that the state is incomplete."""
