@@ -298,6 +298,19 @@ def test_a_model_saved_in_fewer_bits_is_taken_for_the_shadow(make, dtype):
 
 
 @makers
+def test_weights_that_are_loaded_after_a_step_at_lr_0_stay(make):
+    """As a distributed checkpoint makes the state."""
+    params = weights()
+    optimizer = make(params, use_shadow=True)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, params, 1)
+    with torch.no_grad():
+        params[0].mul_(2)
+    with pytest.warns(UserWarning, match="written to since the last step"):
+        optimizer.eval()
+
+
+@makers
 def test_a_block_does_not_make_weights_from_elsewhere_the_optimizers_own(make):
     optimizer, params = run(make, 5, use_shadow=True)
     with torch.no_grad():

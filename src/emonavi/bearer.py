@@ -224,7 +224,10 @@ class Bearer(Calm):
             if found.moves(self.param_groups):
                 self._move(found, heard)
             elif found.params:
+                was_written = self._is_written
                 self._stay(found)
+                if not was_written:
+                    self._note_left()
         return returned
 
     def _end_release(self, heard: Loss | None) -> bool:

@@ -181,11 +181,8 @@ class Emotional(Bearer):
     def _stay(self, found: Found) -> None:
         """Let the wrapped optimizer step at lr 0: distributed checkpoints create state that way."""
         if bool(torch.isfinite(all_norms(found.grads, self._vector())).all()):
-            was_written = self._is_written
-            self.inner.step()  # it may write to the weights what they are
+            self.inner.step()
             self._make_states(found.params)
-            if not was_written:
-                self._note_left()
         self._intake.clear()
 
     def _step_inner(self, active: Active, mood: Mood, state: Any, options: Options) -> tuple[Any, Sums]:
