@@ -100,8 +100,8 @@ class Calm(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the shadow in place of the weights until :meth:`train`, as schedule-free optimizers do.
 
-        Trainers that know those call both by themselves, Hugging Face's and accelerate's among them: they evaluate, and
-        save, the shadow. The weights that train are in ``state_dict()`` then, so that a run resumes exactly. Elsewhere
+        Trainers that know those call both by themselves, Hugging Face's among them: they evaluate the shadow, and save
+        it afterwards. The weights that train are in ``state_dict()`` then, so that a run resumes exactly. Elsewhere
         :meth:`calm` is safer, since it ends by itself.
 
         Nothing happens without a shadow, or before the first step, where the shadow equals the weights. With a warning,
