@@ -96,8 +96,8 @@ class Active(NamedTuple):
     roster: Roster
     grads: list[Tensor]  # local parts
     lr: Tensor
-    low: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
-    wall: Tensor  # nor rise above this
+    floor: Tensor  # the effective lr does not fall below this, or below lr where that is lower,
+    ceiling: Tensor  # nor rise above this
     decay: Tensor  # weight decay for each unit of effective lr
     steps: Tensor  # of each tensor, this one included
     drive: Tensor
@@ -117,8 +117,8 @@ class Active(NamedTuple):
         step, drive, trust = roster.kept(home) if kept is None else kept
         of_groups = [[g[name] for g in groups] for name in ("lr", "lr_floor", "lr_ceiling")]
         of_groups.append([decay_rate(g) for g in groups])
-        lr, low, wall, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
-        return cls(roster, grads, lr, low, wall, decay, step + 1, drive, trust)
+        lr, floor, ceiling, decay = (per_tensor(values, roster.counts, home) for values in of_groups)
+        return cls(roster, grads, lr, floor, ceiling, decay, step + 1, drive, trust)
 
     def options(
         self, groups: Sequence[dict[str, Any]], target: tuple[float, float], fall: float, fades: bool, plain: bool
@@ -126,7 +126,7 @@ class Active(NamedTuple):
         """Build the emotion's ``Options``, as Python numbers if ``plain``, after :func:`note_peaks`."""
         numbers = [g[name] for g in groups for name in ("lr", "lr_peak", "lr_floor", "lr_ceiling")]
         kind = 0.0 if plain or not any(isinstance(n, Tensor) for n in numbers) else self.lr.new_zeros(())
-        lows, walls, decayed, lrs = [], [], [], []
+        floors, ceilings, decayed, lrs = [], [], [], []
         for group, count in zip(groups, self.roster.counts, strict=True):
             lr, peak = like(kind, group["lr"]), like(kind, group["lr_peak"])
             if count:  # the lr of a group in which nothing moves says nothing
@@ -136,16 +136,16 @@ class Active(NamedTuple):
             # But its bounds count: a step without it must not move the drive beyond them.
             if count or any(p.requires_grad for p in group["params"]):
                 # Relative to the highest lr, not today's: a dip must not move the drive.
-                low, wall = group["lr_floor"], group["lr_ceiling"]
-                low, wall = like(kind, low), like(kind, math.inf if wall is None else wall)
+                floor, ceiling = group["lr_floor"], group["lr_ceiling"]
+                floor, ceiling = like(kind, floor), like(kind, math.inf if ceiling is None else ceiling)
                 some = where(peak > 0, peak, 1.0)
-                lows.append(where(peak > 0, clamp(low, high=peak) / some, 1.0))
-                walls.append(where(peak > 0, wall / some, 0.0))
+                floors.append(where(peak > 0, clamp(floor, high=peak) / some, 1.0))
+                ceilings.append(where(peak > 0, ceiling / some, 0.0))
         return Options(
             use_trust=bool(groups[0]["use_trust"]),
             max_norm=groups[0]["max_norm"],
-            lowest_drive=_fold(lows, torch.amin, min),
-            highest_drive=_fold(walls, torch.amax, max),
+            lowest_drive=_fold(floors, torch.amin, min),
+            highest_drive=_fold(ceilings, torch.amax, max),
             target=target[bool(groups[0]["use_shadow"])],
             fall=fall,
             fades=fades,
@@ -155,8 +155,8 @@ class Active(NamedTuple):
 
     def rates(self, mood: Mood, least_decay: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """For each tensor: its effective lr, its step size, and the factor of its weight decay."""
-        effective = bounded(self.lr, mood.drive, self.low, self.wall)
-        own = bounded(effective, self.drive, torch.minimum(self.lr, self.low), self.wall)
+        effective = bounded(self.lr, mood.drive, self.floor, self.ceiling)
+        own = bounded(effective, self.drive, torch.minimum(self.lr, self.floor), self.ceiling)
         return own, own * mood.scale, torch.clamp(1 - effective * self.decay, min=least_decay)
 
     def buckets(
@@ -238,9 +238,9 @@ def _stack(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(scalars) if same else [s.to(device) for s in scalars])
 
 
-def bounded(lr: Tensor, drive: Number, low: Tensor, wall: Tensor) -> Tensor:
-    """The effective lr: lr times drive, at least ``low`` (or lr, if lower), at most ``wall``."""
-    return torch.clamp(lr * drive, torch.minimum(lr, low), wall)
+def bounded(lr: Tensor, drive: Number, floor: Tensor, ceiling: Tensor) -> Tensor:
+    """The effective lr: lr times drive, at least ``floor`` (or lr, if lower), at most ``ceiling``."""
+    return torch.clamp(lr * drive, torch.minimum(lr, floor), ceiling)
 
 
 def per_tensor(values: Sequence[float | Tensor | None], counts: Sequence[int], home: Tensor) -> Tensor:

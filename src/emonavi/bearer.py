@@ -118,10 +118,10 @@ class Bearer(Calm):
 
     def _effective_lr(self, vector: Tensor, log_drive: Number) -> Tensor:
         one_each = [1] * len(self.param_groups)
-        lr, low, wall = (
+        lr, floor, ceiling = (
             per_tensor([g[k] for g in self.param_groups], one_each, vector) for k in ("lr", "lr_floor", "lr_ceiling")
         )
-        return bounded(lr, exp(log_drive), low, wall)
+        return bounded(lr, exp(log_drive), floor, ceiling)
 
     def _training(self) -> list[dict[str, Any]]:
         """Groups with a parameter that requires a gradient; all groups if there is none."""

@@ -221,7 +221,7 @@ def left(group: Mapping[str, Any]) -> None:
     """Raise if what a scheduler or the user has left in a group is no number to step by; a device is not asked."""
     for name in ("lr", "lr_floor", "lr_ceiling", "weight_decay"):
         value = group.get(name)
-        # A wrapped optimizer's weight decay may be anything; no wall may be infinity, too.
+        # A wrapped optimizer's weight decay may be anything; no ceiling may be infinity, too.
         given = name == "lr" or (isinstance(value, (int, float)) and not (name == "lr_ceiling" and value == math.inf))
         on_device = isinstance(value, Tensor) and value.device.type != "cpu"
         if given and not on_device and not -ROUNDING <= _as_float(plain(value)) < math.inf:

@@ -239,7 +239,9 @@ class Emotional(Bearer):
         shapes = {"step_sample": torch.Size((ROWS, size))}
         if type(self.inner).__module__.startswith("torch.optim"):
             shapes |= dict.fromkeys(_OF_ONE_SHAPE, param.shape)
-        return shapes | {"shadow": param.shape, "raw": param.shape} if self.param_groups[0]["use_shadow"] else shapes
+        if self.param_groups[0]["use_shadow"]:  # without, the optimizer may keep something of that name
+            shapes |= {"shadow": param.shape, "raw": param.shape}
+        return shapes
 
     def _reflected(self, active: Active, grads: Tensor, before: Tensor, rates: Tensor) -> Sums:
         """The sums of reflection for each tensor, from samples. Also remembers the step."""
