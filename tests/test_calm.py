@@ -1,6 +1,7 @@
 """What shows the shadow in place of the weights: ``calm()``, and ``eval()`` and ``train()`` as trainers call them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -266,22 +267,209 @@ def test_weights_from_elsewhere_are_not_replaced_by_the_shadow(make):
 
 
 @makers
-def test_weights_that_are_loaded_after_eval_stay(make):
-    """A trainer loads its best ones at the end, and is asked to train on."""
+@pytest.mark.parametrize("far", [1.0, 1e-5])
+def test_weights_that_are_loaded_after_eval_stay(make, far):
+    """A trainer loads its best ones at the end, however near, and is asked to evaluate, and to train on."""
+    for asks in ("eval", "train"):
+        optimizer, params = run(make, 10, use_shadow=True)
+        optimizer.eval()
+        best = [p * (1 + far) for p in copies(params)]
+        with torch.no_grad():
+            for p, b in zip(params, best, strict=True):
+                p.copy_(b)
+        if asks == "eval":
+            optimizer.eval()  # an ordinary run: nothing to warn of
+        else:
+            with pytest.warns(UserWarning, match=r"since eval\(\): train\(\) leaves them as they are, and drops what"):
+                optimizer.train()
+        assert same(params, best)
+        assert not any("raw" in state for state in optimizer.state.values())
+        for change in (optimizer.train, optimizer.eval, optimizer.train):
+            change()
+            assert same(params, best)
+        with optimizer.calm():
+            assert same(params, shadows(optimizer, params))
+        assert same(params, best)
+        train(optimizer, params, 1, start=10)
+        optimizer.eval()
+        assert same(params, shadows(optimizer, params))
+
+
+@makers
+def test_calm_after_weights_were_loaded_shows_the_shadow(make):
     optimizer, params = run(make, 5, use_shadow=True)
-    best = copies(params)
-    train(optimizer, params, 5, start=5)
     optimizer.eval()
     with torch.no_grad():
-        for p, b in zip(params, best, strict=True):
-            p.copy_(b)
-    with pytest.warns(UserWarning, match=r"since eval\(\): train\(\) leaves them as they are, and drops those"):
+        params[0].mul_(2)
+    held = copies(params)
+    with optimizer.calm():
+        assert same(params, shadows(optimizer, params))
+    assert torch.equal(params[0], held[0])
+
+
+@makers
+def test_only_what_was_written_to_stays(make):
+    """As by a layer that renormalises its weights in each forward pass."""
+    optimizer, params = run(make, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    with torch.no_grad():
+        params[1].mul_(0.5)
+    held = params[1].detach().clone()
+    with pytest.warns(UserWarning, match="weights were written to since"):
         optimizer.train()
-    assert same(params, best)
-    assert not any("raw" in state for state in optimizer.state.values())
-    with pytest.warns(UserWarning, match="written to since the last step"):
+    assert torch.equal(params[1], held)
+    assert same(params[:1] + params[2:], before[:1] + before[2:])
+
+
+@makers
+def test_weights_that_were_put_aside_and_back_are_no_others(make):
+    """As by an evaluation that swaps in weights of its own."""
+    optimizer, params = run(make, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    shown = copies(params)
+    with torch.no_grad():
+        for p, s in zip(params, shown, strict=True):
+            p.zero_()
+            p.copy_(s)
+    optimizer.train()
+    assert same(params, before)
+
+
+@makers
+def test_a_step_after_weights_were_loaded_is_their_own(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    optimizer.eval()
+    with torch.no_grad():
+        for p in params:
+            p.mul_(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(optimizer, params, 1, start=5)
+    assert [str(w.message)[:30] for w in caught] == ["weights were written to since "]
+    assert caught[0].filename.endswith("cases.py")  # where step() is called
+
+
+@makers
+def test_a_load_that_is_refused_changes_nothing_after_eval(make):
+    optimizer, _ = run(make, 5, use_shadow=True)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["params"].append(99)
+    optimizer.eval()
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match="size of optimizer"):
+        optimizer.load_state_dict(saved)
+    assert differences(before, contents(optimizer)) == []
+    with optimizer.calm():
+        optimizer.load_state_dict(copy.deepcopy(run(make, 5, use_shadow=True)[0].state_dict()))
+        for what in (optimizer.step, optimizer.reset_emotion):
+            with pytest.raises(RuntimeError, match=r"inside calm\(\)"):
+                what()
+
+
+@makers
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_what_was_saved_after_eval_is_loaded_after_eval(make, order):
+    optimizer, params = run(make, 5, use_shadow=True)
+    raw = copies(params)
+    optimizer.eval()
+    saved, shown = copy.deepcopy(optimizer.state_dict()), copies(params)
+    optimizer.train()
+    train(optimizer, params, 3, start=5)
+    for _ in range(2):  # the second time into itself
         optimizer.eval()
-    train(optimizer, params, 1, start=10)
+
+        def load_model():
+            with torch.no_grad():
+                for p, s in zip(params, shown, strict=True):
+                    p.copy_(s)
+
+        loads = [load_model]
+        loads.insert(order == "model first", lambda: optimizer.load_state_dict(saved))
+        for load in loads:
+            load()
+        assert same(params, shown)
+        optimizer.train()
+        assert same(params, raw)
+
+
+def test_the_memories_of_adam_are_taken_over_after_eval():
+    adam = torch.optim.AdamW(weights())
+    for p in adam.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    adam.step()
+    optimizer, params = run(CASES[0].make, 5, use_shadow=True)
+    before = copies(params)
+    optimizer.eval()
+    with pytest.warns(UserWarning, match="without an emotion"):
+        optimizer.load_state_dict(adam.state_dict())
+    assert same(params, before)
+    assert optimizer.state_dict()["param_groups"][0]["shown"] == "raw"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, params, 1)
+
+
+@makers
+def test_a_parameter_that_grows_after_eval(make):
+    optimizer, params = run(make, 5, use_shadow=True)
+    optimizer.eval()
+    params[0].grad, params[0].data = None, torch.cat([params[0].data] * 2)
+    with pytest.warns(UserWarning, match="weights were written to"):
+        optimizer.train()
+    assert "raw" not in optimizer.state[params[0]]
+
+
+@makers
+def test_a_group_that_is_taken_away_after_eval_gets_its_weights_back(make):
+    params = weights()
+    optimizer = make([{"params": params[:2]}, {"params": params[2:]}], use_shadow=True)
+    train(optimizer, params, 5)
+    before = copies(params)
+    optimizer.eval()
+    optimizer.param_groups.pop()
+    optimizer.train()
+    assert same(params, before)
+
+
+def test_a_group_added_to_the_wrapped_optimizer_was_not_written_to():
+    optimizer, params = run(wrapped, 5, use_shadow=True)
+    added = torch.nn.Parameter(torch.zeros(3))
+    torch.nn.init.ones_(added)
+    optimizer.inner.add_param_group({"params": [added]})
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+
+
+@makers
+def test_a_layer_that_has_no_shape_yet(make):
+    params = weights()
+    optimizer = make([*params, torch.nn.parameter.UninitializedParameter()], use_shadow=True)
+    with optimizer.calm():
+        pass
+    train(optimizer, params, 3)
+    optimizer.reset_emotion()
+    train(optimizer, params, 3)
+    optimizer.eval()
+    assert same(params, shadows(optimizer, params))
+
+
+def test_a_forgotten_train_with_gradients_released():
+    """Backward cannot put the weights back that it is reading; the gradient that was refused is not kept."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = emonavi.EmoNavi([weight], use_shadow=True)
+    emonavi.gradient_release(optimizer)
+    for _ in range(3):
+        weight.square().sum().backward()
+        optimizer.step()
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"after eval\(\): call train\(\) first"):
+        weight.square().sum().backward()
+    assert weight.grad is None
+    optimizer.train()
+    weight.square().sum().backward()
+    optimizer.step()
 
 
 @makers

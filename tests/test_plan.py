@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, contents, differences, weights
+from cases import CASES, contents, differences, train, weights
 
 import emonavi
 from emonavi import kernels
@@ -269,6 +269,23 @@ def test_numbers_whose_storage_moves_are_noticed(case):
                 for value in state.values():
                     value.share_memory_()
     assert [int(optimizer.state[p]["step"]) for p in params] == [8] * len(params)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_scalars_that_move_in_memory_are_followed(resumed):
+    """As by share_memory_(), which frees what was there, for workers that step one optimizer."""
+    params = weights(shapes=SHAPES)
+    optimizer = emonavi.EmoNavi(params, capture=False, on_missing_loss="ignore")
+    train(optimizer, params, 3)
+    if resumed:
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, params, 1, start=3)
+    assert optimizer._plan is not None
+    steps = 4 if resumed else 3
+    for p in params:
+        optimizer.state[p]["drive"].share_memory_()
+    train(optimizer, params, 2, start=steps)
+    assert {float(optimizer.state[p]["step"]) for p in params} == {steps + 2.0}
 
 
 def test_a_shape_that_changes_in_place_is_noticed():

@@ -265,7 +265,7 @@ def test_the_best_weights_are_trained_on(tmp_path):
     look = Look()
     trainer.add_callback(look)
     with pytest.warns(UserWarning, match=r"since eval\(\): train\(\) leaves them as they are"):
-        trainer.train()
+        trainer.train()  # without an evaluation of them in between
     assert all(torch.equal(p, c) for p, c in zip(look.seen, chosen, strict=True))
 
 

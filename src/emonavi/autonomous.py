@@ -138,6 +138,7 @@ class Merger:
             RuntimeError: a worker is gone. Nothing has changed then: put a process group of the remaining workers into
                 ``averager.process_group``, and the next step tries again.
         """
+        self._refuse_inside_calm()
         self._alone += 1
         sent: list[Tensor] = []
         if self.averager is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -211,11 +211,14 @@ class Bearer(Calm):
         """
         if self._blocks:
             self._refuse_inside_calm("step()")
-        if self._is_calm:
-            self.train()
-            if closure is None:
-                what = "step() after eval(), whose gradient is that of the shadow's weights: call train() before the "
-                warnings.warn(f"{what}forward pass, also after a checkpoint that was saved so", stacklevel=2)
+        was_calm = self._is_calm
+        if was_calm and not self._leave():
+            self._warn_written()
+        elif was_calm and closure is None:
+            what = (
+                "step() after eval(), whose gradient is that of the shadow's weights: call train() before the forward "
+            )
+            warnings.warn(f"{what}pass, also after a checkpoint that was saved so", stacklevel=callers_level())
         self._prepare()
         heard, returned = self._intake.take(loss, closure)
         if not self._end_release(heard):
@@ -318,13 +321,16 @@ class Bearer(Calm):
     def _begun(self) -> bool:
         return self._calls > 0
 
-    def _resume(self, had_shadow: bool = False) -> None:
-        """Go on with a state that was loaded or copied, in an optimizer that had a shadow or not."""
+    def _resume(self, had_shadow: bool = False, held: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Go on with a state that was loaded or copied, in an optimizer that had a shadow, and held weights, or not."""
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
-        self._is_calm = self.param_groups[0].get("shown") == "shadow"
-        self._left, self._was_written = None, False  # the model was loaded as well, before or after
+        self._note_shown(self.param_groups[0].get("shown") == "shadow")
+        if not self._is_calm:
+            shadow.put_back(held or {})
+        # The model was loaded as well, before or after.
+        self._shown, self._left, self._was_written = {}, None, False
         self._intake.clear()
         self._take_options(had_shadow)
 

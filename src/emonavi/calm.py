@@ -20,6 +20,8 @@ from emonavi.notices import callers_level
 
 __all__ = ["Calm"]
 
+_ELSEWHERE = -1  # no sum of versions: the weights are known to be another's
+
 
 class Calm(torch.optim.Optimizer):
     """Base of :class:`~emonavi.bearer.Bearer`, which says whether a run has begun."""
@@ -27,10 +29,11 @@ class Calm(torch.optim.Optimizer):
     def _setup(self, *settings: Any) -> None:
         self._is_calm = False  # whether the shadow stands in place of the weights
         self._blocks = 0  # of calm(), that are open
-        # The parameters' versions as the optimizer left them, to see whether anyone has written to them since; None is
-        # not known. And whether anyone had, when the shadow was put in their place.
+        # Versions of the parameters, to see whether anyone has written to them: of each that the shadow has replaced,
+        # and of all as the optimizer left them, added up; empty and None where that is not known.
+        self._shown: dict[Tensor, int] = {}
         self._left: int | None = None
-        self._was_written = False
+        self._was_written = False  # when the shadow was put in their place
 
     @property
     def _begun(self) -> bool:
@@ -70,6 +73,7 @@ class Calm(torch.optim.Optimizer):
             ...     evaluated = model(torch.ones(1, 2))
         """
         self._refuse_midway("calm()")
+        self._settle()
         params, was_calm = self._shadowed(), self._is_calm
         wanted = self.param_groups[0]["use_shadow"]
         if not params and (self._begun or not wanted):
@@ -104,10 +108,11 @@ class Calm(torch.optim.Optimizer):
         it afterwards. The weights that train are in ``state_dict()`` then, so that a run resumes exactly. Elsewhere
         :meth:`calm` is safer, since it ends by itself.
 
-        Nothing happens without a shadow, or before the first step, where the shadow equals the weights. With a warning,
-        also where the weights were written to since the last step, as when a trainer loads its best ones: the shadow is
-        not theirs. And where they are sharded: the model would go on with weights that it gathered before, for which
-        there is ``calm(model)``.
+        Nothing happens without a shadow, before the first step, where the shadow equals the weights, or inside of a
+        block. Nor where the weights were written to since the last step, as when a trainer loads its best ones: the
+        shadow is not theirs. Nor where they are sharded: the model would go on with weights that it gathered before,
+        for which there is ``calm(model)``. A warning tells of the last two, but not where an ``eval()`` came between
+        the step and the writing.
 
         Raises:
             RuntimeError: between backward and ``step()`` with gradients released.
@@ -123,8 +128,9 @@ class Calm(torch.optim.Optimizer):
             >>> optimizer.train()
         """
         self._refuse_midway("eval()")
+        self._settle()
         params = self._shadowed()
-        if self._is_calm or not params:
+        if self._is_calm or not params or self._left == _ELSEWHERE:
             return
         if any(is_sharded(p) or is_piece(p) for p in params):
             what, remedy = "the weights are sharded", "evaluate inside calm(model)"
@@ -138,21 +144,25 @@ class Calm(torch.optim.Optimizer):
     def train(self) -> None:
         """Put back the weights that :meth:`eval` replaced; nothing happens where it replaced none, or inside a block.
 
-        Where the model's weights were written to in between, as by a trainer that loads its best ones, they stay, and a
-        warning says so.
+        What was written to in between, as by a trainer that loads its best weights, stays, and a warning says so. A
+        model whose forward pass writes to its weights (``nn.Embedding(max_norm=...)``) is evaluated inside
+        :meth:`calm`.
         """
         if self._is_calm and not self._blocks and not self._leave():
-            what = "the weights were written to since eval(): train() leaves them as they are"
-            warnings.warn(f"{what}, and drops those that trained before", stacklevel=callers_level())
+            self._warn_written()
+
+    def _warn_written(self) -> None:
+        what = "weights were written to since eval(): train() leaves them as they are"
+        warnings.warn(f"{what}, and drops what trained in their place before", stacklevel=callers_level())
 
     @property
     def _is_written(self) -> bool:
         """Whether the weights were written to since the last step, as far as is known."""
-        return self._left not in (None, shadow.versions(self._params()))
+        return self._left not in (None, shadow.versions(self.state))
 
     def _note_left(self) -> None:
         """The weights are as the optimizer leaves them, and the shadow is theirs."""
-        self._left = shadow.versions(self._params()) if self.param_groups[0].get("use_shadow") else None
+        self._left = shadow.versions(self.state) if self.param_groups[0].get("use_shadow") else None
 
     def _shadowed(self) -> list[Tensor]:
         """Parameters that have a shadow; none where it is switched off."""
@@ -169,24 +179,43 @@ class Calm(torch.optim.Optimizer):
         except BaseException:  # memory may run out
             self._hide()
             raise
+        self._shown = {p: p._version for p in params}
 
     def _hide(self) -> None:
         """Put the weights back."""
-        shadow.hide(self._params(), self.state)
+        shadow.hide(self.state)
+        self._shown = {}
         self._note_shown(False)
         if not self._was_written:
             self._note_left()
 
+    def _is_shown(self, param: Tensor, by_value: bool = True) -> bool:
+        """Whether the shadow is in a parameter's place, also if it was put back there by someone else."""
+        state, version = self.state[param], self._shown.get(param)
+        if param.shape != state["raw"].shape:
+            return False
+        if param._version == version:
+            return True
+        return (by_value or version is None) and shadow.is_shown(param, state)
+
     def _leave(self) -> bool:
-        """The same, but weights that were written to since then stay. Returns whether none were."""
-        if not self._is_calm:
-            return True
-        if shadow.is_shown(self._params(), self.state):
-            self._hide()
-            return True
-        shadow.forget(self._params(), self.state)
-        self._note_shown(False)
-        return False
+        """Put the weights back, but leave those that were written to since. Returns whether none were."""
+        written = [p for p in shadow.replaced(self.state) if not self._is_shown(p)]
+        shadow.forget(written, self.state)
+        self._was_written |= bool(written)
+        self._hide()
+        if written:
+            self._left = _ELSEWHERE
+        return not written
+
+    def _settle(self) -> None:
+        """After eval(), find out whether the shadow is still shown."""
+        if self._is_calm and not self._blocks and not all(map(self._is_shown, shadow.replaced(self.state))):
+            self._leave()
+
+    def _held(self) -> dict[Tensor, Tensor]:
+        """The weights that the shadow has replaced, but those that were written to since: a model was loaded."""
+        return {p: self.state[p]["raw"] for p in shadow.replaced(self.state) if self._is_shown(p, by_value=False)}
 
     def _note_shown(self, is_calm: bool) -> None:
         """Also in the first group, for checkpoints: distributed ones keep only what is there from the beginning."""
@@ -194,7 +223,7 @@ class Calm(torch.optim.Optimizer):
         self.param_groups[0]["shown"] = "shadow" if is_calm else "raw"
 
     def _refuse_inside_calm(self, what: str) -> None:
-        if self._is_calm:
+        if self._is_calm or self._blocks:
             where = "inside calm(): leave the block first" if self._blocks else "after eval(): call train() first"
             raise RuntimeError(f"{what} {where}; the weights are the shadow's")
 

@@ -97,7 +97,6 @@ def loadable(state_dict: dict[str, Any], optimizer: EmoOptimizer) -> dict[str, A
     options = {*NUMBERS, *FLAGS, "betas"} & set(optimizer.defaults) - {*BOUNDS.values(), *LATER}
     same_optimizer(state_dict, options | {*BOUNDS, *OF_THE_RUN}, layouts)
     same_shapes(state_dict, params, optimizer._shapes)
-    optimizer._leave()
     return state_dict
 
 
@@ -114,7 +113,7 @@ def _taken_over(
     """
     # Not from state_dict(), which runs the user's hooks.
     own = [{**g, "lr_peak": no_peak(g["lr"])} for g in optimizer.param_groups]
-    own[0]["emotion"] = optimizer._fresh()
+    own[0] |= {"emotion": optimizer._fresh(), "shown": "raw"}
     saved = [list(g["params"]) for g in state_dict["param_groups"]]
     if [len(ids) for ids in saved] != [len(g["params"]) for g in own]:
         return None

@@ -93,5 +93,4 @@ def fitting(state_dict: dict[str, Any], wrapper: Emotional) -> dict[str, Any]:
         not_torn(state_dict, ["step_sample"])
     same_optimizer(state_dict, options, [])
     same_shapes(state_dict, list(wrapper._params()), wrapper._shapes)
-    wrapper._leave()
     return state_dict

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from emonavi.distributed import local, placed
 
-__all__ = ["fresh", "sample_size", "sample_stride"]
+__all__ = ["fresh", "sample_size", "sample_stride", "together"]
 
 SAMPLE = 4096  # coordinates of a matrix that reflection remembers: 16 KiB, whatever its size
 
@@ -37,3 +39,9 @@ def fresh(param: Tensor, layout: tuple[str, ...]) -> dict[str, Tensor]:
         return torch.zeros_like(param, dtype=kind, requires_grad=False)
 
     return {name: made(name) for name in layout}
+
+
+def together(scalars: Mapping[str, float | Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Numbers, or 0-d tensors, as 0-d float32 tensors that lie side by side: a step reads them faster."""
+    joined = torch.empty(len(scalars), dtype=torch.float32, device=device)
+    return {name: joined[place].fill_(value) for place, (name, value) in enumerate(scalars.items())}

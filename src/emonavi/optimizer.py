@@ -24,7 +24,7 @@ from emonavi.emotion import Emotion
 from emonavi.groups import BOUNDS, of_the_run
 from emonavi.kernels import choose, wanted
 from emonavi.machine import KEPT, Loss, Mood, Options, Sums
-from emonavi.memories import fresh
+from emonavi.memories import fresh, together
 from emonavi.presets import PRESETS, Preset
 from emonavi.release import Release
 from emonavi.scalars import Number
@@ -297,10 +297,7 @@ class EmoOptimizer(Bearer):
         """Make the missing state of a parameter."""
         state: dict[str, Any] = self.state[param]
         if not state:
-            # Views of one tensor: numbers that lie together are read faster.
-            together = torch.empty(len(KEPT), dtype=torch.float32, device=param.device)
-            for place, (name, value) in enumerate(KEPT.items()):
-                state[name] = together[place].fill_(value)
+            state.update(together(KEPT, param.device))
             state.update(self._memories(param))
         if self.param_groups[0]["use_shadow"]:
             shadow.make(param, state)
@@ -438,10 +435,12 @@ class EmoOptimizer(Bearer):
             RuntimeError: as for :meth:`state_dict`.
         """
         self._refuse_midway("load_state_dict()")
-        had_shadow = self.param_groups[0]["use_shadow"]
+        had_shadow, held = self.param_groups[0]["use_shadow"], self._held()
         load_exactly(super().load_state_dict, self, state_dict, lambda final: loadable(final, self))
         self._is_loaded, self._plan = True, None
-        self._resume(had_shadow)
+        for p, state in self.state.items():
+            state.update(together({name: state[name] for name in KEPT if name in state}, p.device))
+        self._resume(had_shadow, held)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_midway("copying")

@@ -118,6 +118,8 @@ class Release:
     def _move(self, param: Tensor) -> None:
         """The hook: one tensor's update."""
         optimizer = self._optimizer
+        if optimizer._is_calm:
+            param.grad = None  # that of the shadow's weights: the next one is not to be added to it
         optimizer._refuse_inside_calm("a backward that releases gradients")
         if param in self._moved:
             raise RuntimeError(

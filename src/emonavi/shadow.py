@@ -18,7 +18,9 @@ from emonavi.pieces import pieces
 from emonavi.scalars import Number, like
 from emonavi.sweep import wide
 
-__all__ = ["drop", "follow_idle", "forget", "hide", "is_shown", "lean", "make", "show", "versions"]
+__all__ = [
+    *("drop", "follow_idle", "forget", "hide", "is_shown", "lean", "make", "put_back", "replaced", "show", "versions"),
+]
 
 States = Mapping[Tensor, dict[str, Any]]  # an optimizer's ``state``
 
@@ -43,33 +45,43 @@ def show(params: Sequence[Tensor], states: States) -> None:
     _copy(params, [states[p]["shadow"] for p in params])
 
 
-def hide(params: Iterable[Tensor], states: States) -> None:
+def hide(states: States) -> None:
     """Put back the parameters that :func:`show` kept."""
-    held = [p for p in params if "raw" in states.get(p, {})]
-    _copy(held, [states[p]["raw"] for p in held])
+    held = replaced(states)
+    put_back({p: states[p]["raw"] for p in held})
     forget(held, states)
 
 
+def put_back(raw: Mapping[Tensor, Tensor]) -> None:
+    """Give parameters their values again."""
+    _copy(list(raw), list(raw.values()))
+
+
 def forget(params: Iterable[Tensor], states: States) -> None:
-    """Drop what :func:`show` kept: the parameters were written to, and stay as they are."""
+    """Drop what :func:`show` kept of these parameters, which stay as they are."""
     for p in params:
-        states.get(p, {}).pop("raw", None)
+        states[p].pop("raw", None)
 
 
-def is_shown(params: Iterable[Tensor], states: States) -> bool:
-    """Whether the parameters still have the values that :func:`show` gave them. Waits for the device.
+def replaced(states: States) -> list[Tensor]:
+    """The parameters that :func:`show` has kept."""
+    return [p for p, state in states.items() if "raw" in state]
 
-    To within the rounding of 16 bits, in which a model may have been saved.
+
+def is_shown(param: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether a parameter has the values of its shadow, or these in 16 bits, as a model may have been saved.
+
+    Waits for the device.
     """
-    both = [p for p in params if {"raw", "shadow"} <= states.get(p, {}).keys()]
-    return all(
-        torch.allclose(p.detach(), states[p]["shadow"].to(p), rtol=2**-7, atol=1e-7, equal_nan=True) for p in both
-    )
+    if "shadow" not in state:
+        return True
+    here, shown = local(param.detach()), local(state["shadow"]).to(param.device)
+    return any(torch.equal(here, shown.to(kind).to(here)) for kind in (here.dtype, torch.float16, torch.bfloat16))
 
 
-def versions(params: Iterable[Tensor]) -> int:
+def versions(states: States) -> int:
     """A number that is another one once a parameter was written to, other than through ``.data``."""
-    return sum(p._version for p in params if not p.is_inference())
+    return sum(p._version for p in states if isinstance(p, Tensor))
 
 
 @torch.no_grad()

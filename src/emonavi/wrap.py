@@ -119,7 +119,8 @@ class Emotional(Bearer):
             for name in OF_THE_RUN:
                 group.pop(name, None)
             earlier = group["params"] if "inner" in group else []
-            shadow.hide(earlier, optimizer.state)
+            if earlier:
+                shadow.hide(optimizer.state)
             for p in earlier:
                 for name in ("step_sample", "shadow"):
                     optimizer.state.get(p, {}).pop(name, None)
@@ -329,7 +330,7 @@ class Emotional(Bearer):
             ValueError: the checkpoint is of another emotion, of another optimizer or of a model of other shapes;
                 nothing has changed then.
         """
-        own = self._options()
+        own, held = self._options(), self._held()
         load_exactly(
             self.inner.load_state_dict, self.inner, state_dict, lambda final: fitting(final, self), as_placed=True
         )
@@ -343,7 +344,7 @@ class Emotional(Bearer):
             what = f"the checkpoint is of {name} alone: it goes on under a fresh emotion"
             warnings.warn(what, stacklevel=callers_level())
         self._had_shadow = bool(self.param_groups[0]["use_shadow"])
-        self._resume(own["use_shadow"])
+        self._resume(own["use_shadow"], held)
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
         """Register on the wrapped optimizer, which makes the dict; the hook gets that optimizer."""

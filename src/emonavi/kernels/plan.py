@@ -61,8 +61,9 @@ class Plan(NamedTuple):
             return None
         kept = list(_values(roster.states))
         memories = [value for value in kept if isinstance(value, Tensor)]
-        # Not the scalars: their storage is kept, and who moves a state elsewhere moves its memories, too.
-        watched = [*roster.whole, *(t for t in memories if t.dim())]
+        # Of several in one storage, as the scalars of a state are, one: nobody moves the others without it.
+        storages = {t.untyped_storage().data_ptr(): t for t in memories}
+        watched = [*roster.whole, *storages.values()]
         shaped = any(cast(Sweep, kernel).matrices for kernel in kernels)
         without = [bucket.with_grads([]) for bucket in buckets]
         return cls(
