@@ -35,7 +35,8 @@ OURS += tuple(name + SHADOW for name in OURS)
 # The likeliest first: an interrupted comparison has them.
 GRID = [("lora", name, 1e-3) for name in (*OURS, "AdamW")] + [("lora", "Prodigy", 1.0)]
 GRID += [("all", "AdamW", 1e-4), ("all", "EmoNavi", 1e-3)]
-GRID += [("lora", name, lr) for lr in (1e-2, 1e-4) for name in (*OURS, "AdamW")] + [("all", "AdamW", 1e-5)]
+GRID += [("lora", name, lr) for lr in (1e-2, 1e-4) for name in (*OURS, "AdamW")]
+GRID += [("all", "AdamW", 1e-5), ("all", "EmoNavi" + SHADOW, 1e-3)]
 LONG = [("lora", name, 1e-3) for name in (*OURS, "AdamW")] + [("lora", "Prodigy", 1.0)]
 LONG += [("lora", "AdamW", lr) for lr in (3e-4, 1e-4, 3e-3)]
 PACKAGES = {"minilm": ("transformers", "peft"), "efficientnet": ("efficientnet-lite-pytorch",)}
