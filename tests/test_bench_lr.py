@@ -216,6 +216,7 @@ def test_each_contender_trains(tiny, name):
     assert row["reason"] == ""
     assert math.isfinite(row["raw"]) and math.isfinite(row["train"])
     assert (row["calm"] is not None) == CONTENDERS[name].shadow
+    assert row["raw"] != row["calm"], "raw are the weights that train"
     assert row["trace"]["step"] == [1, 2, 3] and len(row["trace"]["lr"]) == len(row["trace"]["loss"]) == 3
     assert row["raw"] != LINE.build(0).val(), "nothing has moved"
     assert row["made_by"].startswith(CONTENDERS[name].package)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from emonavi.bearer import Bearer
 from emonavi.bench.figures import running_mean
 from emonavi.bench.ledger import Ledger, Row, fill
 from emonavi.bench.peers import CONTENDERS, OWN_RULE, YARDSTICK, Contender
@@ -105,8 +106,8 @@ def _evaluate(contender: Contender, problem: Problem, optimizer: Any) -> Row:
 
 
 def switch(optimizer: Any, mode: str) -> None:
-    """ScheduleFree keeps two sets of weights and wants to know which are needed."""
-    if callable(switch := getattr(optimizer, mode, None)):
+    """ScheduleFree keeps two sets of weights and wants to know which are needed. Of ours the raw ones are."""
+    if not isinstance(optimizer, Bearer) and callable(switch := getattr(optimizer, mode, None)):
         switch()
 
 
