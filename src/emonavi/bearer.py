@@ -211,14 +211,7 @@ class Bearer(Calm):
         """
         if self._blocks:
             self._refuse_inside_calm("step()")
-        was_calm = self._is_calm
-        if was_calm and not self._leave():
-            self._warn_written()
-        elif was_calm and closure is None:
-            what = (
-                "step() after eval(), whose gradient is that of the shadow's weights: call train() before the forward "
-            )
-            warnings.warn(f"{what}pass, also after a checkpoint that was saved so", stacklevel=callers_level())
+        self._go_on(stale=closure is None)
         self._prepare()
         heard, returned = self._intake.take(loss, closure)
         if not self._end_release(heard):
@@ -326,11 +319,7 @@ class Bearer(Calm):
         self.param_groups[0]["emotion"] = self._emotion.upgrade(self._vector())
         state = self._emotion.unpack(self._vector())
         self._calls = int(state.steps + state.skipped_steps)
-        self._note_shown(self.param_groups[0].get("shown") == "shadow")
-        if not self._is_calm:
-            shadow.put_back(held or {})
-        # The model was loaded as well, before or after.
-        self._shown, self._left, self._was_written = {}, None, False
+        self._take_shown(held or {})
         self._intake.clear()
         self._take_options(had_shadow)
 

@@ -7,7 +7,7 @@ train are in the state then, and in checkpoints.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,12 +148,26 @@ class Calm(torch.optim.Optimizer):
         model whose forward pass writes to its weights (``nn.Embedding(max_norm=...)``) is evaluated inside
         :meth:`calm`.
         """
-        if self._is_calm and not self._blocks and not self._leave():
-            self._warn_written()
+        if not self._blocks:
+            self._go_on()
 
-    def _warn_written(self) -> None:
-        what = "weights were written to since eval(): train() leaves them as they are"
-        warnings.warn(f"{what}, and drops what trained in their place before", stacklevel=callers_level())
+    def _go_on(self, stale: bool = False) -> None:
+        """After eval(), go on with the weights that train; ``stale`` says that there is a gradient of the shadow's."""
+        if not self._is_calm:
+            return
+        if not self._leave():
+            what = "weights were written to since eval(): train() leaves them as they are"
+            warnings.warn(f"{what}, and drops what trained in their place before", stacklevel=callers_level())
+        elif stale:
+            what = "step() after eval(), whose gradient is that of the shadow's weights: call train() before the"
+            warnings.warn(f"{what} forward pass, also after a checkpoint that was saved so", stacklevel=callers_level())
+
+    def _take_shown(self, held: Mapping[Tensor, Tensor]) -> None:
+        """Go on with what a checkpoint shows, or the weights held; the model is loaded as well, before or after."""
+        self._note_shown(self.param_groups[0].get("shown") == "shadow")
+        if not self._is_calm:
+            shadow.put_back(held)
+        self._shown, self._left, self._was_written = {}, None, False
 
     @property
     def _is_written(self) -> bool:
